@@ -1,0 +1,465 @@
+"""What the nine methods share: options, the stages before a method, evaluation, and one run from start to finish.
+
+The language-model half (batches, log-probabilities, loading, sampling) stands in lm.py; methods see all of it here.
+
+    python common.py        # build the embedded task's models for --seed 0 and print their vital figures, <= 2 minutes
+"""
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, HfArgumentParser
+
+from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, gather_logps, generate, load,
+                load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model, pick_device,
+                policy_path, sequence_logps, sequence_scores, token_logps, warn)
+from tasks import Pair, Ranking, Task, UserError
+
+transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
+transformers.logging.disable_progress_bar()
+ROOT = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Options of every script. A method's Config adds its own knobs and may change these defaults."""
+    LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}                # what lr is when it is not given
+    MAX_NEW_TOKENS: ClassVar = {"tiny": 40, "real": 128}
+    MAX_LENGTH: ClassVar = {"tiny": 160, "real": 512}
+
+    model: str = option("tiny", "'tiny' (built here, nothing downloaded) or any causal LM: a directory or a hub id")
+    policy: str = option("", "start from this saved policy, which is then the reference too")
+    data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
+    reward: str = option("", "reward model: directory or hub id; default: trained from the pairs; 'none': go without")
+    reward_label: str = option("", "which label of a reward model with several labels is the reward")
+    reward_lr: float = option(1e-5, "learning rate of a reward model that is trained from the pairs of --data")
+    limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
+    skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows instead of stopping")
+    chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")
+    max_length: Optional[int] = option(None, "tokens of prompt and response; prompts get 3/4 of it (tiny 160, else 512)")
+    max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
+    temperature: float = option(1.0, "sampling temperature; log-probs are taken at the same one")
+    lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
+    schedule: str = option("constant_with_warmup", "any schedule of transformers.get_scheduler")
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
+    batch_size: int = option(64, "prompts per optimizer step")
+    epochs: float = option(1.0, "passes over the training rows")
+    token_budget: int = option(16384, "padded tokens per forward pass; a batch is split to fit, the gradient is the same")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    eval_prompts: int = option(128, "test prompts sampled for evaluation")
+    eval_samples: int = option(4, "samples per test prompt")
+    eval_every: int = option(0, "evaluate every so many steps (0: only before and after)")
+    save_every: int = option(200, "write a checkpoint for --resume every so many steps (0: never)")
+    seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: str = option("auto", "auto: bfloat16 autocast on CUDA, float32 elsewhere; or float32 or bfloat16")
+    out: str = option("", "where the run is written (default: the first free runs/<method>/<number>)")
+    resume: bool = option(False, "go on with the run in --out")
+    reproduce: bool = option(False, "run the paper's experiments through compare.py")
+    seeds: int = option(5, "how many seeds --reproduce runs")
+    quiet: bool = option(False, "no tables and no samples on the screen")
+
+    def __post_init__(self):
+        kind = "tiny" if self.model == "tiny" else "real"
+        for name in ("lr", "max_new_tokens", "max_length"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self, name.upper())[kind])
+        for name in ("lr", "batch_size", "token_budget", "temperature", "max_new_tokens", "eval_prompts",
+                     "eval_samples", "seeds"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
+        for name in ("epochs", "limit", "seed", "eval_every", "save_every", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
+        if self.max_new_tokens > self.max_length // 4:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
+                            f"{self.max_length}; prompts may take the other three: raise --max_length")
+        if self.resume and not self.out:
+            raise UserError("--resume needs --out: the directory of the run to go on with")
+        if self.model != "tiny" and self.data == "reviews":
+            raise UserError(f"--model {self.model} needs --data: a .jsonl file or a hub data set id")
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+def epochs(n, config):
+    """Index lists of one optimizer step each: config.epochs passes over range(n), every pass in a new order."""
+    rng, order = random.Random(config.seed), []
+    for _ in range(math.ceil(config.epochs)):
+        order += rng.sample(range(n), n)
+    order = order[:round(config.epochs * n)]
+    return [order[i:i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+
+
+def optimizer_and_schedule(model, config, steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizer, transformers.get_scheduler(config.schedule, optimizer, round(config.warmup * steps), max(steps, 1))
+
+
+def optimizer_step(model, optimizer, schedule, config):
+    """Clip, step, clear; returns the gradient norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def check_finite(values, step, prompts, name="loss"):
+    """Stop the run, naming step and example, when one of the values [n] is not finite."""
+    for value, prompt in zip(values.tolist(), prompts):
+        if not math.isfinite(value):
+            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr or mend the data")
+
+
+def fit(model, tokenizer, rows, losses_of, config, title):
+    """Plain training for the two stages before a method: rows of (prompt, responses), losses_of(model, batch) -> [n]."""
+    plan = epochs(len(rows), config)
+    optimizer, schedule = optimizer_and_schedule(model, config, len(plan))
+    for step, indices in enumerate(tqdm(plan, title, leave=False)):
+        prompts, responses = zip(*(rows[i] for i in indices))
+        for part, batch in batches(tokenizer, prompts, responses, config.token_budget, model.device):
+            losses = losses_of(model, batch)
+            check_finite(losses, step, [prompts[i] for i in part])
+            (losses.sum() / len(indices)).backward()
+        optimizer_step(model, optimizer, schedule, config)
+    return model
+
+
+def train_sft(model, tokenizer, demonstrations, config):
+    """Maximum likelihood of the responses: summed over tokens, averaged over examples."""
+    return fit(model, tokenizer, [(d.prompt, [d.response]) for d in demonstrations],
+               lambda model, batch: -sequence_logps(model, batch), config, "SFT")
+
+
+def reward_model_losses(model, batch):
+    """Bradley-Terry: -log sigmoid(r(chosen) - r(rejected)) of each pair [n]; the batch holds chosen, rejected, chosen, ..."""
+    chosen, rejected = sequence_scores(model, batch).view(-1, 2).unbind(1)
+    return -F.logsigmoid(chosen - rejected)
+
+
+def train_reward_model(model, tokenizer, pairs, config):
+    """Fit a sequence-classification model with one label to preference pairs."""
+    return fit(model, tokenizer, [(p.prompt, [p.chosen, p.rejected]) for p in pairs], reward_model_losses, config,
+               "reward model")
+
+
+# --------------------------------------------------------------------------------------------------- task and rewards
+
+def write_json(path, value):
+    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    part.replace(path)
+
+
+def save_model(model, tokenizer, path):
+    """save_pretrained of both, under a temporary name first."""
+    part = path.with_name(path.name + ".part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
+def load_task(config):
+    """The data to train on and the yardsticks; the embedded task's models are built at the first use of a seed."""
+    if config.data == "reviews":
+        from tasks import build
+        return build.load_task(config)
+    from tasks import preferences
+    tokenizer = load_tokenizer(policy_path(config), config)
+    return preferences.load(config.data, tokenizer, config.limit, config.chat, config.skip_bad_rows)
+
+
+def load_rewards(config, task):
+    """{"proxy": what methods may optimise, "judge": what they never see}, as far as the run has them.
+
+    The proxy is --reward, or the embedded task's, or one trained here from the task's pairs and kept in the cache.
+    """
+    if config.reward == "none":
+        return {}
+    if config.reward:
+        return {"proxy": load_reward_model(config.reward, config)}
+    if config.data == "reviews":
+        from tasks import build
+        return {name: load_reward_model(build.models(config) / name, config) for name in ("proxy", "judge")}
+    pairs, start = task.pairs.get("train"), policy_path(config)
+    if not pairs:
+        warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
+        return {}
+    settings = replace(config, lr=config.reward_lr, epochs=1, schedule="linear", batch_size=16)
+    key = json.dumps([str(start), settings.lr, settings.seed, settings.max_length, pairs])
+    path = CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not path.exists():
+        torch.manual_seed(config.seed)
+        tokenizer = load_tokenizer(start, config)
+        model = load(AutoModelForSequenceClassification, start, config, num_labels=1)
+        save_model(train_reward_model(model, tokenizer, pairs, settings), tokenizer, path)
+    return {"proxy": load_reward_model(path, config)}
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+def mean_and_error(values):
+    """Mean and standard error of values [P, n]: n samples of each of P prompts, which are the independent units."""
+    means = values.float().mean(1)
+    return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else 0.0
+
+
+def evaluate(config, task, policy, tokenizer, rewards, start=None):
+    """Sample the test prompts and measure; the same prompts and random numbers at every call with one config.
+
+    Args:
+        rewards: {name: RewardModel}. start: what this function returned as samples before training.
+    Returns:
+        metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts}. gold, fluency if the task has
+            them; proxy, judge; kl = nats per sequence against the initial policy, the k1 estimate on the policy's own
+            samples; win_rate against `start` by gold, else proxy (a tie counts half); length in tokens with EOS;
+            eos_rate; distinct_2 = different word pairs over all word pairs.
+        samples: {"prompts", "responses", and each reward's scores}, lists of eval_prompts * eval_samples.
+    """
+    n = config.eval_samples
+    prompts = task.prompts["test"][:config.eval_prompts]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        batch = generate(policy, tokenizer, prompts, n, config.temperature, max_new_tokens=config.max_new_tokens)
+    prompts, responses, ended = [p for p in prompts for _ in range(n)], decode(tokenizer, batch), finished(tokenizer, batch)
+    values = {"length": batch.lengths, "eos_rate": ended, "kl": kl_to_reference(config, policy, batch)}
+    if task.gold:
+        values["gold"] = torch.tensor([task.gold(*row) for row in zip(prompts, responses, ended.tolist())])
+    if task.fluent:
+        values["fluency"] = torch.tensor([task.fluent(text) for text in responses])
+    values |= {name: model(prompts, responses) for name, model in rewards.items()}
+    samples = {"prompts": prompts, "responses": responses}
+    for name in ("gold", *rewards):
+        if name in values:
+            samples[name] = values[name].tolist()
+            if start and "win_rate" not in values:
+                before = torch.tensor(start[name])
+                values["win_rate"] = (values[name] > before) + 0.5 * (values[name] == before)
+    metrics = {}
+    for name, value in values.items():
+        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(value.view(-1, n))
+    words = [text.split() for text in responses]
+    bigrams = [pair for text in words for pair in zip(text, text[1:])]
+    metrics["eval/distinct_2"] = len(set(bigrams)) / max(len(bigrams), 1)
+    return metrics, samples
+
+
+@torch.no_grad()
+def kl_to_reference(config, policy, batch):
+    """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref)."""
+    reference = load_reference(config)
+    rows = sorted(range(len(batch)), key=batch.attention_mask.sum(1).tolist().__getitem__)
+    size = max(1, config.token_budget // batch.input_ids.shape[1])
+    kl = torch.empty(len(batch))
+    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
+        on_device = batch[part].to(policy.device)
+        kl[part] = (sequence_logps(policy, on_device, config.temperature)
+                    - sequence_logps(reference, on_device, config.temperature)).cpu()
+    return kl
+
+
+# ----------------------------------------------------------------------------------------------------------- one run
+
+@dataclass
+class Run:
+    """One training run: what it works with and what it has recorded."""
+    config: Config
+    out: Path
+    task: Task
+    tokenizer: transformers.PreTrainedTokenizerBase
+    policy: torch.nn.Module
+    rewards: dict[str, RewardModel]
+    optimizer: Optional[torch.optim.Optimizer] = None
+    schedule: Optional[object] = None
+    bar: Optional[tqdm] = None
+    step: int = 0
+    trace: list[dict] = field(default_factory=list)            # evaluations: before, on the way, after
+    samples: dict[str, dict] = field(default_factory=dict)     # "before" and "after"
+    counts: dict[str, int] = field(default_factory=lambda: {"tokens_generated": 0, "tokens_trained": 0})
+    began: float = field(default_factory=time.time)
+
+
+def start(config):
+    """Load everything a run needs; refuses an output directory that holds another run."""
+    torch.manual_seed(config.seed)
+    out = output_directory(config)
+    task = load_task(config)
+    began = time.time()
+    rewards = load_rewards(config, task)
+    policy, tokenizer = load_policy(config), load_tokenizer(policy_path(config), config)
+    count_cut_rows(tokenizer, task)
+    write_json(out / "args.json", asdict(config))
+    return Run(config, out, task, tokenizer, policy, rewards, began=began)
+
+
+def output_directory(config):
+    """--out, or the first free number under runs/<method>."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "quiet", "device")}
+    if not config.out:
+        home = ROOT / "runs" / Path(inspect.getfile(type(config))).stem
+        taken = [int(d.name) for d in home.glob("*") if d.name.isdigit()]
+        return home / f"{max(taken, default=0) + 1:03d}"
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a directory")
+    if config.resume:
+        if not (out / "state.pt").exists():
+            raise UserError(f"nothing to resume in {out}: it holds no state.pt")
+        old = json.loads((out / "args.json").read_text())
+        changed = [k for k, v in settings.items() if old.get(k) != v]
+        if changed:
+            raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} as before")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds another run: pass --resume to go on with it, or another --out")
+    return out
+
+
+def count_cut_rows(tokenizer, task):
+    """Say once how many prompts and responses are longer than the context allows."""
+    room = tokenizer.model_max_length
+    prompts = [p for rows in task.prompts.values() for p in rows]
+    long = sum(len(ids) > room * 3 // 4 for ids in tokenizer(prompts, add_special_tokens=False).input_ids)
+    if long:
+        warn(f"{long} of {len(prompts)} prompts are longer than {room * 3 // 4} tokens: cut from the left "
+             "(--max_length sets the limit)")
+
+
+def steps(run, plan, measure=dict):
+    """Yield (step, plan[step]), with a progress bar; evaluates before, on the way and after, and writes checkpoints.
+
+    `measure()` gives a method's own metrics for each evaluation. A resumed run goes on where its checkpoint stands.
+    """
+    config = run.config
+    run.optimizer, run.schedule = optimizer_and_schedule(run.policy, config, len(plan))
+    if config.resume:
+        restore(run)
+    metrics_file = run.out / "metrics.jsonl"
+    kept = metrics_file.read_text().splitlines(True) if metrics_file.exists() else []
+    metrics_file.write_text("".join(line for line in kept if json.loads(line)["step"] <= run.step))
+    if not run.trace:
+        record(run, measure)
+    with tqdm(total=len(plan), initial=run.step, desc=run.out.parent.name, disable=None if not config.quiet else True) as run.bar:
+        for step in range(run.step, len(plan)):
+            yield step, plan[step]
+            run.step = step + 1
+            run.bar.update()
+            if config.eval_every and run.step % config.eval_every == 0 or run.step == len(plan):
+                record(run, measure)
+            if config.save_every and run.step % config.save_every == 0:
+                checkpoint_run(run)
+
+
+def record(run, measure):
+    """Evaluate now, into the trace and metrics.jsonl."""
+    metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"))
+    run.samples["after" if run.trace else "before"] = samples
+    run.trace.append({"step": run.step, **metrics, **measure()})
+    write_line(run, run.trace[-1])
+
+
+def log(run, step, metrics):
+    """One line of metrics.jsonl, and the progress bar's; tensors become numbers."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    write_line(run, {"step": step + 1, **metrics})
+    run.bar.set_postfix({name.split("/")[-1]: f"{value:.3g}" for name, value in list(metrics.items())[:3]})
+
+
+def write_line(run, row):
+    with open(run.out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def checkpoint_run(run):
+    """state.pt: everything that --resume needs, tensors and plain values only."""
+    part = run.out / "state.pt.part"
+    torch.save({"step": run.step, "policy": run.policy.state_dict(), "optimizer": run.optimizer.state_dict(),
+                "schedule": run.schedule.state_dict(), "rng": torch.get_rng_state(), "trace": run.trace,
+                "samples": run.samples, "counts": run.counts}, part)
+    part.replace(run.out / "state.pt")
+
+
+def restore(run):
+    state = torch.load(run.out / "state.pt", weights_only=True, map_location="cpu")
+    run.policy.load_state_dict(state["policy"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["rng"])
+    run.step, run.trace, run.samples, run.counts = (state[k] for k in ("step", "trace", "samples", "counts"))
+
+
+def finish(run):
+    """Save the policy and samples.txt, print before and after; returns the final metrics as compare.py reads them."""
+    run.policy.save_pretrained(run.out)
+    run.tokenizer.save_pretrained(run.out)
+    before, after = run.samples["before"], run.samples["after"] if "after" in run.samples else run.samples["before"]
+    texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
+             zip(before["prompts"], before["responses"], after["responses"])]
+    (run.out / "samples.txt").write_text("\n".join(texts))
+    seconds = time.time() - run.began
+    if not run.config.quiet:
+        print(before_and_after(run.trace[0], run.trace[-1]), "", *texts[::run.config.eval_samples][:3], sep="\n")
+        print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {os.path.relpath(run.out)}")
+    final = {k: v for k, v in run.trace[-1].items() if k != "step"}
+    return {**final, **run.counts, "seconds": seconds, "trace": run.trace, "out": str(run.out)}
+
+
+def before_and_after(before, after):
+    """A table of the metrics, each with its standard error over test prompts."""
+    lines = [f"{'':28}{'before':>18}{'after':>18}"]
+    for name in after:
+        if name != "step" and not name.endswith("_se"):
+            cells = [f"{row[name]:.3f}" + (f" ± {row[name + '_se']:.3f}" if name + "_se" in row else " " * 8)
+                     if name in row else "" for row in (before, after)]
+            lines.append(f"{name.removeprefix('eval/'):28}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(config_class, run, experiments=None):
+    """The command line of a script: one run, or --reproduce; a UserError is one line and exit status 2."""
+    try:
+        parser = HfArgumentParser(config_class, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
+        (config,) = parser.parse_args_into_dataclasses()
+        if config.reproduce:
+            import compare
+            compare.reproduce(Path(inspect.getfile(config_class)).stem, config)
+        else:
+            run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def test_pool(config):
+    """(proxy [P, N], gold [P, N]) of N SFT samples of each test prompt, for best-of-n curves; None without a gold."""
+    if config.data != "reviews":
+        return None
+    from tasks import build
+    return build.test_pool(config)
+
+
+if __name__ == "__main__":
+    from tasks import build
+    main(Config, build.report)

@@ -1,0 +1,229 @@
+"""Direct Preference Optimization: Your Language Model is Secretly a Reward Model
+Rafailov, Sharma, Mitchell, Ermon, Manning and Finn, 2023, https://arxiv.org/abs/2305.18290
+
+RLHF fits a reward model to preferences, then maximises E[r] - beta KL(pi || pi_ref) with RL (Eq. 3). That optimum is
+known, pi_r(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x) (Eq. 4), so every policy is optimal for the reward
+
+    r(x, y) = beta log(pi(y|x) / pi_ref(y|x)) + beta log Z(x)                                                (Eq. 5)
+
+Z(x) cancels in a comparison of two answers to one prompt. Fitting this reward to preferences, by the same logistic
+regression as any reward model, therefore trains the policy itself, with no sampling and no RL:
+
+    L = -log sigmoid(beta [log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)])                       (Eq. 7)
+
+    python dpo.py                    # @MINUTES@
+    python dpo.py --reproduce        # beta sweep and data curriculum, five seeds
+    python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
+
+What to look at: the loss starts at log 2 = 0.693, because the policy starts as the reference. `logps/chosen` falls
+while `rewards/margins` rises. That is no bug: Eq. 7 sees only the difference of the two.
+
+The same loss on pairs that nobody labelled: Contrastive Post-training Large Language Models on Data Curriculum (Xu et
+al., 2023, https://arxiv.org/abs/2310.02263) takes the chosen answer from a stronger writer and the rejected one from a
+weaker, and moves from easy pairs (far apart) to hard ones: --pairs "strong>weak" --hard_pairs "strong>medium".
+
+Official code (eric-mitchell/direct-preference-optimization): the same sums over response tokens, EOS included, no length
+normalisation; RMSprop where this file has AdamW. There the reference runs beside the policy at every step; here its
+log-probs are taken once, before the first step, and only one model is held in training.
+Left out: IPO and the reference-free loss. The curriculum's schedule could not be checked against its paper.
+"""
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+import common
+from common import Pair, UserError, option
+
+
+@dataclass
+class Config(common.Config):
+    LR: ClassVar = {"tiny": 3e-4, "real": 1e-6}     # tiny: tuned on validation seeds; real: the paper's (code: 5e-7)
+    beta: float = option(0.1, "strength of the KL constraint: larger stays closer to the reference (paper: 0.1 to 0.5)")
+    label_smoothing: float = option(0.0, "share of labels taken to be wrong (conservative DPO)")
+    loss: str = option("dpo", "'dpo', or 'sft' on the chosen answers alone: the paper's Preferred-FT baseline")
+    pairs: str = option("", "'A>B': answers of system A against those of B; default: the data's own pairs")
+    hard_pairs: str = option("", "'A>C': a second kind of pairs, closer together, for a data curriculum")
+    curriculum: str = option("easy_to_hard", "order of --pairs and --hard_pairs: easy_to_hard, hard_to_easy or mixed")
+    eval_pairs: int = option(512, "held-out pairs scored at each evaluation")
+    max_grad_norm: float = option(10.0, "gradients are clipped to this norm (official code: 10)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.beta > 0:
+            raise UserError(f"--beta must be above 0, not {self.beta}: at 0 nothing would hold the policy to its reference")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
+        if self.loss not in ("dpo", "sft"):
+            raise UserError(f"--loss must be dpo or sft, not {self.loss}")
+        if self.curriculum not in ("easy_to_hard", "hard_to_easy", "mixed"):
+            raise UserError(f"--curriculum must be easy_to_hard, hard_to_easy or mixed, not {self.curriculum}")
+        if self.hard_pairs and not self.pairs:
+            raise UserError("--hard_pairs needs --pairs: the easy kind to start from")
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
+    """DPO loss of each pair (Eq. 7).
+
+    Args:
+        the four log-probs: [B], log pi(y|x) in nats, summed over the response, EOS included.
+        beta: above 0. label_smoothing: in [0, 0.5); 0 is Eq. 7.
+    Returns:
+        losses [B]; chosen_rewards [B] and rejected_rewards [B], the implicit rewards (Eq. 5 less beta log Z), detached.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def curriculum(progress):
+    """Probability of a hard pair: rises linearly from 0 at the start (progress 0) to 1 at the end (progress 1)."""
+    return min(max(progress, 0.0), 1.0)
+
+
+def pairs_between(rankings, systems):
+    """The pairs of "A>B", one for each ranking: A's answer chosen, B's rejected; None where one is missing or equal."""
+    better, _, worse = systems.partition(">")
+    known = sorted({name for ranking in rankings for name in ranking.systems})
+    if better not in known or worse not in known:
+        raise UserError(f'--pairs {systems!r} must be "A>B" with A and B of: '
+                        f'{", ".join(known) or "(the data names no systems)"}')
+    rows = [(r.prompt, dict(zip(r.systems, r.responses))) for r in rankings]
+    pairs = [Pair(prompt, texts.get(better, ""), texts.get(worse, "")) for prompt, texts in rows]
+    return [pair if pair.chosen and pair.rejected and pair.chosen != pair.rejected else None for pair in pairs]
+
+
+def training_plan(config, task):
+    """The pairs of every step: list of lists of Pair. A curriculum draws each as easy or hard by the step's progress."""
+    if not config.pairs:
+        easy = hard = task.pairs.get("train", [])
+    else:
+        rankings = task.rankings.get("train", [])
+        both = zip(pairs_between(rankings, config.pairs), pairs_between(rankings, config.hard_pairs or config.pairs))
+        easy, hard = zip(*[row for row in both if None not in row]) or ((), ())
+    if not easy:
+        raise UserError("the data has no preference pairs to train on: DPO needs chosen and rejected answers")
+    steps, rng, plan = common.epochs(len(easy), config), random.Random(config.seed), []
+    for step, rows in enumerate(steps):
+        progress = curriculum(step / max(len(steps) - 1, 1))
+        hardness = {"easy_to_hard": progress, "hard_to_easy": 1 - progress, "mixed": 0.5}[config.curriculum]
+        plan.append([hard[i] if rng.random() < hardness else easy[i] for i in rows])
+    return plan
+
+
+def pair_batches(run, pairs):
+    """Token-budget batches of pairs: (rows [n], Batch [2n, T]), chosen and rejected answers by turns."""
+    return common.batches(run.tokenizer, [p.prompt for p in pairs], [[p.chosen, p.rejected] for p in pairs],
+                          run.config.token_budget, run.policy.device)
+
+
+@torch.no_grad()
+def pair_logps(run, pairs):
+    """log pi(y|x) of chosen and rejected answers under the policy as it is now: [N, 2] on its device."""
+    logps = torch.zeros(len(pairs), 2, device=run.policy.device)
+    for rows, batch in pair_batches(run, pairs):
+        logps[rows] = common.sequence_logps(run.policy, batch).view(-1, 2)
+    return logps
+
+
+def losses_and_metrics(config, logps, ref_logps):
+    """Losses [n] of pairs from policy and reference log-probs [n, 2], and what to log of each pair, [n] per name."""
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.T, *ref_logps.T, config.beta, config.label_smoothing)
+    if config.loss == "sft":
+        losses = -logps[:, 0]
+    margins = chosen_rewards - rejected_rewards
+    metrics = {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+               "rewards/margins": margins, "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
+               "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
+    return losses, {name: values.detach().float() for name, values in metrics.items()}
+
+
+def train(run, plan, held_out):
+    """Minimise Eq. 7 over the plan; measures the held-out pairs at every evaluation."""
+    config = run.config
+    pairs = list(dict.fromkeys(pair for step in plan for pair in step))
+    # Before the first step the policy is the reference, so one pass gives all that is ever needed of it.
+    ref_logps = dict(zip(pairs, pair_logps(run, pairs)))
+    held_out_ref_logps = pair_logps(run, held_out)                                              # [N, 2]
+
+    def measure():
+        _, metrics = losses_and_metrics(config, pair_logps(run, held_out), held_out_ref_logps)
+        return {f"eval/{name}": values.mean().item() for name, values in metrics.items()} if held_out else {}
+
+    for step, pairs in common.steps(run, plan, measure):
+        seen = []
+        for rows, batch in pair_batches(run, pairs):
+            logps = common.sequence_logps(run.policy, batch).view(-1, 2)                        # [n, 2]
+            ref = torch.stack([ref_logps[pairs[i]] for i in rows])                              # [n, 2]
+            losses, metrics = losses_and_metrics(config, logps, ref)
+            common.check_finite(losses, step, [pairs[i].prompt for i in rows])
+            (losses.sum() / len(pairs)).backward()                  # the mean over the step's pairs, in parts
+            run.counts["tokens_trained"] += int(batch.attention_mask.sum())
+            seen.append(metrics)
+        norm = common.optimizer_step(run.policy, run.optimizer, run.schedule, config)
+        common.log(run, step, {name: torch.cat([m[name] for m in seen]).mean() for name in seen[0]} | {"grad_norm": norm})
+
+
+def run(config):
+    """One training run; returns the metrics after it, and the trace of evaluations."""
+    run = common.start(config)
+    train(run, training_plan(config, run.task), run.task.pairs.get("test", [])[:config.eval_pairs])
+    return common.finish(run)
+
+
+def at_beta(beta):
+    return {"beta": beta, "eval_every": 16}
+
+
+BETAS = [0.05, 0.1, 0.3, 1.0, 3.0]
+STRONG = {"pairs": "strong>medium", "loss": "sft"}
+CONTRASTIVE = {"start": "SFT on strong", "pairs": "strong>weak"}
+
+EXPERIMENTS = {
+    "beta": dict(
+        question="Does beta trade reward for KL, and what becomes of the chosen answers?",
+        arms={"SFT": {"epochs": 0}} | {f"beta {beta:g}": at_beta(beta) for beta in BETAS},
+        claims=[
+            dict(claim="gold rises above SFT at every beta", source="Fig. 2, left", paper="plot only",
+                 metric="eval/gold", holds=[(f"beta {beta:g}", ">", "SFT") for beta in BETAS]),
+            dict(claim="larger beta, smaller KL", source="Eq. 3; Fig. 2, left", paper="plot only",
+                 metric="eval/kl", holds=[(f"beta {b:g}", "<", f"beta {a:g}") for a, b in zip(BETAS, BETAS[1:])]),
+            dict(claim="chosen log-prob falls", source="official code, issues 8, 32, 36", paper="reports",
+                 metric="eval/logps/chosen:change", holds=[(f"beta {beta:g}", "<", 0.0) for beta in BETAS]),
+            dict(claim="while the margin rises", source="Eq. 7 and its gradient", paper="by construction",
+                 metric="eval/rewards/margins:change", holds=[(f"beta {beta:g}", ">", 0.0) for beta in BETAS]),
+        ],
+        panels=[dict(x="eval/kl", y=["eval/gold"], best_of_n=True, title="gold reward against KL"),
+                dict(x="step", y=["eval/logps/chosen", "eval/logps/rejected"], arms=["beta 0.1", "beta 1"],
+                     title="held-out log-probs")],
+    ),
+    "curriculum": dict(
+        question="Do pairs of known writers add to SFT on the strong one, and does their order matter?",
+        arms={"SFT on strong": STRONG | {"epochs": 3},
+              "SFT continued": STRONG | {"start": "SFT on strong"},
+              "strong>weak": CONTRASTIVE,
+              "strong>medium": CONTRASTIVE | {"pairs": "strong>medium"},
+              "mixed": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "mixed"},
+              "easy to hard": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "easy_to_hard"},
+              "hard to easy": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "hard_to_easy"},
+              "style only": CONTRASTIVE | {"pairs": "chatty>dry"}},
+        claims=[
+            dict(claim="SFT on the strong writer saturates, DPO on strong>weak steps beyond it", metric="eval/gold",
+                 source="Xu et al., abstract", paper="no table checked", holds=[("strong>weak", ">", "SFT continued")]),
+            dict(claim="easy to hard beats one kind of pair", metric="eval/gold", source="Xu et al., abstract",
+                 paper="no table checked", holds=[("easy to hard", ">", "strong>weak"), ("easy to hard", ">", "strong>medium")]),
+            dict(claim="easy to hard beats other orders", metric="eval/gold", source="Xu et al., abstract",
+                 paper="no table checked", holds=[("easy to hard", ">", "mixed"), ("easy to hard", ">", "hard to easy")]),
+            dict(claim="control: pairs of equal gold and other style gain nothing (within 0.1)", metric="eval/gold:change",
+                 source="ours", paper="-", holds=[("style only", "<", 0.1), ("style only", ">", -0.1)]),
+        ],
+        panels=[dict(kind="bars", y=["eval/gold"], title="gold reward"), dict(kind="bars", y=["eval/kl"], title="KL to the arm's start")],
+    ),
+}
+
+if __name__ == "__main__":
+    common.main(Config, run, EXPERIMENTS)

@@ -1,0 +1,357 @@
+"""The language-model half of what the methods share: batches, log-probabilities, loading, sampling.
+
+Methods see all of this as `common.<name>`. Every batch looks like this, and a method may rely on it:
+
+    input_ids       PAD PAD  w   w   w   w  |  y   y   y  EOS PAD      prompt left-padded | response right-padded
+    attention_mask   0   0   1   1   1   1  |  1   1   1   1   0
+    response_mask    0   0   0   0   0   0  |  1   1   1   1   0       1 = trained and counted, EOS included
+    token_logps      0   0   0   0   0   *  |  *   *   *   0           entry t scores input_ids[t + 1]: one column fewer
+
+Masks come from lengths, never from `ids != pad`, because PAD is EOS in many tokenizers. Position ids come from the
+attention mask. Prompt and response are tokenised apart and their ids joined, so that a prompt has the same ids under
+every response. Log-probabilities are in nats and are reduced in float32 at least.
+"""
+import contextlib
+import inspect
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig)
+
+from tasks import UserError
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+@dataclass
+class Batch:
+    """Three int64 tensors [B, T], as drawn at the top of this file. Moves, indexes and concatenates as a whole."""
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    response_mask: torch.Tensor
+
+    def tensors(self):
+        return self.input_ids, self.attention_mask, self.response_mask
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, rows):
+        return Batch(*(t[rows] for t in self.tensors()))
+
+    def to(self, device):
+        if torch.device(device).type == "cuda":
+            return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self.tensors()))
+        return Batch(*(t.to(device) for t in self.tensors()))
+
+    @property
+    def lengths(self):
+        """Response tokens of each row [B], EOS included."""
+        return self.response_mask.sum(1)
+
+    @property
+    def position_ids(self):
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def concat(batches):
+    """Stack batches of any widths; the narrower ones are padded on the right."""
+    width = max(b.input_ids.shape[1] for b in batches)
+    return Batch(*(torch.cat([F.pad(t, (0, width - t.shape[1])) for t in column])
+                   for column in zip(*(b.tensors() for b in batches))))
+
+
+def prompt_ids(tokenizer, prompts):
+    """Token ids of each prompt: one BOS if the tokenizer has that habit, cut from the left to 3/4 of the context."""
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
+    room = tokenizer.model_max_length * 3 // 4
+    rows = []
+    for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids:
+        lead = [bos] if adds_bos and ids[:1] != [bos] else []
+        rows.append(lead + ids[-(room - len(lead)):])
+    return rows
+
+
+def encode(tokenizer, prompts, responses):
+    """Tokenise prompts and responses [B] into a Batch; every response ends with one EOS unless the context cuts it.
+
+    A response that is cut (to tokenizer.model_max_length less its prompt, never less than a quarter) has no EOS.
+    """
+    eos, rows = tokenizer.eos_token_id, []
+    answers = tokenizer(list(responses), add_special_tokens=False).input_ids
+    for prompt, answer in zip(prompt_ids(tokenizer, prompts), answers, strict=True):
+        if answer[-1:] != [eos]:
+            answer = answer + [eos]
+        rows.append((prompt, answer[:tokenizer.model_max_length - len(prompt)]))
+    return pack(rows, tokenizer.pad_token_id)
+
+
+def pack(rows, pad):
+    """A Batch from (prompt ids, response ids) rows."""
+    before, after = max(len(p) for p, _ in rows), max(len(r) for _, r in rows)
+    columns = [], [], []
+    for prompt, response in rows:
+        left, right = before - len(prompt), after - len(response)
+        columns[0].append([pad] * left + prompt + response + [pad] * right)
+        columns[1].append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
+        columns[2].append([0] * before + [1] * len(response) + [0] * right)
+    return Batch(*(torch.tensor(c) for c in columns))
+
+
+def decode(tokenizer, batch):
+    """The text of each response, without prompt, EOS or padding."""
+    return tokenizer.batch_decode([row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)],
+                                  skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def finished(tokenizer, batch):
+    """bool [B]: did the response end with EOS, or was it cut off?"""
+    return ((batch.input_ids == tokenizer.eos_token_id) & (batch.response_mask == 1)).any(1)
+
+
+def batches(tokenizer, prompts, responses, budget, device="cpu"):
+    """Yield (indices [n], Batch [n*k, T]) that fit a budget of padded tokens, items of like length together.
+
+    responses [N][k]: k texts for each of N prompts. The rows of one prompt stay together: `.view(n, k)` splits them.
+    """
+    k = len(responses[0])
+    ids = iter(tokenizer([r for group in responses for r in group], add_special_tokens=False).input_ids)
+    longest = [max(len(next(ids)) for _ in range(k)) for _ in prompts]
+    lengths = [min(len(p) + r + 1, tokenizer.model_max_length) for p, r in zip(prompt_ids(tokenizer, prompts), longest)]
+    group = []
+    for i in sorted(range(len(prompts)), key=lengths.__getitem__) + [None]:
+        if group and (i is None or (len(group) + 1) * k * lengths[i] > budget):
+            batch = encode(tokenizer, [prompts[j] for j in group for _ in range(k)],
+                           [text for j in group for text in responses[j]])
+            yield group, batch.to(device)
+            group = []
+        group.append(i)
+
+
+# -------------------------------------------------------------------------------------------------- log-probabilities
+
+def pick_logps(logits, targets, temperature):
+    """log softmax(logits / temperature)[targets]: [..., V], [...] -> [...], float32 or better."""
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def gather_logps(logits, input_ids, temperature=1.0):
+    """log p of every next token.
+
+    Args:
+        logits: [B, T, V]; logits[:, t] predicts input_ids[:, t + 1].
+        input_ids: [B, T].
+        temperature: the logits are divided by it first.
+    Returns:
+        [B, T-1] in nats, float32 or better; entry t is log p(input_ids[:, t + 1]).
+    """
+    return pick_logps(logits[:, :-1], input_ids[:, 1:], temperature)
+
+
+def token_logps(model, batch, temperature=1.0, chunk=256):
+    """log p of every response token [B, T-1], 0 elsewhere, without ever holding the logits [B, T, V].
+
+    The LM head is applied to `chunk` response tokens at a time and recomputed in the backward pass, so memory grows
+    with chunk * V. Models that do more to their logits than that (soft caps, scales) take the plain path.
+    """
+    where = batch.response_mask[:, 1:].bool()
+    with compute(model):
+        if not head_is_all(model, batch):
+            return gather_logps(model(**inputs(model, batch)).logits, batch.input_ids, temperature) * where
+        hidden = model.base_model(**inputs(model, batch)).last_hidden_state
+        states, targets = hidden[:, :-1][where], batch.input_ids[:, 1:][where]            # [N, D], [N]
+
+        def chunk_logps(states, targets):
+            return pick_logps(model.get_output_embeddings()(states), targets, temperature)
+
+        logps = torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False)
+                           for s, t in zip(states.split(chunk), targets.split(chunk))])
+        return logps.new_zeros(where.shape).masked_scatter(where, logps)
+
+
+def sequence_logps(model, batch, temperature=1.0):
+    """log p(response | prompt) [B] in nats: the sum over response tokens, EOS included, no length normalisation."""
+    return token_logps(model, batch, temperature).sum(1)
+
+
+def inputs(model, batch):
+    """What the model's forward takes; a few families (BLOOM, OPT of old) count positions themselves."""
+    everything = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                      position_ids=batch.position_ids)
+    return {k: v for k, v in everything.items() if k in inspect.signature(model.forward).parameters}
+
+
+@torch.no_grad()
+def head_is_all(model, batch):
+    """Are the model's logits just head(hidden states)? Asked once per model, on sixteen tokens of its first batch."""
+    if not hasattr(model, "head_is_all"):
+        few = Batch(*(t[:1, -16:] for t in (batch.input_ids, torch.ones_like(batch.input_ids), batch.response_mask)))
+        logits, hidden = model(**inputs(model, few)).logits, model.base_model(**inputs(model, few)).last_hidden_state
+        model.head_is_all = torch.allclose(logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3)
+        if not model.head_is_all:
+            warn(f"{type(model).__name__} changes its logits after the LM head: log-probs hold them all in memory")
+    return model.head_is_all
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+def pick_device(name):
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute(model):
+    """bfloat16 autocast around float32 weights where load() asked for it; else nothing."""
+    dtype = getattr(model, "compute_dtype", torch.float32)
+    return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def load(auto_class, path, config, **kwargs):
+    """Any Hugging Face model, float32 weights, every dropout off, on the device of the run."""
+    try:
+        settings = AutoConfig.from_pretrained(path, **kwargs)
+        for name, value in settings.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(settings, name, 0.0)
+        model = auto_class.from_pretrained(path, config=settings, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a model from {str(path)!r} ({' '.join(str(error).split())[:160]}): pass a local "
+                        "directory written by save_pretrained, or check the id and the network") from None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0                                       # some classes hard-code a dropout of their own
+    device = pick_device(config.device)
+    model.compute_dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+                           "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    return model.to(device).eval()
+
+
+def load_tokenizer(path, config):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a tokenizer from {str(path)!r} ({' '.join(str(error).split())[:160]}): "
+                        "pass a local directory, or check the id and the network") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path} has no EOS token, so no response could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token                # harmless: masks come from lengths
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_length)
+    return tokenizer
+
+
+def policy_path(config):
+    """Where the initial policy lies: --policy, else the model, which for the tiny one is this seed's SFT policy."""
+    if config.policy or config.model != "tiny":
+        return config.policy or config.model
+    from tasks import build
+    return build.models(config) / "sft"
+
+
+def load_policy(config):
+    return load(AutoModelForCausalLM, policy_path(config), config)
+
+
+def load_reference(config):
+    """The frozen initial policy: a model of its own, never the one that is trained."""
+    return load_policy(config).requires_grad_(False)
+
+
+def load_value_model(path, config):
+    """One value per token: AutoModelForTokenClassification with a zero-initialised head."""
+    model = load(AutoModelForTokenClassification, path, config, num_labels=1)
+    torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+@dataclass
+class RewardModel:
+    """Scores texts. Calls its model as (score - mean) / std, so that SFT samples have mean 0 and deviation 1."""
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    label: int = 0
+    mean: float = 0.0
+    std: float = 1.0
+    budget: int = 16384
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses):
+        """Scores [N] of N prompts and their responses, float32 on the CPU."""
+        scores = torch.empty(len(prompts))
+        for rows, batch in batches(self.tokenizer, prompts, [[r] for r in responses], self.budget, self.model.device):
+            scores[rows] = sequence_scores(self.model, batch)[:, self.label].float().cpu()
+        return (scores - self.mean) / self.std
+
+
+def sequence_scores(model, batch):
+    """Scores [B, labels] of whole sequences.
+
+    A decoder's head is read at the last response token, found by length: Hugging Face's own forward looks for the last
+    token that is not PAD, which misses the EOS where PAD is EOS. Encoders pool as they were trained to.
+    """
+    with compute(model):
+        if not hasattr(model, "score"):
+            return model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        hidden = model.base_model(**inputs(model, batch)).last_hidden_state
+        last = batch.position_ids.argmax(1)
+        return model.score(hidden[torch.arange(len(batch)), last]).float()
+
+
+def load_reward_model(path, config):
+    """Any sequence-classification model; --reward_label picks one label of several."""
+    model, tokenizer = load(AutoModelForSequenceClassification, path, config), load_tokenizer(path, config)
+    labels = {name.lower(): i for i, name in model.config.id2label.items()}
+    if len(labels) > 1 and config.reward_label.lower() not in labels:
+        raise UserError(f"the reward model {path} has several labels: pick one with --reward_label, of "
+                        f"{', '.join(model.config.id2label.values())}")
+    scale = getattr(model.config, "reward_scale", {"mean": 0.0, "std": 1.0})
+    return RewardModel(model, tokenizer, labels.get(config.reward_label.lower(), 0), **scale, budget=config.token_budget)
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=65536):
+    """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
+
+    Returns a Batch of len(prompts) * n rows on the CPU, the n rows of a prompt together, prompts in the given order.
+    Prompts of like length are sampled together, as many rows at a time as the budget of padded tokens allows. The
+    model's mode and its own generation settings are left as they were.
+    """
+    ids = prompt_ids(tokenizer, prompts)
+    order = sorted((i for i in range(len(prompts)) for _ in range(n)), key=lambda i: len(ids[i]))
+    mode, settings = model.training, model.generation_config
+    # generate() fills what is left open from model.generation_config, where many models keep a top-k of their own
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=not greedy, temperature=None if greedy else temperature,
+        top_k=None if greedy else 0, top_p=None if greedy else 1.0, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    model.eval()
+    rows, places = [], {i: [] for i in range(len(prompts))}
+    try:
+        while len(rows) < len(order):
+            width = len(ids[order[len(rows)]]) + max_new_tokens
+            part = order[len(rows):len(rows) + max(1, budget // width)]
+            prompt = pack([(ids[i], []) for i in part], tokenizer.pad_token_id).to(model.device)
+            with compute(model):
+                texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
+            for i, response in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
+                end = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else len(response)
+                places[i].append(len(rows))
+                rows.append((ids[i], response[:end]))
+    finally:
+        model.train(mode)
+        model.generation_config = settings
+    return pack([rows[place] for i in range(len(prompts)) for place in places[i]], tokenizer.pad_token_id)

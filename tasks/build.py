@@ -1,0 +1,193 @@
+"""The embedded task's models, one set per seed: SFT policy, annotated pairs, proxy and judge, and the scored pool.
+
+    demonstrations by the crowd writer -> SFT policy -> its samples -> annotators' labels -> proxy, judge -> scored pool
+
+Everything lies in cache/reviews/<hash>/seed<k>, where the hash covers the code that made it. Each part is written under
+a temporary name and then renamed, so a build that is killed goes on with the next part that is missing.
+"""
+import hashlib
+import inspect
+import json
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tokenizers
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+from tasks import Demonstration, Pair, Ranking, Task, reviews
+
+DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
+POOL = 512, 16                # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
+PAIRS = 8                     # annotated pairs per pool prompt and reward model, of samples outside the pool
+TEST = 128, 64                # test prompts, SFT samples of each for best-of-n curves
+
+
+def tiny_tokenizer(max_length):
+    """One token per word, its leading space included, so that decoding is joining."""
+    words = ["<pad>", "<eos>", "<unk>", *reviews.VOCABULARY]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(reviews.TOKEN_PATTERN), "isolated")
+    core.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+                                   model_max_length=max_length)
+
+
+def tiny_model(tokenizer):
+    """A Llama of 0.2 million parameters: one layer, as wide as a laptop trains in a minute."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def stage(config, **settings):
+    """Options of a training stage that depend on nothing but the seed and the machine."""
+    # a small token budget puts rows of like length together, which saves a third of the padding
+    return common.Config(seed=config.seed, device=config.device, dtype=config.dtype, token_budget=2048, **settings)
+
+
+def home(config):
+    """The directory of this seed's models; its name holds a hash of the code that makes them."""
+    code = [inspect.getsource(part) for part in (reviews, inspect.getmodule(home), common.fit, common.epochs,
+                                                 common.train_sft, common.reward_model_losses, common.train_reward_model)]
+    return common.CACHE / "reviews" / hashlib.sha256("".join(code).encode()).hexdigest()[:12] / f"seed{config.seed}"
+
+
+def models(config):
+    """Build what is missing of this seed's models (the first time up to two minutes); returns their directory."""
+    path = home(config)
+    if (path / "vitals.json").exists():
+        return path
+    print(f"building the embedded task's models for seed {config.seed} (once, up to two minutes)")
+    began, rng = time.time(), random.Random(config.seed)
+    torch.manual_seed(config.seed)
+    prompts = reviews.make_prompts("train", 3000, config.seed)
+
+    if not (path / "sft").exists():
+        tokenizer = tiny_tokenizer(config.max_length)
+        written = [Demonstration(p, reviews.write("crowd", p, rng)) for p in rng.choices(prompts, k=DEMONSTRATIONS)]
+        model = tiny_model(tokenizer).to(common.pick_device(config.device))
+        settings = stage(config, lr=8e-3, batch_size=64, schedule="cosine", warmup=0.05)
+        common.save_model(common.train_sft(model, tokenizer, written, settings), tokenizer, path / "sft")
+    print(f"  SFT policy {time.time() - began:.0f} s")
+
+    if not (path / "samples.json").exists():
+        policy, tokenizer = common.load_policy(replace(config, policy=str(path / "sft"))), common.load_tokenizer(path / "sft", config)
+        test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
+        rows = {"pool": sample(policy, tokenizer, prompts[:POOL[0]], POOL[1], config),
+                "shown": sample(policy, tokenizer, prompts[:POOL[0]], 2 * PAIRS, config),
+                "test": sample(policy, tokenizer, test_prompts, 2 * PAIRS, config)}
+        common.write_json(path / "samples.json", rows)
+    print(f"  samples {time.time() - began:.0f} s")
+    rows = json.loads((path / "samples.json").read_text())
+
+    for name in ("proxy", "judge"):
+        if not (path / name).exists():
+            torch.manual_seed(config.seed)
+            tokenizer = common.load_tokenizer(path / "sft", config)
+            model = common.load(AutoModelForSequenceClassification, path / "sft", config, num_labels=1)
+            settings = stage(config, lr=4e-3, batch_size=64, epochs=3, schedule="cosine")
+            common.train_reward_model(model, tokenizer, annotated(rows["shown"], name, config.seed), settings)
+            scores = common.RewardModel(model, tokenizer)(*texts(rows["pool"]))
+            model.config.reward_scale = {"mean": scores.mean().item(), "std": scores.std().item()}
+            common.save_model(model, tokenizer, path / name)
+        print(f"  {name} {time.time() - began:.0f} s")
+    common.write_json(path / "vitals.json", {**vitals(path, rows, config), "seconds": round(time.time() - began)})
+    return path
+
+
+def sample(policy, tokenizer, prompts, n, config):
+    """[{prompt, responses [n], gold [n]}] of SFT samples, n for each prompt."""
+    batch = common.generate(policy, tokenizer, prompts, n, max_new_tokens=config.max_new_tokens)
+    responses, ended = common.decode(tokenizer, batch), common.finished(tokenizer, batch).tolist()
+    return [{"prompt": p, "responses": responses[i * n:i * n + n],
+             "gold": [reviews.gold(p, r, e) for r, e in zip(responses[i * n:i * n + n], ended[i * n:i * n + n])]}
+            for i, p in enumerate(prompts)]
+
+
+def texts(rows):
+    """Prompts and responses of scored rows, flat."""
+    return [row["prompt"] for row in rows for _ in row["responses"]], [r for row in rows for r in row["responses"]]
+
+
+def annotated(rows, name, seed):
+    """Samples paired off at random and labelled, the annotators' favourite first; equal texts are not shown to them.
+
+    Every name and seed stands for other pairs and other annotators: the judge shares no label with the proxy.
+    """
+    rng, pairs = random.Random(f"{name} {seed}"), []
+    for row in rows:
+        samples = rng.sample([*zip(row["responses"], row["gold"])], len(row["responses"]))
+        for (a, gold_a), (b, gold_b) in zip(samples[::2], samples[1::2]):
+            if a != b:
+                pairs.append(Pair(row["prompt"], *((a, b) if reviews.annotate(gold_a, gold_b, rng) else (b, a))))
+    return pairs
+
+
+def load_task(config):
+    """The reviews task of this seed: annotated pairs of SFT samples, and rankings of known writers."""
+    path = models(config)
+    rows = json.loads((path / "samples.json").read_text())
+    rng = random.Random(f"writers {config.seed}")
+    rankings = []
+    for prompt in (row["prompt"] for row in rows["pool"]):
+        names = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
+        responses = [reviews.write(name, prompt, rng) for name in names] + list(reviews.style_pair(prompt, rng))
+        rankings.append(Ranking(prompt, responses, [reviews.gold(prompt, r) for r in responses],
+                                names + ["chatty", "dry"]))
+    test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
+    return Task("reviews", {"train": [row["prompt"] for row in rows["pool"]], "test": test_prompts},
+                pairs={"train": annotated(rows["shown"], "proxy", config.seed),
+                       "test": annotated(rows["test"], "test", config.seed)},
+                rankings={"train": rankings, "test": []}, gold=reviews.gold, fluent=reviews.fluent,
+                attributes=reviews.attributes)
+
+
+def score_pool(path, rows, config, name="proxy"):
+    """(scores, gold), both [prompts, n]."""
+    scores = common.load_reward_model(path / name, config)(*texts(rows))
+    return scores.view(len(rows), -1), torch.tensor([row["gold"] for row in rows])
+
+
+def test_pool(config):
+    """(proxy, gold), both TEST: SFT samples of the test prompts, as many as best-of-n curves need. Kept in the cache."""
+    path = models(config)
+    if not (path / "test_pool.json").exists():
+        torch.manual_seed(config.seed + 1)
+        policy, tokenizer = common.load_policy(config), common.load_tokenizer(path / "sft", config)
+        common.write_json(path / "test_pool.json", sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1], config))
+    return score_pool(path, json.loads((path / "test_pool.json").read_text()), config)
+
+
+def vitals(path, rows, config):
+    """The figures by which to tell a healthy build."""
+    def accuracy(name):
+        test = rows["test"]
+        scores, gold = score_pool(path, test, config, name)
+        better, truth = scores[:, ::2] > scores[:, 1::2], gold[:, ::2] - gold[:, 1::2]
+        return round((better == (truth > 0))[truth != 0].float().mean().item(), 3)
+
+    gold_of = {(row["prompt"], r): g for row in rows["shown"] for r, g in zip(row["responses"], row["gold"])}
+    pairs = annotated(rows["shown"], "proxy", config.seed)
+    gaps = [gold_of[p.prompt, p.chosen] - gold_of[p.prompt, p.rejected] for p in pairs]
+    gaps = [gap for gap in gaps if gap]
+    scores, gold = score_pool(path, rows["pool"], config)
+    best = gold.gather(1, scores.argmax(1, keepdim=True))
+    fluent = [reviews.fluent(r) for r in texts(rows["pool"])[1]]
+    return {"SFT fluency": round(sum(fluent) / len(fluent), 3), "SFT gold": round(gold.mean().item(), 3),
+            "annotator agreement with gold": round(sum(gap > 0 for gap in gaps) / len(gaps), 3),
+            "proxy accuracy": accuracy("proxy"), "judge accuracy": accuracy("judge"),
+            "best-of-16 gold, by proxy": round(best.mean().item(), 3),
+            "best-of-16 gold, by gold": round(gold.max(1).values.mean().item(), 3), "pairs": len(pairs)}
+
+
+def report(config):
+    """What `python common.py` prints."""
+    path = models(config)
+    for name, value in json.loads((path / "vitals.json").read_text()).items():
+        print(f"{name:32}{value:>8}")
+    print(f"{'directory':32}{path}")

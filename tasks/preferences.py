@@ -1,0 +1,297 @@
+"""Preference data from a JSONL file (plain or gzipped) or from a hub data set, as a Task without a gold reward.
+
+One JSON object a line, all lines of one kind:
+
+    pair           {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}: two transcripts that share all but the
+                   last answer, as text in Anthropic's HH form or as lists of messages
+    ranking        {"prompt", "responses": [...], "scores": [...]}, higher is better; "systems": [...] may name the
+                   writers ("completions" and "rewards" are understood too)
+    demonstration  {"prompt", "completion"}, with "attributes": {name: int} for SteerLM ("response" is understood too)
+    prompt         {"prompt"} alone, for methods that sample their own responses
+
+A list of {"role", "content"} messages may stand for a prompt or an answer, and makes the row a chat: its prompt goes
+through the tokenizer's chat template. HH transcripts keep their own "Human:" and "Assistant:".
+
+A line that cannot be used is an error, not a guess; `skip_bad_rows` leaves out the kinds that real data is full of.
+"""
+import gzip
+import hashlib
+import json
+import re
+import sys
+import zlib
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError
+from jinja2 import TemplateError
+
+from tasks import Demonstration, Pair, Ranking, Task, UserError
+
+KIND_OF_FIELD = {
+    "chosen": "pair", "rejected": "pair", "responses": "ranking", "completions": "ranking",
+    "completion": "demonstration", "response": "demonstration", "scores": "ranking", "rewards": "ranking"}
+KNOWN = 'known: "prompt" alone or with chosen + rejected, responses + scores or completion; or chosen + rejected alone'
+HH_ANSWER = "\n\nAssistant:"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; UTF-8, and so every tokenizer, cannot hold it
+TEST_SHARE = 0.1
+
+
+def require(condition, where: str, problem: str):
+    if not condition:
+        raise UserError(f"{where}: {problem}")
+
+
+def ask_hub(call, dataset: str, **arguments):
+    # No network is an HTTPError, an unknown id or file and offline mode are OSErrors, a malformed id is the third.
+    try:
+        return call(dataset, repo_type="dataset", **arguments)
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise UserError(f"cannot read {dataset} from the hub ({type(error).__name__}); "
+                        "pass a local .jsonl file instead") from error
+
+
+def choose_file(dataset: str, files: list[str]) -> str:
+    files = [file for file in files if file.endswith((".jsonl", ".jsonl.gz"))]
+    train = [file for file in files if "train" in file]
+    if not files:
+        raise UserError(f"{dataset} has no .jsonl file; pass a local .jsonl file instead")
+    if len(files) > 1 and len(train) != 1:
+        raise UserError(f"{dataset} has several files; write {dataset}:FILE with one of {', '.join(files)}")
+    return files[0] if len(files) == 1 else train[0]
+
+
+def locate(source: str) -> tuple[Path, str]:
+    """The file to read, and the task's name."""
+    path = Path(source)
+    if path.is_dir():
+        raise UserError(f"{source} is a directory; pass one .jsonl file")
+    if path.exists():
+        return path, re.sub(r"(\.jsonl?)?(\.gz)?$", "", path.name)
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", source)
+    meant_as_path = "/" in source and path.parent.is_dir()
+    if not hub or meant_as_path or hub[1].endswith((".jsonl", ".jsonl.gz", ".json")):
+        raise UserError(f"no such file: {source}")
+    dataset, file = hub.groups()
+    # A named file needs no listing, so it is also found in the hub's cache when there is no network.
+    file = file or choose_file(dataset, ask_hub(HfApi().list_repo_files, dataset))
+    return Path(ask_hub(HfApi().hf_hub_download, dataset, filename=file)), dataset
+
+
+def read_lines(path: Path):
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            yield from enumerate(file, start=1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path.name}: cannot be read to the end ({error})") from error
+
+
+def parse_line(where: str, line: bytes) -> dict:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; lists nested as deep
+        raise UserError(f"{where}: not JSON that can be read ({error})") from error
+    require(isinstance(row, dict), where, "not a JSON object")
+    return row
+
+
+def read_rows(path: Path):
+    for number, line in read_lines(path):
+        if line.strip():
+            where = f"{path.name} line {number}"
+            yield where, parse_line(where, line.strip())
+
+
+def fields_of(where: str, row: dict) -> tuple[str, list[str]]:
+    """The row's kind, and the names of its fields as this row spells them: answers, scores, prompt."""
+    kind = next((KIND_OF_FIELD[field] for field in KIND_OF_FIELD if field in row), "prompt")
+
+    def spelled(name, alias):
+        return alias if alias in row and name not in row else name
+
+    fields = {"pair": ["chosen", "rejected"],
+              "ranking": [spelled("responses", "completions"), spelled("scores", "rewards"), "prompt"],
+              "demonstration": [spelled("completion", "response"), "prompt"],
+              "prompt": ["prompt"]}[kind]
+    for field in fields:
+        require(field in row, where, f'missing "{field}"; {KNOWN}')
+    return kind, fields
+
+
+def text_of(prompt: str | list[dict]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def read_text(where: str, field: str, value) -> str | list[dict]:
+    """A string as it is; messages without whatever else (ids, names) data sets hang on them."""
+    if not isinstance(value, str):
+        require(isinstance(value, list) and all(isinstance(message, dict) and isinstance(message.get("role"), str)
+                                                and isinstance(message.get("content"), str) for message in value),
+                where, f'"{field}" is neither a string nor a list of {{"role", "content"}} messages')
+        value = [{"role": message["role"], "content": message["content"]} for message in value]
+    require(not LONE_SURROGATE.search(text_of(value)), where, f'"{field}" has half a surrogate pair')
+    return value
+
+
+def split_answer(where: str, field: str, value: str | list[dict], has_prompt: bool) -> tuple:
+    """The prompt that an answer brings with it (None if it is the response alone), and the response."""
+    if isinstance(value, list):
+        require(value and value[-1]["role"] == "assistant", where, f'"{field}" does not end with an assistant message')
+        return value[:-1] or None, value[-1]["content"]
+    if has_prompt:
+        return None, value
+    before, marker, response = value.rpartition(HH_ANSWER)
+    require(marker, where, f'missing "prompt", and "{field}" is no transcript with "\\n\\nAssistant:"')
+    return before + marker, response
+
+
+def find_faults(row: dict, kind: str, fields: list[str], prompt, answers: dict[str, tuple]):
+    """Yields (kind of fault, message) for rows as real data has them: well formed, with nothing to learn from."""
+    last_turn = prompt if isinstance(prompt, str) else text_of(prompt[-1:])
+    if not last_turn.strip():
+        yield "empty prompt", '"prompt" is empty'
+    if kind == "ranking":
+        _, score_field, _ = fields
+        if len(answers) < 2:
+            yield "fewer than two responses", "a ranking needs at least two responses"
+        for field in (score_field, "systems"):
+            if field in row and len(row[field]) != len(answers):
+                yield "different lengths", f'"{field}" has length {len(row[field])} for {len(answers)} responses'
+        for i, score in enumerate(row[score_field]):
+            if not abs(score) <= sys.float_info.max:  # also so for NaN, and for an integer that no float can hold
+                yield "score not finite", f'"{score_field}[{i}]" is not finite'
+    for field, (own_prompt, response) in answers.items():
+        if own_prompt not in (None, prompt):
+            origin = "prompt" if "prompt" in row else "chosen"
+            yield "no shared prompt", f'"{field}" does not share the prompt of "{origin}"'
+        if not response.strip():
+            yield "empty response", f'"{field}" is empty'
+    if kind == "pair" and answers["chosen"][1] == answers["rejected"][1]:
+        yield "equal responses", '"chosen" and "rejected" are equal'
+
+
+def render(where: str, prompt: str | list[dict], tokenizer) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    require(getattr(tokenizer, "chat_template", None), where, "a chat needs a tokenizer with a chat template")
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f'{where}: the chat template refuses "prompt" ({error})') from error
+
+
+def check_types(where: str, row: dict, kind: str, fields: list[str]):
+    if kind == "ranking":
+        response_field, score_field, _ = fields
+        for field in (response_field, score_field, "systems"):
+            require(isinstance(row.get(field, []), list), where, f'"{field}" is not a list')
+        for i, score in enumerate(row[score_field]):
+            require(type(score) in (int, float), where, f'"{score_field}[{i}]" is not a number')
+        for i, system in enumerate(row.get("systems", [])):
+            require(isinstance(system, str), where, f'"systems[{i}]" is not a string')
+    if kind == "demonstration":
+        require(isinstance(row.get("attributes", {}), dict), where, '"attributes" is not an object')
+        for name, level in row.get("attributes", {}).items():
+            require(type(level) is int, where, f'"attributes" has "{name}", which is not an integer')
+
+
+def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=None, chat: bool = False) -> tuple:
+    """(example, key to split by, None), or (None, None, fault). A pair comes out as a ranking of two."""
+    check_types(where, row, kind, fields)
+    values = {field: row[field] for field in fields if field != "prompt"}
+    if kind == "ranking":
+        values = {f"{fields[0]}[{i}]": response for i, response in enumerate(row[fields[0]])}
+    values = {field: read_text(where, field, value) for field, value in values.items()}
+    answers = {field: split_answer(where, field, value, "prompt" in row) for field, value in values.items()}
+    prompt = read_text(where, "prompt", row["prompt"]) if "prompt" in row else answers["chosen"][0]
+    require(prompt is not None, where, f'missing "prompt"; {KNOWN}')
+    chat = chat or any(isinstance(value, list) for value in values.values())
+    if chat and "prompt" in row and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+
+    fault = next(find_faults(row, kind, fields, prompt, answers), None)
+    if fault:
+        return None, None, fault
+    key, prompt = text_of(prompt), render(where, prompt, tokenizer)
+    responses = [response for _, response in answers.values()]
+    if kind == "pair":
+        return Ranking(prompt, responses, [1.0, 0.0]), key, None
+    if kind == "ranking":
+        return Ranking(prompt, responses, [float(score) for score in row[fields[1]]], row.get("systems", [])), key, None
+    if kind == "demonstration":
+        return Demonstration(prompt, responses[0], row.get("attributes", {})), key, None
+    return prompt, key, None
+
+
+def choose_test_prompts(keys: dict[str, str]) -> set[str]:
+    """About a tenth of the prompts, chosen by a hash of each one's key alone, so that neither the order of the file nor
+    its labels nor its other rows matter. Each split gets at least one."""
+    digests = {prompt: hashlib.sha256(key.encode()).hexdigest() for prompt, key in keys.items()}
+    below = sum(int(digest, 16) < TEST_SHARE * 2**256 for digest in digests.values())
+    by_digest = sorted(digests, key=lambda prompt: (digests[prompt], prompt))
+    return set(by_digest[:min(max(below, 1), len(keys) - 1)])
+
+
+def pairs_of(ranking: Ranking) -> list[Pair]:
+    """Every two responses that differ in text and score, as in InstructGPT (Ouyang et al., 2022, section 3.5)."""
+    scored = list(zip(ranking.scores, ranking.responses))
+    return [Pair(ranking.prompt, a, b) if high > low else Pair(ranking.prompt, b, a)
+            for (high, a), (low, b) in combinations(scored, 2) if high != low and a != b]
+
+
+def best_of(ranking: Ranking) -> Demonstration:
+    return Demonstration(ranking.prompt, ranking.responses[ranking.scores.index(max(ranking.scores))])
+
+
+def prompt_of(example) -> str:
+    return example if isinstance(example, str) else example.prompt
+
+
+def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> Task:
+    rows = {"train": [example for example in examples if prompt_of(example) not in test_prompts],
+            "test": [example for example in examples if prompt_of(example) in test_prompts]}
+    task = Task(name, {split: list(dict.fromkeys(map(prompt_of, rows[split]))) for split in rows})
+    if kind in ("pair", "ranking"):
+        task.rankings = rows
+        task.pairs = {split: [pair for ranking in rows[split] for pair in pairs_of(ranking)] for split in rows}
+        task.demonstrations = {split: [best_of(ranking) for ranking in rows[split]] for split in rows}
+    if kind == "demonstration":
+        task.demonstrations = rows
+    return task
+
+
+def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False, skip_bad_rows: bool = False) -> Task:
+    """`limit`: read only the first so many usable rows (0: all). `chat`: plain prompts become a user's turn."""
+    path, name = locate(source)
+    examples, keys, left_out, file_kind = [], {}, Counter(), None
+    for where, row in read_rows(path):
+        kind, fields = fields_of(where, row)
+        file_kind = file_kind or kind
+        require(kind == file_kind, where, f"this row is a {kind}, the rows before it are {file_kind}s")
+        example, key, fault = parse_row(where, row, kind, fields, tokenizer, chat)
+        if fault:
+            reason, message = fault
+            require(skip_bad_rows, where, f"{message}; --skip_bad_rows leaves such rows out")
+            left_out[reason] += 1
+            continue
+        examples.append(example)
+        # The key is the prompt before the chat template: templates differ between models and may print today's date,
+        # and the split must not. Two keys can come out as one prompt, which must not land in both splits: the smaller.
+        keys[prompt_of(example)] = min(key, keys.get(prompt_of(example), key))
+        if len(examples) == limit:
+            break
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        print(f"left out {left_out.total()} of {len(examples) + left_out.total()} rows: {reasons}", file=sys.stderr)
+    if not examples:
+        raise UserError(f"{path.name}: no usable row")
+    if len(keys) < 2:
+        raise UserError(f"{path.name}: all rows have the same prompt; at least two different prompts are needed, "
+                        "one to train on and one to test on")
+    return build_task(name, file_kind, examples, choose_test_prompts(keys))
