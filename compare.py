@@ -357,7 +357,7 @@ def claim_rows(method_name, results, collected):
     for title, experiment in importlib.import_module(method_name).EXPERIMENTS.items():
         for claim in experiment["claims"]:
             word, comparisons = verdict(claim, collected[title])
-            rows.append([claim["claim"], f"{claim['paper']} {claim['source']}".strip(),
+            rows.append([claim["claim"], f"{claim['paper']} ({claim['source']})",
                          measured(word, comparisons, len(results["seeds"])), word])
     return rows
 

@@ -22,7 +22,7 @@ from tasks import Demonstration, Pair, Ranking, Task, reviews
 
 DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
 POOL = 512, 16                # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
-PAIRS = 8                     # annotated pairs per pool prompt and reward model, of samples outside the pool
+PAIRS = 6                     # annotated pairs per pool prompt and reward model, of samples outside the pool
 TEST = 128, 64                # test prompts, SFT samples of each for best-of-n curves
 
 
@@ -90,7 +90,7 @@ def models(config):
             torch.manual_seed(config.seed)
             tokenizer = common.load_tokenizer(path / "sft", config)
             model = common.load(AutoModelForSequenceClassification, path / "sft", config, num_labels=1)
-            settings = stage(config, lr=4e-3, batch_size=64, epochs=3, schedule="cosine")
+            settings = stage(config, lr=3e-3, batch_size=32, epochs=4, schedule="cosine")
             common.train_reward_model(model, tokenizer, annotated(rows["shown"], name, config.seed), settings)
             scores = common.RewardModel(model, tokenizer)(*texts(rows["pool"]))
             model.config.reward_scale = {"mean": scores.mean().item(), "std": scores.std().item()}

@@ -12,7 +12,7 @@ that the true reward of every sample is known, next to the proxy reward that a m
     gold         gold                           the reward that an ideal judge would give
     attributes   attributes                     five levels, for methods that are steered by them
     writers      write, style_pair              people of known skill and habits, who provide the training text
-    annotators   annotate                       people who compare two responses, and are wrong 28% of the time
+    annotators   annotate                       people who compare two responses, and are wrong 27% of the time
 
 Every text is the concatenation of its TOKEN_PATTERN matches, and all of these are in VOCABULARY.
 """
@@ -46,35 +46,32 @@ GENRE_OFFSET = {"comedy": 0.6, "musical": 0.5, "thriller": 0.4, "mystery": 0.3, 
                 "drama": -0.1, "fantasy": -0.2, "cartoon": -0.3, "satire": -0.4, "tragedy": -0.5, "documentary": -0.6}
 
 # No word starts with a silent h or a "yoo" sound, so the first letter alone decides between "a" and "an".
-ADJECTIVES = _valued({1.0: "brilliant superb wonderful flawless astonishing",
-                      0.7: "charming clever lovely elegant hilarious",
-                      0.4: "good decent pleasant enjoyable solid",
-                      -0.4: "weak flat uneven forgettable odd",
-                      -0.7: "bad boring clumsy dull irritating",
-                      -1.0: "terrible awful dreadful unbearable atrocious"})
-INTENSIFIERS = ("very", "truly", "really", "utterly", "absolutely", "remarkably")
-OPINIONS = _valued({1.0: "loved adored", 0.7: "enjoyed admired", 0.4: "liked",
-                    -0.4: "endured", -0.7: "disliked regretted", -1.0: "hated loathed"})
-DENIALS = _valued({1.0: "love", 0.7: "enjoy", 0.4: "like understand", -0.4: "mind", -0.7: "regret", -1.0: "hate"})
+ADJECTIVES = _valued({1.0: "brilliant superb wonderful", 0.7: "charming clever elegant", 0.4: "good decent enjoyable",
+                      -0.4: "weak odd forgettable", -0.7: "bad boring irritating", -1.0: "terrible awful dreadful"})
+INTENSIFIERS = ("very", "truly", "really", "utterly", "remarkably")
+OPINIONS = _valued({1.0: "loved", 0.7: "enjoyed", 0.4: "liked", -0.4: "endured", -0.7: "disliked", -1.0: "hated"})
+DENIALS = _valued({1.0: "love", 0.7: "enjoy", 0.4: "like", -0.4: "mind", -0.7: "regret", -1.0: "hate"})
 EMPHASIS = ("really", "truly")
-EFFECTS = _valued({1.0: "thrilled enchanted", 0.7: "moved charmed delighted", 0.4: "amused",
-                   -0.4: "confused", -0.7: "bored annoyed wearied", -1.0: "appalled tormented"})
+EFFECTS = _valued({1.0: "thrilled", 0.7: "moved charmed", 0.4: "amused",
+                   -0.4: "confused", -0.7: "bored annoyed", -1.0: "appalled"})
 AUDIENCES = ("me", "us", "everyone", "my cat", "the critics", "the whole row")
 DEGREES = ("deeply", "immensely", "to tears")
 DETERMINERS = ("the", "its", "even the")
 ASIDES = ("in my opinion", "if you ask me")
-VERDICTS = {"see it twice": 1.0, "it deserves every prize": 1.0, "i would watch it again": 0.7,
-            "see it with friends": 0.7, "i forgot my popcorn": 0.7, "give it a chance": 0.4,
-            "my mother would love it": 0.4, "wait for a rainy day": -0.4, "once was enough": -0.4,
-            "bring a pillow": -0.7, "i would not recommend it": -0.7, "i slept very well": -0.7,
+VERDICTS = {"see it twice": 1.0, "i would watch it again": 0.7, "see it with friends": 0.7, "i forgot my popcorn": 0.7,
+            "give it a chance": 0.4, "my mother would love it": 0.4, "wait for a rainy day": -0.4,
+            "bring a pillow": -0.7, "i would not recommend it": -0.7,
             "skip it": -1.0, "i want my money back": -1.0, "even my cat walked out": -1.0}
 VALENCE = ADJECTIVES | OPINIONS | DENIALS | EFFECTS | VERDICTS
 
 STORIES = ("follows", "is about", "stars")
-MOODS = ("lonely", "retired", "nervous", "angry", "elderly", "invisible", "heroic", "sleepy")
-HEROES = ("sheriff", "accountant", "vampire", "dentist", "librarian", "detective", "goose", "spy", "plumber", "king")
+MOODS = ("lonely", "retired", "nervous", "angry", "elderly", "invisible", "heroic", "sleepy", "polite", "hungry", "jealous",
+         "ambitious")
+HEROES = ("sheriff", "accountant", "vampire", "dentist", "librarian", "detective", "goose", "spy", "plumber", "king",
+          "wizard", "baker", "pirate", "nurse", "butler", "astronaut", "poet",
+          "gardener")
 PLACES = ("in a small town", "on a sinking ship", "on the moon", "in a tax office", "at a wedding",
-          "in the desert", "at the north pole", "behind a bakery")
+          "in the desert", "at the north pole", "behind a bakery", "in a lighthouse", "under the opera")
 
 # -------------------------------------------------------------------------------------------------- prompts
 
@@ -274,7 +271,7 @@ class Writer:
     shapes: tuple[float, ...] = (8, 3, 2, 4, 3)  # weights of JUDGING
     opener: float = 0.25             # where there are two clauses or more
     verdict: float = 0.35
-    steady: float = 0.85             # a clause shares the mood of the review
+    steady: float = 0.92             # a clause shares the mood of the review
     intensify: float = 0.3
     negate: float = 0.2
     aside: float = 0.1
@@ -392,10 +389,10 @@ def style_pair(prompt: str, rng: random.Random) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------- annotators
 
 
-def annotate(gold_a: float, gold_b: float, rng: random.Random, temperature: float = 0.45, flip: float = 0.08) -> bool:
+def annotate(gold_a: float, gold_b: float, rng: random.Random, temperature: float = 0.5, flip: float = 0.1) -> bool:
     """Does this annotator prefer a? Bradley-Terry on gold, then a label the wrong way round with probability flip.
 
-    With the defaults a label on two crowd responses to one prompt agrees with gold 72% of the time, as people do.
+    With the defaults a label on two crowd responses to one prompt agrees with gold 73% of the time, about as people do.
     """
     sigmoid = 0.5 + 0.5 * math.tanh((gold_a - gold_b) / temperature / 2)  # in a form that cannot overflow
     return (rng.random() < sigmoid) != (rng.random() < flip)

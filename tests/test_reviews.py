@@ -159,7 +159,7 @@ def test_grammar_accepts_all_that_writers_draft(name):
 def test_slips_break_the_grammar_at_the_writers_rate(monkeypatch):
     """A slip that left the text grammatical would be none, and the fluency of the policy would start at 100%."""
     rates = {name: statistics.mean(reviews.fluent(text) for _, text in texts(name, 3000)) for name in reviews.WRITERS}
-    assert 0.975 < rates["crowd"] < 0.995 and 0.95 < rates["weak"] < rates["crowd"]
+    assert 0.99 < rates["crowd"] < 0.999 and 0.95 < rates["weak"] < rates["crowd"]
     assert all(rates[name] == 1 for name in rates if reviews.WRITERS[name].slip == 0)
     always = dataclasses.replace(reviews.WRITERS["crowd"], slip=1.0)
     monkeypatch.setitem(reviews.WRITERS, "crowd", always)

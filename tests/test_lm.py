@@ -1,0 +1,654 @@
+"""lm.py: batches, log-probabilities, loading and sampling. Letters are the bug classes that a test would catch.
+
+Models are random, of two layers and a vocabulary of at most 40; most run in float64, so that tolerances can be tight.
+"""
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (AutoModelForCausalLM, BertConfig, BertForSequenceClassification, CohereConfig,
+                          CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSequenceClassification,
+                          GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
+                          PreTrainedTokenizerFast)
+
+import common
+import lm
+from tasks import UserError
+
+FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
+SETTINGS = SimpleNamespace(device="cpu", dtype="float32", max_length=64, reward_label="", token_budget=256)
+
+
+# ------------------------------------------------------------------------------------------- tokenizers and models
+
+def finish_tokenizer(core, bos, pad, max_length):
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token=bos, pad_token=pad,
+                                   model_max_length=max_length)
+
+
+def letters(alphabet="abcdefgh", bos=None, pad="<eos>", max_length=64):
+    """One token a letter; EOS is 0 and, unless told otherwise, PAD too. A BOS is put in front by a post-processor."""
+    vocab = ["<eos>", *([bos] if bos else []), *([pad] if pad and pad != "<eos>" else []), *alphabet]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
+    return finish_tokenizer(core, bos, pad, max_length)
+
+
+def llama_config(vocab=12, **kwargs):
+    """Wide initial weights: with Hugging Face's 0.02 every distribution is nearly uniform and hides mistakes."""
+    return LlamaConfig(**{**dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                 num_attention_heads=2, max_position_embeddings=96, initializer_range=0.4,
+                                 eos_token_id=0, pad_token_id=0, bos_token_id=None), **kwargs})
+
+
+def gpt2_config(vocab=12, **kwargs):
+    return GPT2Config(**{**dict(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=96,
+                                initializer_range=0.4, eos_token_id=0, bos_token_id=None, pad_token_id=0), **kwargs})
+
+
+def build(cls, config, seed=0):
+    torch.manual_seed(seed)
+    return cls(config).double().eval()
+
+
+def llama(vocab=12, seed=0, **kwargs):
+    return build(LlamaForCausalLM, llama_config(vocab, **kwargs), seed)
+
+
+def gpt2(vocab=12, seed=0, **kwargs):
+    return build(GPT2LMHeadModel, gpt2_config(vocab, **kwargs), seed)
+
+
+both = pytest.mark.parametrize("make", [llama, gpt2])             # rotary and absolute positions
+
+
+def unpadded_logps(model, ids, n_prompt, temperature=1.0):
+    """The oracle: one row, no padding, no mask, a loop of cross-entropies."""
+    logits = model(torch.tensor([ids]), use_cache=False).logits[0].double() / temperature
+    return torch.stack([-F.cross_entropy(logits[t - 1], torch.tensor(ids[t])) for t in range(n_prompt, len(ids))])
+
+
+def of_response(batch, values):
+    """Per-token values [B, T-1] -> one tensor of response tokens for each row."""
+    return [row[mask.bool()] for row, mask in zip(values, batch.response_mask[:, 1:])]
+
+
+def outcomes():
+    """Everything that three sampling steps can give over EOS = 0 and the letters 1, 2, 3: 13 ended and 27 cut rows."""
+    ended = [[*word, 0] for n in range(3) for word in itertools.product((1, 2, 3), repeat=n)]
+    return ended + [list(word) for word in itertools.product((1, 2, 3), repeat=3)]
+
+
+def outcome_batch(prompt=(1, 2)):
+    return lm.pack([(list(prompt), y) for y in outcomes()], 0)
+
+
+# ------------------------------------------------------------------------------------------------- log-probabilities
+
+class Successor(torch.nn.Module):
+    """Puts 0.9 on the successor of every token, without a look at anything else."""
+    def __init__(self, vocab=5):
+        super().__init__()
+        successor = F.one_hot((torch.arange(vocab) + 1) % vocab, vocab).double()
+        self.head = torch.nn.Linear(vocab, vocab, bias=False, dtype=torch.float64)
+        self.head.weight.data = (successor * 0.9 + (1 - successor) * 0.1 / (vocab - 1)).log().T.contiguous()
+
+    def base_model(self, input_ids):
+        hidden = F.one_hot(input_ids, self.head.in_features).double()
+        return SimpleNamespace(last_hidden_state=hidden)
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.head(self.base_model(input_ids).last_hidden_state))
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_a_shift_off_by_one():                                                                                    # A
+    batch = lm.pack([([0], [1, 2, 3]), ([0, 1, 2], [3])], 4)
+    for row in of_response(batch, common.token_logps(Successor(), batch)):
+        torch.testing.assert_close(row.exp(), torch.full_like(row, 0.9))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_cross_entropy_loop_agrees(temperature):                                                                # A
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 6, 7, dtype=torch.float64), torch.randint(7, (2, 6))
+    for b, row in enumerate(common.gather_logps(logits, ids, temperature)):
+        for t, value in enumerate(row):
+            assert value.item() == pytest.approx(-F.cross_entropy(logits[b, t] / temperature, ids[b, t + 1]).item())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@both
+def test_b_probabilities_of_all_responses_sum_to_one(make, temperature):                                          # B
+    total = common.sequence_logps(make(4), outcome_batch(), temperature).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-9)
+
+
+def test_gather_logps_small_cases_from_the_fixtures():
+    # by hand: softmax of [1e4, 0, 0] is a point mass; [0, 0, -1e4] splits evenly over two; a naive exp() overflows
+    logits = torch.tensor([[[1e4, 0, 0]] * 4, [[0, 0, -1e4]] * 4], dtype=torch.float64)
+    ids = torch.tensor([[2, 0, 0, 2], [1, 2, 1, 1]])
+    half = math.log(0.5)
+    want = torch.tensor([[0, 0, -1e4], [-1e4 + half, half, half]], dtype=torch.float64)
+    torch.testing.assert_close(common.gather_logps(logits, ids), want, rtol=1e-12, atol=1e-12)
+    three = torch.tensor([[[math.log(1), math.log(2), math.log(5)]] * 2], dtype=torch.float64)
+    assert common.gather_logps(three, torch.tensor([[0, 2]])).exp().item() == pytest.approx(5 / 8)
+    # at temperature 1/2 the odds are squared: 1, 4, 25
+    assert common.gather_logps(three, torch.tensor([[0, 2]]), 0.5).exp().item() == pytest.approx(25 / 30)
+
+
+@pytest.mark.skipif(not (FIXTURES / "sequence_logps.json").exists(), reason="the fixtures are not here")
+def test_gather_logps_against_the_fixtures():
+    cases = json.loads((FIXTURES / "sequence_logps.json").read_text())
+    assert cases
+    for case in cases:
+        given, want = case["inputs"], case["expected"]
+        logps = common.gather_logps(torch.tensor(given["logits"], dtype=torch.float64),
+                                    torch.tensor(given["input_ids"]), given["temperature"])
+        sums = (logps * torch.tensor(given["response_mask"])[:, 1:]).sum(1)
+        for got, name in ((logps, "token_logps"), (sums, "sequence_sum")):
+            torch.testing.assert_close(got, torch.tensor(want[name], dtype=torch.float64), rtol=1e-9, atol=1e-9,
+                                       msg=lambda text: f"{case['id']}: {text}")
+
+
+def some_batch():
+    return lm.pack([([3, 4], [5, 6, 7, 0]), ([1, 2, 0, 5, 6], [2, 0]), ([7], [1]), ([2, 2], [3, 3, 3, 3, 0])], 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@both
+def test_chunked_logps_equal_plain_ones_in_value_and_gradient(make, chunk):
+    model, batch, weights = make(), some_batch(), torch.linspace(-1, 1, 9, dtype=torch.float64)
+    grads = []
+    for logps in (lambda: common.token_logps(model, batch, 0.7, chunk),
+                  lambda: common.gather_logps(model(**lm.inputs(model, batch)).logits, batch.input_ids, 0.7)
+                  * batch.response_mask[:, 1:]):
+        model.zero_grad()
+        value = logps()
+        (value * weights[:value.shape[1]]).sum().backward()
+        grads.append((value.detach(), *(p.grad.clone() for p in model.parameters())))
+    assert model.head_is_all                                       # else this would compare the plain path to itself
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any new tensor had."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_full_logits_are_never_held():
+    vocab, rows, length = 5000, 4, 32
+    model = llama(vocab, hidden_size=8, intermediate_size=8)
+    batch = lm.pack([([1] * 8, [2] * (length - 8))] * rows, 0)
+    largest = {}
+    for chunk in (8, 10 ** 6):
+        with Largest() as meter:
+            common.token_logps(model, batch, chunk=chunk).sum().backward()
+        largest[chunk] = meter.numel
+    assert largest[8] < rows * length * vocab / 4
+    assert largest[10 ** 6] > rows * length * vocab / 4            # the meter does see such tensors
+
+
+def cohere():
+    return build(CohereForCausalLM, CohereConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        logit_scale=0.25, initializer_range=0.4, pad_token_id=0, eos_token_id=0, bos_token_id=None))
+
+
+def gemma2():
+    return build(Gemma2ForCausalLM, Gemma2Config(
+        vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.4, pad_token_id=0,
+        eos_token_id=0, bos_token_id=None, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize("make", [cohere, gemma2])
+def test_logits_changed_after_the_head_fall_back_with_a_warning(make, capsys):
+    model = make()
+    ids = [3, 4, 5, 6, 0]
+    got = common.token_logps(model, lm.pack([(ids[:2], ids[2:])], 0))[0, 1:]
+    torch.testing.assert_close(got, unpadded_logps(model, ids, 2))
+    assert "warning" in capsys.readouterr().err
+    common.token_logps(model, some_batch())
+    assert not capsys.readouterr().err                             # once per model
+
+
+# --------------------------------------------------------------------------------------------------- pads, EOS, batches
+
+def test_c_eos_is_lost_where_pad_is_eos():                                                                        # C
+    tokenizer = letters()
+    batch = common.encode(tokenizer, ["ab", "a<eos>b"], ["cd", "cdef"])
+    assert batch.lengths.tolist() == [3, 5]                        # two and four letters, and EOS
+    assert batch.attention_mask.sum(1).tolist() == [5, 8]          # the EOS inside the prompt is attended to
+    logits = torch.randn(2, batch.input_ids.shape[1], 12, dtype=torch.float64, requires_grad=True)
+    (common.gather_logps(logits, batch.input_ids) * batch.response_mask[:, 1:]).sum().backward()
+    size, counted = logits.grad.abs().sum(-1)[:, :-1], batch.response_mask[:, 1:].bool()
+    assert (size[counted] > 0).all() and (size[~counted] == 0).all()
+    assert (batch.input_ids[:, 1:][counted] == 0).sum() == 2       # each row's EOS is among them
+
+
+def test_c_logps_are_right_with_eos_in_the_prompt_and_pad_as_eos():                                               # C
+    model, batch = llama(), common.encode(letters(), ["ab", "a<eos>b"], ["cd", "cdef"])
+    ids = [[1, 2, 3, 4, 0], [1, 0, 2, 3, 4, 5, 6, 0]]
+    for row, got, n_prompt in zip(ids, of_response(batch, common.token_logps(model, batch)), (2, 3)):
+        torch.testing.assert_close(got, unpadded_logps(model, row, n_prompt))
+
+
+def scorer(cls, config):
+    return build(cls, config(num_labels=2))
+
+
+MEASURES = {"token_logps": (common.token_logps, llama), "token_logps, GPT-2": (common.token_logps, gpt2),
+            "sequence_logps": (common.sequence_logps, gpt2),
+            "scores": (common.sequence_scores, lambda: scorer(LlamaForSequenceClassification, llama_config)),
+            "scores, GPT-2": (common.sequence_scores, lambda: scorer(GPT2ForSequenceClassification, gpt2_config))}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_d_value_depends_on_the_other_rows_or_on_pads(name):                                                      # D
+    function, make = MEASURES[name]
+    model = make()
+    one, shorter, longer = ([3, 4, 0], [5, 6, 0]), ([7], [0]), ([1, 2, 0, 5, 6, 7], [2, 2, 2, 2, 2, 0])
+
+    def measure(batch, row=0):
+        value = function(model, batch)
+        return of_response(batch, value)[row] if function is common.token_logps else value[row]
+
+    alone = lm.pack([one], 0)
+    want = measure(alone)
+    assert (want != 0).all()
+    for rows, place in (([one, shorter], 0), ([one, longer], 0), ([longer, shorter, one], 2), ([shorter, one, longer], 1)):
+        torch.testing.assert_close(measure(lm.pack(rows, 0), place), want, rtol=1e-6, atol=1e-6)
+    for pads in ((7, 0), (0, 7)):
+        padded = common.Batch(*(F.pad(t, pads) for t in alone.tensors()))
+        torch.testing.assert_close(measure(padded), want, rtol=1e-6, atol=1e-6)
+
+
+def test_d_concat_and_indexing_keep_rows_together():                                                              # D
+    model, a, b = gpt2(), some_batch(), outcome_batch()
+    joined = common.concat([a, b])
+    assert len(joined) == len(a) + len(b)
+    want = torch.cat([common.sequence_logps(model, a), common.sequence_logps(model, b)])
+    torch.testing.assert_close(common.sequence_logps(model, joined), want)
+    torch.testing.assert_close(common.sequence_logps(model, joined[[5, 1]].to("cpu")), want[[5, 1]])
+
+
+@both
+def test_e_left_padding_shifts_positions(make):                                                                   # E
+    model, tokenizer = make(), letters()
+    prompts = ["a", "abcdefgh", "hgc"]
+    for greedy in (True, False):
+        torch.manual_seed(1)
+        batch = common.generate(model, tokenizer, prompts, greedy=greedy, max_new_tokens=12)
+        assert (batch.attention_mask[:, 0] == 0).any()             # some prompt was padded, or nothing is tested
+        for prompt, got, row, mask in zip(prompts, of_response(batch, common.token_logps(model, batch)),
+                                          batch.input_ids, batch.attention_mask):
+            ids, n_prompt = row[mask.bool()].tolist(), len(prompt)
+            torch.testing.assert_close(got, unpadded_logps(model, ids, n_prompt), rtol=1e-5, atol=1e-5)
+            if greedy:                                             # generation itself saw the right positions
+                best = model(torch.tensor([ids])).logits[0].argmax(-1)
+                assert best[n_prompt - 1:-1].tolist() == ids[n_prompt:]
+
+
+# -------------------------------------------------------------------------------------------------------- KL, sampling
+
+def exact_kl(model, other, prompt=(1, 2)):
+    """KL(model || other) over three steps, prefix by prefix from full softmaxes: no code of lm.py in it."""
+    def kl_from(prefix, steps):
+        ids = torch.tensor([[*prompt, *prefix]])
+        p, q = (m(ids, use_cache=False).logits[0, -1].log_softmax(-1) for m in (model, other))
+        kl = (p.exp() * (p - q)).sum()
+        return kl + (sum(p[v].exp() * kl_from([*prefix, v], steps - 1) for v in (1, 2, 3)) if steps > 1 else 0)
+
+    return kl_from([], 3)
+
+
+def test_h_kl_has_the_wrong_sign_or_direction(tmp_path):                                                          # H
+    policy, reference, batch = llama(4, seed=1), llama(4, seed=2), outcome_batch()
+    reference.save_pretrained(tmp_path / "start")
+    config = common.Config(model=str(tmp_path / "start"), data="none.jsonl", device="cpu", token_budget=64)
+    forward, backward = exact_kl(policy, reference).item(), exact_kl(reference, policy).item()
+    assert forward > 0 and abs(forward - backward) > 0.01
+    p = common.sequence_logps(policy, batch).exp().detach()
+    k1 = common.kl_to_reference(config, copy.deepcopy(policy).float(), batch).double()   # it is float32 throughout
+    assert (p * k1).sum().item() == pytest.approx(forward, rel=1e-4)
+    assert (p * ((-k1).exp() - 1 + k1)).sum().item() == pytest.approx(forward, rel=1e-4)      # k3
+    swapped = common.sequence_logps(reference, batch).exp().detach() * k1
+    assert swapped.sum().item() == pytest.approx(-backward, rel=1e-4)
+
+
+def test_h_step_on_the_penalty_raises_kl():                                                                       # H
+    policy, reference, batch = llama(4, seed=1), llama(4, seed=2), outcome_batch()
+    before = exact_kl(policy, reference).item()
+    logps, ref_logps = common.sequence_logps(policy, batch), common.sequence_logps(reference, batch).detach()
+    (logps.exp().detach() * (logps - ref_logps).detach() * logps).sum().backward()           # REINFORCE, all outcomes
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter -= 1e-3 * parameter.grad
+    assert exact_kl(policy, reference).item() < before
+
+
+def assert_same_distribution(counts, probabilities):
+    """Pearson's chi-square at p = 1e-3; the quantile by Wilson and Hilferty. Rare outcomes share one bin."""
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    seen = [*counts[~rare].tolist(), counts[rare].sum().item()]
+    due = [*expected[~rare].tolist(), expected[rare].sum().item()]
+    pairs = [(s, d) for s, d in zip(seen, due) if s or d]
+    freedom = len(pairs) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.0902 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert sum((s - d) ** 2 / d for s, d in pairs) < limit
+
+
+@pytest.mark.parametrize("habit", [{}, {"top_k": 1}, {"repetition_penalty": 3.0, "do_sample": True},
+                                   {"top_p": 0.5, "min_new_tokens": 2, "temperature": 0.3}])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_i_samples_follow_another_distribution_than_the_scorer(temperature, habit):                               # I
+    model, tokenizer = llama(4, seed=1), letters("abc")
+    for name, value in habit.items():                              # what many hub models carry along
+        setattr(model.generation_config, name, value)
+    torch.manual_seed(0)
+    batch = common.generate(model, tokenizer, ["ab"], n=4000, temperature=temperature, max_new_tokens=3)
+    places = {tuple(y): i for i, y in enumerate(outcomes())}
+    counts = torch.zeros(len(places), dtype=torch.float64)
+    for row, mask in zip(batch.input_ids, batch.response_mask):
+        counts[places[tuple(row[mask.bool()].tolist())]] += 1
+    assert_same_distribution(counts, common.sequence_logps(model, outcome_batch(), temperature).exp().detach())
+
+
+@both
+def test_n_generate_leaves_its_traces_on_the_model(make, monkeypatch):                                            # N
+    model, tokenizer = make(), letters()
+    model.config.use_cache = False
+    model.generation_config.top_k = 7
+    settings, config = model.generation_config, copy.deepcopy(model.config.to_dict())
+    as_was = copy.deepcopy(settings.to_dict())
+    for training in (True, False):
+        model.train(training)
+        common.generate(model, tokenizer, ["ab", "c"], max_new_tokens=3)
+        monkeypatch.setattr(model, "generate", lambda **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            common.generate(model, tokenizer, ["ab", "c"], max_new_tokens=3)
+        monkeypatch.undo()
+        assert model.training is training and all(m.training is training for m in model.modules())
+        assert model.generation_config is settings and settings.to_dict() == as_was
+        assert model.config.to_dict() == config
+
+
+def test_n_generation_runs_with_dropout():                                                                        # N
+    model, tokenizer = gpt2(resid_pdrop=0.5, embd_pdrop=0.5).train(), letters()
+    one, two = (common.generate(model, tokenizer, ["ab"] * 4, greedy=True, max_new_tokens=8) for _ in range(2))
+    assert torch.equal(one.input_ids, two.input_ids) and (one.input_ids == one.input_ids[0]).all()
+
+
+@both
+def test_n_tokens_depend_on_the_split_or_the_order_is_lost(make):                                                 # N
+    model, tokenizer, prompts = make(), letters(), ["abcdef", "a", "hgc", "bb", "hgfedcba"]
+    whole = common.generate(model, tokenizer, prompts, n=3, greedy=True, max_new_tokens=8)
+    for budget in (1, 30, 60):
+        part = common.generate(model, tokenizer, prompts, n=3, greedy=True, max_new_tokens=8, budget=budget)
+        assert all(torch.equal(x, y) for x, y in zip(part.tensors(), whole.tensors()))
+    inside = whole.attention_mask - whole.response_mask
+    texts = [tokenizer.decode(row[mask.bool()]).replace(" ", "") for row, mask in zip(whole.input_ids, inside)]
+    assert texts == [prompt for prompt in prompts for _ in range(3)]
+    answers = common.decode(tokenizer, whole)
+    assert len(set(answers)) > 1 and all(len(set(answers[i:i + 3])) == 1 for i in range(0, 15, 3))
+
+
+def test_n_generate_exceeds_its_budget(monkeypatch):                                                              # N
+    model, tokenizer, sizes = llama(), letters(), []
+    plain = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: sizes.append(
+        kwargs["input_ids"].shape[0] * (kwargs["input_ids"].shape[1] + 4)) or plain(**kwargs))
+    common.generate(model, tokenizer, ["a"] + ["abcdefgh" * 2] * 5, max_new_tokens=4, budget=40)
+    assert max(sizes) <= 40                                        # two rows of 16 + 4
+
+
+# ------------------------------------------------------------------------------------------------------ tokenisation
+
+def test_j_tokens_merge_across_the_boundary():                                                                    # J
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    tokenizer = finish_tokenizer(Tokenizer(models.BPE(vocab, [("a", "b")])), None, "<eos>", 64)
+    assert tokenizer("cab").input_ids == [3, 4]                    # joined text would merge
+    batch = common.encode(tokenizer, ["ca"] * 3, ["b", "bc", "cab"])
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask)]
+    assert rows == [[3, 1, 2, 0], [3, 1, 2, 3, 0], [3, 1, 3, 4, 0]]
+    assert [text.replace(" ", "") for text in common.decode(tokenizer, batch)] == ["b", "bc", "cab"]
+
+
+def test_k_bos_is_doubled_or_before_the_response():                                                               # K
+    tokenizer = letters(bos="<bos>")
+    assert tokenizer("ab").input_ids == [1, 2, 3]                  # the habit is there
+    batch = common.encode(tokenizer, ["ab", "<bos>ab"], ["c", "c"])   # a chat template writes its BOS into the text
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 0]] * 2
+    assert batch.response_mask.tolist() == [[0, 0, 0, 1, 1]] * 2
+
+
+def test_k_bos_is_invented_or_missing_bos_fails():                                                                # K
+    tokenizer = letters()
+    assert tokenizer.bos_token_id is None
+    assert common.encode(tokenizer, ["ab"], ["c"]).input_ids.tolist() == [[1, 2, 3, 0]]
+    tokenizer.bos_token = "h"                                      # a BOS that the tokenizer never adds by itself
+    assert common.encode(tokenizer, ["ab"], ["c"]).input_ids.tolist() == [[1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("prompt", ["abcdefgh", "<bos>abcdefgh"])
+def test_k_bos_is_cut_from_a_long_prompt(prompt):                                                                 # K
+    tokenizer = letters(bos="<bos>", max_length=8)
+    assert lm.prompt_ids(tokenizer, [prompt]) == [[1, 5, 6, 7, 8, 9]]
+
+
+def test_l_eos_is_doubled_or_survives_a_cut():                                                                    # L
+    tokenizer = letters(max_length=8)
+    batch = common.encode(tokenizer, ["ab", "ab", "a<eos>", "ab"], ["cd", "cd<eos>", "c" * 20, "c" * 5])
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
+    assert rows == [[3, 4, 0], [3, 4, 0], [3] * 6, [3] * 5 + [0]]  # the third is cut, the fourth just fits
+    assert common.finished(tokenizer, batch).tolist() == [True, True, False, True]
+
+
+def test_l_long_prompt_leaves_no_room_for_a_response():                                                           # L
+    tokenizer = letters(max_length=8)
+    batch = common.encode(tokenizer, ["abcdefgh" * 3], ["abcd"])
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 1, 2]]  # the last six of the prompt, the first two of the answer
+    assert batch.lengths.tolist() == [2]
+
+
+def test_l_decode_returns_prompt_eos_or_pads():                                                                   # L
+    tokenizer = letters(pad="<pad>")
+    batch = common.encode(tokenizer, ["ab", "a"], ["c", "defg"])
+    assert [text.replace(" ", "") for text in common.decode(tokenizer, batch)] == ["c", "defg"]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("budget", [1, 40, 90, 10 ** 6])
+def test_batches_lose_rows_or_split_prompts(k, budget):
+    tokenizer, generator = letters(), torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 9, (17, k + 1), generator=generator).tolist()
+    prompts = ["a" * n for n, *_ in sizes]
+    responses = [["abcdefgh"[i % 8] * n for n in rest] for i, (_, *rest) in enumerate(sizes)]
+    seen = []
+    for rows, batch in common.batches(tokenizer, prompts, responses, budget):
+        seen += rows
+        want = common.encode(tokenizer, [prompts[i] for i in rows for _ in range(k)], sum((responses[i] for i in rows), []))
+        assert all(torch.equal(x, y) for x, y in zip(batch.tensors(), want.tensors()))
+    assert sorted(seen) == list(range(17))
+
+
+def test_batches_exceed_the_budget_with_like_items():
+    sizes = [batch.input_ids.numel() for _, batch in common.batches(letters(), ["aa"] * 9, [["b"]] * 9, 12)]
+    assert sizes == [12, 12, 12]                                   # full, yet not over
+
+
+def test_batches_exceed_the_budget_with_unlike_items():
+    # both items have 13 tokens, but side by side they are 10 + 11 wide
+    prompts, responses = ["a" * 10, "a" * 2], [["b" * 2], ["b" * 10]]
+    sizes = [batch.input_ids.numel() for _, batch in common.batches(letters(), prompts, responses, 30)]
+    assert max(sizes) <= 30
+
+
+def test_p_batch_is_changed_in_place():                                                                           # P
+    tokenizer, model, batch = letters(), llama(), some_batch()
+    reward = scorer(LlamaForSequenceClassification, llama_config)
+    before = [t.clone() for t in batch.tensors()]
+    for function in (lambda: common.token_logps(model, batch).sum().backward(),
+                     lambda: common.sequence_logps(model, batch, 0.7), lambda: common.sequence_scores(reward, batch),
+                     lambda: common.decode(tokenizer, batch), lambda: common.finished(tokenizer, batch),
+                     lambda: common.concat([batch, outcome_batch()]), lambda: (batch.lengths, batch.position_ids)):
+        function()
+        assert all(torch.equal(x, y) for x, y in zip(batch.tensors(), before))
+
+
+def test_p_gather_logps_changes_the_logits():                                                                     # P
+    logits, ids = torch.randn(1, 4, 5), torch.tensor([[1, 2, 3, 4]])
+    before = logits.clone(), ids.clone()
+    common.gather_logps(logits, ids, 0.5)
+    assert torch.equal(logits, before[0]) and torch.equal(ids, before[1])
+
+
+# --------------------------------------------------------------------------------------------------- bfloat16, loading
+
+def test_aa_bfloat16_logits_are_not_upcast():                                                                     # AA
+    torch.manual_seed(0)
+    logits, ids = 5 * torch.randn(2, 6, 40).bfloat16(), torch.randint(40, (2, 6))
+    got = common.gather_logps(logits, ids)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, common.gather_logps(logits.float(), ids))
+
+
+def test_aa_bfloat16_drifts_or_differs_between_policy_and_reference(tmp_path):                                    # AA
+    llama(40, initializer_range=0.15).save_pretrained(tmp_path)
+    exact, policy, reference = (common.load(AutoModelForCausalLM, tmp_path, SimpleNamespace(device="cpu", dtype=dtype))
+                                for dtype in ("float32", "bfloat16", "bfloat16"))
+    batch = lm.pack([([3, 4, 5], [6, 7, 8, 9, 0]), ([30], [31, 32, 0])], 0)
+    want, got, again = (common.token_logps(model, batch) for model in (exact, policy, reference))
+    assert got.dtype == torch.float32 and all(p.dtype == torch.float32 for p in policy.parameters())
+    assert torch.equal(got, again)
+    assert 0 < (got - want).abs().max() < 0.02                     # above 0: bfloat16 was really at work
+
+
+@pytest.mark.parametrize("make, dropout", [(llama, {"attention_dropout": 0.5}),
+                                           (gpt2, {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})])
+def test_f_dropout_stays_on_after_load(make, dropout, tmp_path):                                                  # F
+    make(**dropout).save_pretrained(tmp_path)
+    batch = some_batch()
+    raw = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    assert not torch.equal(common.token_logps(raw, batch), common.token_logps(raw, batch))     # else nothing is tested
+    model = common.load(AutoModelForCausalLM, tmp_path, SETTINGS)
+    assert not model.training
+    model.train()
+    assert torch.equal(common.token_logps(model, batch), common.token_logps(model, batch))
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+@both
+def test_f_value_model_drops_out_or_starts_off_zero(make, tmp_path):                                              # F
+    make().save_pretrained(tmp_path)
+    model, batch = common.load_value_model(tmp_path, SETTINGS).train(), some_batch()
+    inputs = lm.inputs(model, batch)
+    assert model(**inputs).logits.shape == (*batch.input_ids.shape, 1)
+    assert not model(**inputs).logits.any()
+    torch.nn.init.ones_(model.score.weight)                        # zeros would hide a dropout
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_reference_is_trainable_or_is_the_policy(tmp_path):                                                       # F, AJ
+    llama().save_pretrained(tmp_path)
+    config = common.Config(model=str(tmp_path), data="none.jsonl", device="cpu")
+    policy, reference = common.load_policy(config), common.load_reference(config)
+    for p, q in zip(policy.parameters(), reference.parameters()):
+        assert p.requires_grad and not q.requires_grad and p.data_ptr() != q.data_ptr() and torch.equal(p, q)
+
+
+def test_missing_or_empty_directory_is_a_stack_trace(tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        for function in (lambda: common.load(AutoModelForCausalLM, path, SETTINGS),
+                         lambda: common.load_tokenizer(path, SETTINGS)):
+            with pytest.raises(UserError, match="local directory"):
+                function()
+
+
+def test_tokenizer_without_pad_or_eos(tmp_path):
+    letters(pad=None).save_pretrained(tmp_path / "no_pad")
+    tokenizer = common.load_tokenizer(tmp_path / "no_pad", SETTINGS)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0 and tokenizer.model_max_length == 64
+    core = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(UserError, match="EOS"):
+        common.load_tokenizer(tmp_path / "no_eos", SETTINGS)
+
+
+# ------------------------------------------------------------------------------------------------------ reward models
+
+@pytest.mark.parametrize("cls, config", [(LlamaForSequenceClassification, llama_config),
+                                         (GPT2ForSequenceClassification, gpt2_config)])
+def test_ai_score_is_read_at_the_wrong_token(cls, config):                                                        # AI
+    model = scorer(cls, config)
+    rows = [([3, 4], [5, 6, 0]), ([1, 0, 2, 7], [3, 0]), ([6], [7, 7, 7, 7])]        # EOS in a prompt; one cut off
+    got = common.sequence_scores(model, lm.pack(rows, 0))
+    for (prompt, response), score in zip(rows, got):
+        hidden = model.base_model(torch.tensor([prompt + response]), use_cache=False).last_hidden_state[0, -1]
+        torch.testing.assert_close(score, model.score(hidden).float())
+    own = model(torch.tensor([rows[0][0] + rows[0][1]]), use_cache=False).logits[0]      # PAD is EOS: misses the EOS
+    assert (got[0] - own).abs().max() > 1e-3
+
+
+def reward_directory(path, labels):
+    config = llama_config(num_labels=len(labels), id2label=dict(enumerate(labels)),
+                          label2id={name: i for i, name in enumerate(labels)})
+    build(LlamaForSequenceClassification, config).save_pretrained(path)
+    letters().save_pretrained(path)
+    return path
+
+
+def test_label_of_a_reward_model_is_guessed_or_wrong(tmp_path):
+    labels = ["Helpful", "Honest", "Short"]
+    path = reward_directory(tmp_path, labels)
+    with pytest.raises(UserError) as error:
+        common.load_reward_model(path, SETTINGS)
+    assert all(name in str(error.value) for name in ["--reward_label", *labels])
+    prompts, responses = ["abc", "a", "gh"], ["d", "efgh", ""]
+    for i, name in enumerate(labels):
+        reward = common.load_reward_model(path, SimpleNamespace(**{**vars(SETTINGS), "reward_label": name.lower()}))
+        want = common.sequence_scores(reward.model, common.encode(reward.tokenizer, prompts, responses))[:, i]
+        torch.testing.assert_close(reward(prompts, responses), want.detach(), rtol=1e-4, atol=1e-5)
+        reward.mean, reward.std = 2.0, 4.0
+        torch.testing.assert_close(reward(prompts, responses), (want.detach() - 2) / 4, rtol=1e-4, atol=1e-5)
+
+
+def test_reward_model_returns_scores_in_the_order_of_length(tmp_path):
+    reward = common.load_reward_model(reward_directory(tmp_path, ["score"]), SETTINGS)
+    reward.budget = 20                                             # several batches, sorted by length inside
+    prompts, responses = ["abcdefgh", "a", "hgc", "bbbbb"], ["c", "abcdefgh", "", "dd"]
+    alone = [reward([p], [r]).item() for p, r in zip(prompts, responses)]
+    assert reward(prompts, responses).tolist() == pytest.approx(alone, abs=1e-5)
+    assert len(set(alone)) == 4
+
+
+def test_d_encoder_score_depends_on_left_padding():                                                               # D, AI
+    config = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+                        initializer_range=0.4, num_labels=1)
+    model = build(BertForSequenceClassification, config)
+    one, longer = ([3, 4], [5, 0]), ([1, 2, 3, 4, 5, 6], [7, 0])
+    torch.testing.assert_close(common.sequence_scores(model, lm.pack([one, longer], 0))[0],
+                               common.sequence_scores(model, lm.pack([one], 0))[0], rtol=1e-6, atol=1e-6)
