@@ -211,6 +211,18 @@ def plan(method_name, given):
     return planned
 
 
+def defaults(method_names):
+    """{method: {option: default}}: stored with the runs, since a key holds only what differs from these."""
+    return {name: {k: v for k, v in dataclasses.asdict(importlib.import_module(name).Config()).items() if k not in NO_IDENTITY}
+            for name in sorted(method_names)}
+
+
+def outdated(results):
+    """Has a default changed under the stored runs? An option that is new since then is no change."""
+    now = defaults(results.get("defaults", {}))
+    return any(now[name].get(k, v) != v for name, then in results.get("defaults", {}).items() for k, v in then.items())
+
+
 def rounded(x):
     """Six significant digits: enough to judge by, and a file whose diff can be read. Not-a-number becomes null."""
     if isinstance(x, dict):
@@ -241,7 +253,7 @@ def reproduce(method_name, config, results_dir="results", runs_dir="runs/compare
     path = Path(results_dir) / f"{method_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = load(path)
-    runs = {(r["key"], r["seed"]): r for r in stored.get("runs", []) if r["key"] in unique}
+    runs = {(r["key"], r["seed"]): r for r in stored.get("runs", []) if r["key"] in unique and not outdated(stored)}
     header = {k: stored.get(k) for k in ("software", "device")}
     curves = stored.get("best_of_n", {})
     wants_curve = any(p.get("best_of_n") for e in method.EXPERIMENTS.values() for p in e.get("panels", []))
@@ -253,6 +265,7 @@ def reproduce(method_name, config, results_dir="results", runs_dir="runs/compare
     def save():
         common.write_json(path, {
             "method": method_name, **header,
+            "defaults": defaults({arm.method for arm in unique.values()}),
             "config": {k: v for k, v in given.items() if k not in NO_IDENTITY},
             "seeds": sorted({seed for _, seed in runs}),
             "runs": sorted(runs.values(), key=lambda r: (r["arm"], r["seed"], r["key"])),
@@ -330,7 +343,7 @@ def reproduce(method_name, config, results_dir="results", runs_dir="runs/compare
 def collect(method_name, results):
     """{experiment: {arm: {seed: run}}}, of the runs whose settings are still those of EXPERIMENTS."""
     by_key = {}
-    for run in results["runs"]:
+    for run in () if outdated(results) else results["runs"]:
         by_key.setdefault(run["key"], {})[run["seed"]] = run
     return {title: {name: by_key.get(arm.key, {}) for name, arm in arms.items()}
             for title, arms in plan(method_name, results["config"]).items()}

@@ -58,6 +58,11 @@ class Batch:
     def position_ids(self):
         return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
 
+    @property
+    def last(self):
+        """Column of each row's last token [B]."""
+        return self.position_ids.argmax(1)
+
 
 def concat(batches):
     """Stack batches of any widths; the narrower ones are padded on the right."""
@@ -68,13 +73,14 @@ def concat(batches):
 
 def prompt_ids(tokenizer, prompts):
     """Token ids of each prompt: one BOS if the tokenizer has that habit, cut from the left to 3/4 of the context."""
-    bos = tokenizer.bos_token_id
+    bos, room, rows = tokenizer.bos_token_id, tokenizer.model_max_length * 3 // 4, []
     adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
-    room = tokenizer.model_max_length * 3 // 4
-    rows = []
-    for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids:
-        lead = [bos] if adds_bos and ids[:1] != [bos] else []
-        rows.append(lead + ids[-(room - len(lead)):])
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), add_special_tokens=False).input_ids):
+        lead = [bos] if adds_bos or (bos is not None and ids[:1] == [bos]) else []      # a chat template may have put it
+        ids = lead + (ids[1:] if lead and ids[:1] == lead else ids)[-(room - len(lead)):]
+        if not ids:
+            raise UserError(f"the prompt {prompt!r} has no tokens: nothing to answer")
+        rows.append(ids)
     return rows
 
 
@@ -112,7 +118,7 @@ def decode(tokenizer, batch):
 
 def finished(tokenizer, batch):
     """bool [B]: did the response end with EOS, or was it cut off?"""
-    return ((batch.input_ids == tokenizer.eos_token_id) & (batch.response_mask == 1)).any(1)
+    return batch.input_ids[torch.arange(len(batch)), batch.last] == tokenizer.eos_token_id
 
 
 def batches(tokenizer, prompts, responses, budget, device="cpu"):
@@ -121,16 +127,19 @@ def batches(tokenizer, prompts, responses, budget, device="cpu"):
     responses [N][k]: k texts for each of N prompts. The rows of one prompt stay together: `.view(n, k)` splits them.
     """
     k = len(responses[0])
-    ids = iter(tokenizer([r for group in responses for r in group], add_special_tokens=False).input_ids)
-    longest = [max(len(next(ids)) for _ in range(k)) for _ in prompts]
-    lengths = [min(len(p) + r + 1, tokenizer.model_max_length) for p, r in zip(prompt_ids(tokenizer, prompts), longest)]
-    group = []
-    for i in sorted(range(len(prompts)), key=lengths.__getitem__) + [None]:
-        if group and (i is None or (len(group) + 1) * k * lengths[i] > budget):
+    answers = iter(tokenizer([r for group in responses for r in group], add_special_tokens=False).input_ids)
+    room = tokenizer.model_max_length
+    sizes = [(len(p), min(max(len(next(answers)) + 1 for _ in range(k)), room - len(p)))
+             for p in prompt_ids(tokenizer, prompts)]
+    group, before, after = [], 0, 0                                  # columns the group needs for prompts, responses
+    for i in sorted(range(len(prompts)), key=lambda i: sum(sizes[i])) + [None]:
+        if i is not None:
+            before, after = max(before, sizes[i][0]), max(after, sizes[i][1])
+        if group and (i is None or (len(group) + 1) * k * (before + after) > budget):
             batch = encode(tokenizer, [prompts[j] for j in group for _ in range(k)],
                            [text for j in group for text in responses[j]])
             yield group, batch.to(device)
-            group = []
+            group, (before, after) = [], sizes[i] if i is not None else (0, 0)
         group.append(i)
 
 
@@ -194,7 +203,8 @@ def head_is_all(model, batch):
     if not hasattr(model, "head_is_all"):
         few = Batch(*(t[:1, -16:] for t in (batch.input_ids, torch.ones_like(batch.input_ids), batch.response_mask)))
         logits, hidden = model(**inputs(model, few)).logits, model.base_model(**inputs(model, few)).last_hidden_state
-        model.head_is_all = torch.allclose(logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3)
+        capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)   # too gentle for small logits
+        model.head_is_all = not capped and torch.allclose(logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3)
         if not model.head_is_all:
             warn(f"{type(model).__name__} changes its logits after the LM head: log-probs hold them all in memory")
     return model.head_is_all
@@ -272,7 +282,8 @@ def load_reference(config):
 def load_value_model(path, config):
     """One value per token: AutoModelForTokenClassification with a zero-initialised head."""
     model = load(AutoModelForTokenClassification, path, config, num_labels=1)
-    torch.nn.init.zeros_(model.score.weight)
+    for parameter in (model.score if hasattr(model, "score") else model.classifier).parameters():
+        torch.nn.init.zeros_(parameter)
     return model
 
 
@@ -291,30 +302,32 @@ class RewardModel:
         """Scores [N] of N prompts and their responses, float32 on the CPU."""
         scores = torch.empty(len(prompts))
         for rows, batch in batches(self.tokenizer, prompts, [[r] for r in responses], self.budget, self.model.device):
-            scores[rows] = sequence_scores(self.model, batch)[:, self.label].float().cpu()
+            if hasattr(self.model, "score"):
+                logits = sequence_scores(self.model, batch)
+            else:                              # an encoder reads the text in its own way: [CLS], right padding, [SEP]
+                texts = self.tokenizer([prompts[i] + responses[i] for i in rows], padding=True, truncation=True,
+                                       return_tensors="pt").to(self.model.device)
+                logits = self.model(**texts).logits
+            scores[rows] = logits[:, self.label].float().cpu()
         return (scores - self.mean) / self.std
 
 
 def sequence_scores(model, batch):
-    """Scores [B, labels] of whole sequences.
+    """Scores [B, labels] of a decoder's head at the last response token, which is found by length.
 
-    A decoder's head is read at the last response token, found by length: Hugging Face's own forward looks for the last
-    token that is not PAD, which misses the EOS where PAD is EOS. Encoders pool as they were trained to.
+    Hugging Face's own forward looks for the last token that is not PAD, and so misses the EOS where PAD is EOS.
     """
     with compute(model):
-        if not hasattr(model, "score"):
-            return model(batch.input_ids, attention_mask=batch.attention_mask).logits
-        hidden = model.base_model(**inputs(model, batch)).last_hidden_state
-        last = batch.position_ids.argmax(1)
-        return model.score(hidden[torch.arange(len(batch)), last]).float()
+        hidden = model.base_model(**inputs(model.base_model, batch)).last_hidden_state
+        return model.score(hidden[torch.arange(len(batch)), batch.last]).float()
 
 
 def load_reward_model(path, config):
     """Any sequence-classification model; --reward_label picks one label of several."""
     model, tokenizer = load(AutoModelForSequenceClassification, path, config), load_tokenizer(path, config)
     labels = {name.lower(): i for i, name in model.config.id2label.items()}
-    if len(labels) > 1 and config.reward_label.lower() not in labels:
-        raise UserError(f"the reward model {path} has several labels: pick one with --reward_label, of "
+    if (len(labels) > 1 or config.reward_label) and config.reward_label.lower() not in labels:
+        raise UserError(f"the reward model {path} has {len(labels)} labels: pick one with --reward_label, of "
                         f"{', '.join(model.config.id2label.values())}")
     scale = getattr(model.config, "reward_scale", {"mean": 0.0, "std": 1.0})
     return RewardModel(model, tokenizer, labels.get(config.reward_label.lower(), 0), **scale, budget=config.token_budget)
@@ -331,7 +344,7 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
     model's mode and its own generation settings are left as they were.
     """
     ids = prompt_ids(tokenizer, prompts)
-    order = sorted((i for i in range(len(prompts)) for _ in range(n)), key=lambda i: len(ids[i]))
+    order = sorted((i for i in range(len(prompts)) for _ in range(n)), key=lambda i: -len(ids[i]))
     mode, settings = model.training, model.generation_config
     # generate() fills what is left open from model.generation_config, where many models keep a top-k of their own
     model.generation_config = GenerationConfig(
