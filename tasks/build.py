@@ -24,6 +24,7 @@ DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
 POOL = 512, 16                # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
 PAIRS = 6                     # annotated pairs per pool prompt and reward model, of samples outside the pool
 TEST = 128, 64                # test prompts, SFT samples of each for best-of-n curves
+RANKED = 2048                 # train prompts answered by every writer
 
 
 def tiny_tokenizer(max_length):
@@ -52,9 +53,10 @@ def stage(config, **settings):
 
 def home(config):
     """The directory of this seed's models; its name holds a hash of the code that makes them."""
-    code = [inspect.getsource(part) for part in (reviews, inspect.getmodule(home), common.fit, common.epochs,
-                                                 common.train_sft, common.reward_model_losses, common.train_reward_model)]
-    return common.CACHE / "reviews" / hashlib.sha256("".join(code).encode()).hexdigest()[:12] / f"seed{config.seed}"
+    makers = (reviews, tiny_tokenizer, tiny_model, stage, models, sample, annotated, common.fit, common.epochs,
+              common.optimizer_and_schedule, common.train_sft, common.reward_model_losses, common.train_reward_model)
+    code = "".join(map(inspect.getsource, makers)) + repr((DEMONSTRATIONS, POOL, PAIRS, TEST))
+    return common.CACHE / "reviews" / hashlib.sha256(code.encode()).hexdigest()[:12] / f"seed{config.seed}"
 
 
 def models(config):
@@ -129,18 +131,18 @@ def annotated(rows, name, seed):
 
 
 def load_task(config):
-    """The reviews task of this seed: annotated pairs of SFT samples, and rankings of known writers."""
-    path = models(config)
-    rows = json.loads((path / "samples.json").read_text())
-    rng = random.Random(f"writers {config.seed}")
-    rankings = []
-    for prompt in (row["prompt"] for row in rows["pool"]):
-        names = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
-        responses = [reviews.write(name, prompt, rng) for name in names] + list(reviews.style_pair(prompt, rng))
-        rankings.append(Ranking(prompt, responses, [reviews.gold(prompt, r) for r in responses],
-                                names + ["chatty", "dry"]))
-    test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
-    return Task("reviews", {"train": [row["prompt"] for row in rows["pool"]], "test": test_prompts},
+    """The reviews task of this seed: annotated pairs of SFT samples, and rankings of known writers.
+
+    The rankings' scores are gold; systems are the writers, and chatty and dry, whose texts differ in style alone.
+    """
+    rows = json.loads((models(config) / "samples.json").read_text())
+    rng, rankings = random.Random(f"writers {config.seed}"), []
+    writers = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
+    for prompt in reviews.make_prompts("train", 3000, config.seed)[:RANKED]:
+        responses = [reviews.write(name, prompt, rng) for name in writers] + list(reviews.style_pair(prompt, rng))
+        rankings.append(Ranking(prompt, responses, [reviews.gold(prompt, r) for r in responses], writers + ["chatty", "dry"]))
+    return Task("reviews", prompts={"train": [row["prompt"] for row in rows["pool"]],
+                                    "test": [row["prompt"] for row in rows["test"]]},
                 pairs={"train": annotated(rows["shown"], "proxy", config.seed),
                        "test": annotated(rows["test"], "test", config.seed)},
                 rankings={"train": rankings, "test": []}, gold=reviews.gold, fluent=reviews.fluent,

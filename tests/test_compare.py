@@ -342,6 +342,26 @@ def test_changed_arm_runs_again_alone(toy):
     assert [r["config"] for r in stored] == [{"beta": 2.0}] * 2
 
 
+def test_changed_default_runs_all_again_and_a_new_option_nothing(toy):
+    reproduce(toy)
+
+    @dataclass
+    class WithNewOption(ToyConfig):
+        novelty: int = 3
+
+    @dataclass
+    class WithOtherDefault(ToyConfig):
+        beta: float = 0.2
+
+    toy.Config = WithNewOption
+    assert "not run" not in compare.readme_block()
+    toy.Config = WithOtherDefault
+    assert "reproduced |" not in compare.readme_block() and "not run |" in compare.readme_block()
+    toy.calls.clear()
+    compare.reproduce("toy", WithOtherDefault(seeds=1))
+    assert len(toy.calls) == 8                                       # "beta 0.1" relies on the default, "plain" no longer equals it
+
+
 def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
     assert len(reproduce(toy, seeds=1, model="big", beta=0.3)) == 8  # "plain" now differs from "beta 0.1", which inherits 0.3
     configs = {Path(c.out).parent.name.rsplit("-", 1)[0]: c for c in toy.calls}
