@@ -56,7 +56,7 @@ class Config:
     chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")
     max_length: Optional[int] = option(None, "tokens of prompt and response; prompts get 3/4 of it (tiny 160, else 512)")
     max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
-    temperature: float = option(1.0, "sampling temperature; log-probs are taken at the same one")
+    temperature: float = option(1.0, "sampling temperature of evaluation and of methods that sample")
     lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
     schedule: str = option("constant_with_warmup", "any schedule of transformers.get_scheduler")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
@@ -127,14 +127,14 @@ def check_finite(values, step, prompts, name="loss"):
     """Stop the run, naming step and example, when one of the values [n] is not finite."""
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr or mend the data")
+            raise UserError(f"step {step + 1}: {name} is {value} for the prompt {prompt!r}; lower --lr or mend the data")
 
 
 def fit(model, tokenizer, rows, losses_of, config, title):
     """Plain training for the two stages before a method: rows of (prompt, responses), losses_of(model, batch) -> [n]."""
     plan = epochs(len(rows), config)
     optimizer, schedule = optimizer_and_schedule(model, config, len(plan))
-    for step, indices in enumerate(tqdm(plan, title, leave=False)):
+    for step, indices in enumerate(tqdm(plan, title, leave=False, disable=None)):
         prompts, responses = zip(*(rows[i] for i in indices))
         for part, batch in batches(tokenizer, prompts, responses, config.token_budget, model.device):
             losses = losses_of(model, batch)
@@ -208,7 +208,7 @@ def load_rewards(config, task):
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
         return {}
-    settings = replace(config, lr=config.reward_lr, epochs=1, schedule="linear", batch_size=16)
+    settings = replace(config, lr=config.reward_lr, epochs=1, schedule="linear", warmup=0.1, batch_size=16, max_grad_norm=1.0)
     key = json.dumps([str(start), settings.lr, settings.seed, settings.max_length, pairs])
     path = CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not path.exists():
@@ -310,14 +310,14 @@ def start(config):
     began = time.time()
     rewards = load_rewards(config, task)
     policy, tokenizer = load_policy(config), load_tokenizer(policy_path(config), config)
-    count_cut_rows(tokenizer, task)
+    count_cut_prompts(tokenizer, task)
     write_json(out / "args.json", asdict(config))
     return Run(config, out, task, tokenizer, policy, rewards, began=began)
 
 
 def output_directory(config):
     """--out, or the first free number under runs/<method>."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "quiet", "device")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "quiet", "device", "out", "save_every", "seeds")}
     if not config.out:
         home = ROOT / "runs" / Path(inspect.getfile(type(config))).stem
         taken = [int(d.name) for d in home.glob("*") if d.name.isdigit()]
@@ -333,12 +333,13 @@ def output_directory(config):
         if changed:
             raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} as before")
     elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds another run: pass --resume to go on with it, or another --out")
+        hint = "pass --resume to go on with it" if (out / "state.pt").exists() else "delete it"
+        raise UserError(f"{out} holds another run: {hint}, or give another --out")
     return out
 
 
-def count_cut_rows(tokenizer, task):
-    """Say once how many prompts and responses are longer than the context allows."""
+def count_cut_prompts(tokenizer, task):
+    """Say once how many prompts are longer than the context allows."""
     room = tokenizer.model_max_length
     prompts = [p for rows in task.prompts.values() for p in rows]
     long = sum(len(ids) > room * 3 // 4 for ids in tokenizer(prompts, add_special_tokens=False).input_ids)
@@ -361,7 +362,7 @@ def steps(run, plan, measure=dict):
     metrics_file.write_text("".join(line for line in kept if json.loads(line)["step"] <= run.step))
     if not run.trace:
         record(run, measure)
-    with tqdm(total=len(plan), initial=run.step, desc=run.out.parent.name, disable=None if not config.quiet else True) as run.bar:
+    with tqdm(total=len(plan), initial=run.step, disable=config.quiet or None) as run.bar:
         for step in range(run.step, len(plan)):
             yield step, plan[step]
             run.step = step + 1

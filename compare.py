@@ -198,7 +198,7 @@ def plan(method_name, given):
         # dpo's --beta is not rso's beta: another method gets only the flags that all scripts share.
         settings = {k: v for k, v in given.items() if method == method_name or k in shared} | overrides
         config = importlib.import_module(method).Config(**settings)
-        identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in NO_IDENTITY}
+        identity = {k: v for k, v in differences(config).items() if k not in NO_IDENTITY}
         text = json.dumps([method, identity, starter and starter.key], sort_keys=True, default=str)
         arms[name] = Arm(name, method, settings, starter, hashlib.sha256(text.encode()).hexdigest()[:12])
         return arms[name]

@@ -86,12 +86,12 @@ def curriculum(progress):
     return min(max(progress, 0.0), 1.0)
 
 
-def pairs_between(rankings, systems):
+def pairs_between(rankings, systems, flag="--pairs"):
     """The pairs of "A>B", one for each ranking: A's answer chosen, B's rejected; None where one is missing or equal."""
     better, _, worse = systems.partition(">")
     known = sorted({name for ranking in rankings for name in ranking.systems})
     if better not in known or worse not in known:
-        raise UserError(f'--pairs {systems!r} must be "A>B" with A and B of: '
+        raise UserError(f'{flag} {systems!r} must be "A>B" with A and B of: '
                         f'{", ".join(known) or "(the data names no systems)"}')
     rows = [(r.prompt, dict(zip(r.systems, r.responses))) for r in rankings]
     pairs = [Pair(prompt, texts.get(better, ""), texts.get(worse, "")) for prompt, texts in rows]
@@ -104,8 +104,10 @@ def training_plan(config, task):
         easy = hard = task.pairs.get("train", [])
     else:
         rankings = task.rankings.get("train", [])
-        both = zip(pairs_between(rankings, config.pairs), pairs_between(rankings, config.hard_pairs or config.pairs))
-        easy, hard = zip(*[row for row in both if None not in row]) or ((), ())
+        easy = pairs_between(rankings, config.pairs)
+        hard = pairs_between(rankings, config.hard_pairs, "--hard_pairs") if config.hard_pairs else easy
+        both = [row for row in zip(easy, hard) if None not in row]
+        easy, hard = [row[0] for row in both], [row[1] for row in both]
     if not easy:
         raise UserError("the data has no preference pairs to train on: DPO needs chosen and rejected answers")
     steps, rng, plan = common.epochs(len(easy), config), random.Random(config.seed), []

@@ -126,6 +126,8 @@ def batches(tokenizer, prompts, responses, budget, device="cpu"):
 
     responses [N][k]: k texts for each of N prompts. The rows of one prompt stay together: `.view(n, k)` splits them.
     """
+    if not prompts:
+        return
     k = len(responses[0])
     answers = iter(tokenizer([r for group in responses for r in group], add_special_tokens=False).input_ids)
     room = tokenizer.model_max_length

@@ -5,6 +5,7 @@
 Everything lies in cache/reviews/<hash>/seed<k>, where the hash covers the code that made it. Each part is written under
 a temporary name and then renamed, so a build that is killed goes on with the next part that is missing.
 """
+import functools
 import hashlib
 import inspect
 import json
@@ -52,11 +53,16 @@ def stage(config, **settings):
 
 
 def home(config):
-    """The directory of this seed's models; its name holds a hash of the code that makes them."""
+    return common.CACHE / "reviews" / code_hash() / f"seed{config.seed}"
+
+
+@functools.cache
+def code_hash():
+    """Of the code that makes the models: another grammar or recipe is built anew, into a directory of its own."""
     makers = (reviews, tiny_tokenizer, tiny_model, stage, models, sample, annotated, common.fit, common.epochs,
               common.optimizer_and_schedule, common.train_sft, common.reward_model_losses, common.train_reward_model)
     code = "".join(map(inspect.getsource, makers)) + repr((DEMONSTRATIONS, POOL, PAIRS, TEST))
-    return common.CACHE / "reviews" / hashlib.sha256(code.encode()).hexdigest()[:12] / f"seed{config.seed}"
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 def models(config):

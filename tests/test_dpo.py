@@ -1,0 +1,422 @@
+"""dpo.py: the loss, the curriculum's plan, and training. Letters are the bug classes that a test would catch."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+import dpo
+from dpo import curriculum, dpo_loss, pairs_between
+from tasks import Pair, Ranking, Task, UserError
+
+FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
+
+# From eric-mitchell/direct-preference-optimization (f8b8c0f): dpo-03, the first row of dpo-06, and dpo-05.
+LITERALS = [
+    dict(logps=[[-39.3073, -45.4894], [-34.2392, -30.7974], [-37.7793, -41.5381], [-42.36, -33.2181]], beta=0.3,
+         smoothing=0.5, losses=[1.5011630305569728, 1.0936850929936464], chosen=[-0.4584, -1.18539],
+         rejected=[2.43624, 0.72621]),
+    dict(logps=[[-1.0], [-3000.0], [-1500.0], [-10.0]], beta=0.5, smoothing=0.0, losses=[0.0], chosen=[749.5], rejected=[-1495.0]),
+    dict(logps=[[-1.0, -2.0]] * 4, beta=0.1, smoothing=0.0, losses=[0.6931471805599453] * 2, chosen=[0.0, 0.0], rejected=[0.0, 0.0]),
+]
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_logps(n=3, seed=0):
+    """Four log-prob vectors [n]: policy and reference, chosen and rejected by turns, as dpo_loss takes them."""
+    return list(-30 * torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 5)
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------- the loss
+
+@pytest.mark.parametrize("case", LITERALS)
+def test_loss_or_rewards_differ_from_the_official_code(case):
+    losses, chosen, rejected = dpo_loss(*map(tensor, case["logps"]), case["beta"], case["smoothing"])
+    close(losses, case["losses"])
+    close(chosen, case["chosen"])
+    close(rejected, case["rejected"])
+
+
+def test_loss_rewards_or_gradients_differ_from_a_fixture():
+    if not (FIXTURES / "dpo.json").exists():
+        pytest.skip("needs shared/fixtures/dpo.json")
+    cases = [c for c in json.loads((FIXTURES / "dpo.json").read_text())
+             if c["inputs"]["loss_type"] == "sigmoid" and not c["inputs"]["reference_free"]]
+    assert cases
+    for case in cases:
+        given, expected = case["inputs"], case["expected"]
+        logps = [tensor(given[f"{who}_{which}_logps"]).requires_grad_(who == "policy")
+                 for who in ("policy", "reference") for which in ("chosen", "rejected")]
+        losses, chosen, rejected = dpo_loss(*logps, given["beta"], given["label_smoothing"])
+        losses.mean().backward()
+        for name, values in (("losses", losses), ("chosen_rewards", chosen), ("rejected_rewards", rejected),
+                             ("grad_policy_chosen", logps[0].grad), ("grad_policy_rejected", logps[1].grad)):
+            close(values.detach(), expected[name])
+
+
+def test_loss_is_not_ln_2_where_the_policy_is_the_reference():
+    chosen, rejected, *_ = random_logps()
+    losses, *rewards = dpo_loss(chosen, rejected, chosen, rejected, 0.7)
+    close(losses, [math.log(2)] * 3)
+    assert all(torch.equal(r, torch.zeros(3, dtype=torch.float64)) for r in rewards)
+
+
+def test_swapping_chosen_and_rejected_does_not_negate_the_margin():
+    pc, pr, rc, rr = random_logps()
+    _, chosen, rejected = dpo_loss(pc, pr, rc, rr, 0.3)
+    _, swapped_chosen, swapped_rejected = dpo_loss(pr, pc, rr, rc, 0.3)
+    assert (chosen != rejected).all()
+    close(swapped_chosen - swapped_rejected, rejected - chosen)
+
+
+def test_loss_differs_from_a_numpy_oracle():
+    logps = random_logps(50, seed=1)
+    pc, pr, rc, rr = (x.numpy() for x in logps)
+    for beta, smoothing in ((0.05, 0.0), (0.5, 0.2)):
+        delta = (pc - rc) - (pr - rr)
+        p = 1 / (1 + np.exp(-beta * delta))
+        expected = -(1 - smoothing) * np.log(p) - smoothing * np.log(1 - p)
+        close(dpo_loss(*logps, beta, smoothing)[0], expected)
+
+
+def test_gradient_differs_from_the_papers():
+    beta, h, (pc, pr, rc, rr) = 0.2, 1e-5, random_logps()
+    delta = (pc - pr) - (rc - rr)
+    expected = -beta * torch.sigmoid(-beta * delta)         # times grad log pi(y_w) - grad log pi(y_l)
+
+    def differences(dc, dr):
+        return (dpo_loss(pc + dc, pr + dr, rc, rr, beta)[0] - dpo_loss(pc - dc, pr - dr, rc, rr, beta)[0]) / (2 * h)
+
+    close(differences(h, 0), expected, 1e-7)
+    close(differences(0, h), -expected, 1e-7)
+    pc.requires_grad_(), pr.requires_grad_()
+    dpo_loss(pc, pr, rc, rr, beta)[0].sum().backward()
+    close(pc.grad, expected)
+    close(pr.grad, -expected)
+
+
+def test_label_smoothing_is_on_the_wrong_side_or_halved():
+    zero = tensor([0.0])
+    margin = math.log(3)                                    # sigmoid 3/4
+    losses = dpo_loss(tensor([margin]), zero, zero, zero, 1.0, 0.1)[0]
+    close(losses, [-0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4)])
+    logps = random_logps()                                  # at one half the two labels are the same
+    swapped = [logps[i] for i in (1, 0, 3, 2)]
+    close(dpo_loss(*logps, 0.3, 0.5)[0], dpo_loss(*swapped, 0.3, 0.5)[0])
+    assert not torch.allclose(dpo_loss(*logps, 0.3, 0.4)[0], dpo_loss(*swapped, 0.3, 0.4)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_overflows_at_huge_log_ratios(dtype):
+    chosen = torch.tensor([1e4, -1e4], dtype=dtype, requires_grad=True)
+    zero = torch.zeros(2, dtype=dtype)
+    losses = dpo_loss(chosen, zero, zero, zero, 1.0)[0]
+    losses.sum().backward()
+    close(losses.detach(), [0.0, 1e4])
+    close(chosen.grad, [0.0, -1.0])
+
+
+def test_rewards_carry_gradient_or_losses_do_not():
+    logps = [x.requires_grad_() for x in random_logps()]
+    losses, chosen, rejected = dpo_loss(*logps, 0.1)
+    assert losses.requires_grad and not chosen.requires_grad and not rejected.requires_grad
+
+
+def test_P_inputs_are_changed_in_place():
+    logps = random_logps()
+    before = [x.clone() for x in logps]
+    dpo_loss(*logps, 0.3, 0.1)
+    assert all(map(torch.equal, logps, before))
+
+
+def test_Q_a_pair_depends_on_its_batch():
+    logps = random_logps()
+    together = dpo_loss(*logps, 0.3)
+    assert all(values.shape == (3,) for values in together)
+    for i in range(3):
+        for values, alone in zip(together, dpo_loss(*(x[i:i + 1] for x in logps), 0.3)):
+            assert torch.equal(values[i:i + 1], alone)
+
+
+def test_larger_beta_does_not_satisfy_a_right_pair_sooner():
+    gap, zero = tensor([2.0]), tensor([0.0])
+    losses = [dpo_loss(gap, zero, zero, zero, beta)[0].item() for beta in (0.1, 0.5, 2.0)]
+    assert losses[0] > losses[1] > losses[2]
+    _, chosen, _ = dpo_loss(gap, zero, zero, zero, 0.5)
+    assert chosen.item() == 1.0
+
+
+def tabular_optimum(beta, reward, reference):
+    """Log-probs of the softmax policy that minimises dpo_loss over all ordered pairs under Bradley-Terry labels."""
+    first, second = zip(*[(i, j) for i in range(5) for j in range(5) if i != j])
+    weights = torch.sigmoid(reward[list(first)] - reward[list(second)])
+    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        policy = logits.log_softmax(0)
+        losses, _, _ = dpo_loss(policy[list(first)], policy[list(second)], reference[list(first)], reference[list(second)], beta)
+        loss = (weights * losses).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().log_softmax(0)
+
+
+def test_optimum_is_not_that_of_kl_constrained_reward_maximisation():
+    reward = tensor([0.0, 1.0, -0.5, 0.3, 2.0])
+    reference = tensor([0.4, 0.1, 0.2, 0.25, 0.05]).log()
+    kl = {}
+    for beta in (0.5, 2.0):
+        policy = tabular_optimum(beta, reward, reference)
+        close(policy.exp(), (reference + reward / beta).softmax(0), 1e-4)
+        kl[beta] = (policy.exp() * (policy - reference)).sum().item()
+    assert kl[0.5] > 2 * kl[2.0] > 0
+
+
+# ---------------------------------------------------------------------------------------------- pairs and curriculum
+
+def test_curriculum_does_not_run_from_0_to_1():
+    values = [curriculum(i / 20) for i in range(21)]
+    assert values[0] == 0 and values[-1] == 1 and values == sorted(values) and 0 < values[10] < 1
+    assert curriculum(-0.5) == 0 and curriculum(1.5) == 1
+
+
+def rankings(n, first=0, systems=("strong", "medium", "weak")):
+    return [Ranking(f"q{i}", [f"{name}{i}" for name in systems], [0.0] * len(systems), list(systems))
+            for i in range(first, first + n)]
+
+
+def test_pairs_between_turns_the_order_or_invents_a_pair():
+    rows = [Ranking("p", ["S", "W"], [0.0, 9.0], ["strong", "weak"]), Ranking("q", ["same", "same"], [1.0, 0.0], ["strong", "weak"]),
+            Ranking("r", ["S", "M"], [1.0, 0.0], ["strong", "medium"]), Ranking("s", ["W", "S"], [0.0, 0.0], ["weak", "strong"])]
+    assert pairs_between(rows, "strong>weak") == [Pair("p", "S", "W"), None, None, Pair("s", "S", "W")]
+    assert pairs_between(rows, "weak>strong")[0] == Pair("p", "W", "S")
+
+
+@pytest.mark.parametrize("systems", ["strong>nobody", "nobody>weak", "strong", "strong>weak>medium", ">"])
+def test_unknown_systems_are_accepted_or_the_known_ones_not_listed(systems):
+    with pytest.raises(UserError, match="medium, strong, weak"):
+        pairs_between(rankings(2), systems)
+
+
+def task(n=240):
+    return Task("toy", {"train": [f"q{i}" for i in range(n)], "test": ["t900"]}, pairs={"train": [], "test": []},
+                rankings={"train": rankings(n), "test": rankings(20, 900)})
+
+
+def settings(**kwargs):
+    return dpo.Config(**{**dict(pairs="strong>weak", hard_pairs="strong>medium", batch_size=24, epochs=4.0), **kwargs})
+
+
+def hard_shares(plan):
+    return [sum(pair.rejected.startswith("medium") for pair in pairs) / len(pairs) for pairs in plan]
+
+
+def test_AC_easy_to_hard_does_not_go_from_easy_to_hard():
+    shares = hard_shares(dpo.training_plan(settings(), task()))
+    assert len(shares) == 40 and shares[0] == 0 and shares[-1] == 1
+    quarters = [sum(shares[i:i + 10]) / 10 for i in range(0, 40, 10)]
+    assert all(b - a > 0.15 for a, b in zip(quarters, quarters[1:]))
+    backwards = hard_shares(dpo.training_plan(settings(curriculum="hard_to_easy"), task()))
+    assert backwards[0] == 1 and backwards[-1] == 0
+    mixed = hard_shares(dpo.training_plan(settings(curriculum="mixed"), task()))
+    assert all(abs(sum(half) / 20 - 0.5) < 0.1 for half in (mixed[:20], mixed[20:]))
+
+
+def test_AC_plan_is_not_reproducible_or_ignores_the_seed():
+    first, again, other = (dpo.training_plan(settings(seed=seed), task()) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_AC_hard_pairs_equal_to_pairs_change_the_plan():
+    plain = dpo.training_plan(settings(hard_pairs=""), task())
+    for order in ("easy_to_hard", "hard_to_easy", "mixed"):
+        assert dpo.training_plan(settings(hard_pairs="strong>weak", curriculum=order), task()) == plain
+
+
+def test_AG_test_prompts_are_trained_on_or_pairs_are_lost():
+    plan = dpo.training_plan(settings(epochs=1.0), task())
+    assert sorted(p.prompt for pairs in plan for p in pairs) == sorted(f"q{i}" for i in range(240))
+    own = Task("toy", {"train": ["a"], "test": ["b"]}, pairs={"train": [Pair("a", "x", "y")], "test": [Pair("b", "x", "y")]})
+    assert dpo.training_plan(dpo.Config(epochs=1.0), own) == [[Pair("a", "x", "y")]]
+
+
+def test_data_without_pairs_trains_on_nothing():
+    with pytest.raises(UserError, match="no preference pairs"):
+        dpo.training_plan(dpo.Config(), Task("toy", {"train": ["a"], "test": ["b"]}))
+    same = Task("toy", {"train": ["a"], "test": []}, rankings={"train": [Ranking("a", ["x", "x"], [1, 0], ["strong", "weak"])]})
+    with pytest.raises(UserError, match="no preference pairs"):
+        dpo.training_plan(dpo.Config(pairs="strong>weak"), same)
+
+
+def test_mistake_in_hard_pairs_is_blamed_on_pairs():
+    with pytest.raises(UserError, match="--hard_pairs 'strong>nobody'"):
+        dpo.training_plan(settings(hard_pairs="strong>nobody"), task())
+
+
+@pytest.mark.parametrize("wrong, flag", [
+    (dict(beta=0), "--beta"), (dict(beta=-0.1), "--beta"), (dict(beta=math.nan), "--beta"),
+    (dict(label_smoothing=0.5), "--label_smoothing"), (dict(label_smoothing=-0.1), "--label_smoothing"),
+    (dict(loss="ipo"), "--loss"), (dict(curriculum="random"), "--curriculum"), (dict(hard_pairs="a>c"), "--hard_pairs"),
+    (dict(batch_size=0), "--batch_size")])
+def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
+    with pytest.raises(UserError, match=flag):
+        dpo.Config(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A directory with a random Llama over eight letters, EOS = PAD = 0."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    path = tmp_path_factory.mktemp("toy")
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", model_max_length=64).save_pretrained(path)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                 max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
+                                 bos_token_id=None)).save_pretrained(path)
+    return path
+
+
+PAIRS = [Pair("ab", "cd", "efgha"), Pair("h", "a", "b"), Pair("cdefg", "abcabc", "h"), Pair("gg", "hh", "aaaaaaa"),
+         Pair("b", "cccc", "dd"), Pair("ef", "gh", "hg"), Pair("abc", "d", "ee")]
+
+
+def trained(toy, out, pairs=PAIRS, held_out=(Pair("d", "abc", "cba"), Pair("ee", "f", "gg")), **kwargs):
+    """A finished Run, and the rows of metrics.jsonl that training logged."""
+    config = dpo.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="none", max_length=64, max_new_tokens=4, lr=1e-2,
+                                  warmup=0.0, batch_size=4, epochs=1.0, eval_prompts=2, eval_samples=1, save_every=0,
+                                  device="cpu", quiet=True), **kwargs})
+    out.mkdir()
+    data = Task("toy", {"train": [p.prompt for p in pairs], "test": ["d", "ee"]}, {"train": list(pairs), "test": list(held_out)})
+    run = common.Run(config, out, data, common.load_tokenizer(toy, config), common.load_policy(config), {})
+    dpo.train(run, dpo.training_plan(config, data), list(held_out))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return run, [row for row in rows if "loss" in row]
+
+
+def sgd(policy, optimizer, schedule, config):
+    """Stands in for optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter -= 0.01 * parameter.grad
+            parameter.grad = None
+    return 0.0
+
+
+def parameters(run):
+    return torch.cat([p.detach().flatten() for p in run.policy.parameters()])
+
+
+def test_AJ_first_loss_is_not_ln_2_or_stays_there(toy, tmp_path):
+    _, rows = trained(toy, tmp_path / "run", epochs=3.0, batch_size=7)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert all(row["loss"] < math.log(2) - 0.01 for row in rows[1:])
+
+
+def test_AJ_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
+    seen = {}
+    plain = dpo.losses_and_metrics
+
+    def spy(config, logps, ref_logps):
+        seen.setdefault("ref", []).append(ref_logps.clone())
+        return plain(config, logps, ref_logps)
+
+    monkeypatch.setattr(dpo, "losses_and_metrics", spy)
+    run, _ = trained(toy, tmp_path / "run", pairs=PAIRS[:1], held_out=PAIRS[:1], epochs=4.0, batch_size=1)
+    reference = common.load_reference(run.config)
+    expected = [common.sequence_logps(reference, common.encode(run.tokenizer, [PAIRS[0].prompt], [text])).item()
+                for text in PAIRS[0][1:]]
+    assert len(seen["ref"]) == 6                            # four steps, two evaluations
+    for ref in seen["ref"]:
+        close(ref.double(), [expected], 1e-5)
+    assert not torch.allclose(dpo.pair_logps(run, PAIRS[:1]).double(), tensor([expected]), atol=0.1)
+
+
+def test_AG_training_prefers_the_rejected_answer(toy, tmp_path):
+    run, rows = trained(toy, tmp_path / "run", epochs=8.0, batch_size=7, held_out=PAIRS)
+    before, after = run.trace[0], run.trace[-1]
+    assert before["eval/rewards/margins"] == 0 and before["eval/rewards/accuracies"] == 0.5
+    assert after["eval/rewards/accuracies"] == 1 and after["eval/loss"] < before["eval/loss"]
+    def gap(row):
+        return row["eval/logps/chosen"] - row["eval/logps/rejected"]
+    assert gap(after) > gap(before) + 1
+    assert after["eval/rewards/margins"] == pytest.approx(run.config.beta * (gap(after) - gap(before)), abs=1e-4)
+
+
+def test_O_batches_are_not_split_or_the_ragged_last_one_is_lost(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "optimizer_step", sgd)
+    sizes, plain = [], dpo.pair_batches
+
+    def spy(run, pairs):
+        for rows, batch in plain(run, pairs):
+            sizes.append(len(rows))
+            yield rows, batch
+
+    monkeypatch.setattr(dpo, "pair_batches", spy)
+    parts = {}
+    for budget in (30, 100000):
+        sizes.clear()
+        _, rows = trained(toy, tmp_path / str(budget), token_budget=budget, held_out=PAIRS[:1])
+        parts[budget] = list(sizes)
+        assert len(rows) == 2                               # four pairs, then a ragged three
+    assert parts[100000] == [7, 1, 1, 4, 3, 1]              # reference of both, evaluation, two steps, evaluation
+    assert len(parts[30]) > 8
+
+
+def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "optimizer_step", sgd)
+    runs = [trained(toy, tmp_path / str(budget), token_budget=budget)[0] for budget in (30, 100000)]
+    config = runs[0].config
+    policy, reference = common.load_policy(config), common.load_reference(config)
+    for pairs in dpo.training_plan(config, runs[0].task):
+        losses = []
+        for pair in pairs:
+            batch = common.encode(runs[0].tokenizer, [pair.prompt] * 2, [pair.chosen, pair.rejected])
+            losses += dpo_loss(*common.sequence_logps(policy, batch)[:, None],
+                               *common.sequence_logps(reference, batch)[:, None], config.beta)[0]
+        (sum(losses) / len(pairs)).backward()
+        sgd(policy, None, None, None)
+    expected = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    start = torch.cat([p.detach().flatten() for p in reference.parameters()])
+    assert (expected - start).abs().max() > 1e-3
+    for run in runs:
+        assert (parameters(run) - expected).abs().max() < 1e-6
+
+
+def test_sft_learns_from_the_rejected_answer(toy, tmp_path):
+    others = [pair._replace(rejected="bdfh") for pair in PAIRS]
+    (a, rows), (b, _) = (trained(toy, tmp_path / str(i), pairs=pairs, loss="sft") for i, pairs in enumerate((PAIRS, others)))
+    assert (parameters(a) - parameters(b)).abs().max() < 1e-6
+    assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"], abs=1e-4)
+    c, _ = trained(toy, tmp_path / "c", pairs=[pair._replace(chosen="bdfh") for pair in PAIRS], loss="sft")
+    assert (parameters(a) - parameters(c)).abs().max() > 1e-3
+
+
+def test_run_without_held_out_pairs_crashes(toy, tmp_path):
+    run, rows = trained(toy, tmp_path / "run", held_out=())
+    assert len(rows) == 2 and "eval/loss" not in run.trace[-1] and "eval/kl" in run.trace[-1]
+
+
+def test_zero_epochs_crash_or_train(toy, tmp_path):
+    run, rows = trained(toy, tmp_path / "run", epochs=0.0)
+    assert rows == [] and len(run.trace) == 1 and run.trace[0]["eval/kl"] == 0

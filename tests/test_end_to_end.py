@@ -1,0 +1,493 @@
+"""Whole runs of dpo.py, common.py and compare.py through their command line, as a user meets them.
+
+Processes cost seconds each, so most bad input goes to the same entry point, common.main, inside this one. The tests of the
+embedded task come last: they build its models where the cache lacks them.
+"""
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig,
+                          LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast)
+
+import common
+import compare
+import dpo
+from tasks import build
+
+ROOT = Path(__file__).resolve().parents[1]
+LN2 = 0.6931
+LETTERS = string.ascii_letters + string.digits + " .,:<>\n"
+SMALL = ["--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 2, "--eval_samples", 1, "--epochs", 0.5,
+         "--batch_size", 8, "--lr", 1e-3]
+
+
+def command(*arguments, cwd=ROOT, **environment):
+    """One script, run to its end; unlike run_script it serves fixtures of any scope."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=900,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
+
+
+def characters(bos=None, pad="<pad>"):
+    """A token for each character; EOS is always there."""
+    special = ["<eos>", *{token for token in (bos, pad) if token and token != "<eos>"}]
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*special, *LETTERS])}, unk_token="a"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token=bos, pad_token=pad)
+
+
+def save_toy(folder, tokenizer, model_class=LlamaForCausalLM, spoil=None, **settings):
+    """A random Llama of two layers; `spoil` may change it before it is saved."""
+    torch.manual_seed(0)
+    model = model_class(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **settings))
+    if spoil:
+        with torch.no_grad():
+            spoil(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")
+    with opened as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return path
+
+
+def pair_rows(n=40, **changes):
+    return [{"prompt": f"say it {i}:", "chosen": f" yes {i}", "rejected": f" no {i}"} | changes for i in range(n)]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def fingerprints(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def check_starts_as_reference(out):
+    """The loss of the first evaluation and of the first step is ln 2: the policy is still its own reference."""
+    before, first = lines_of(out / "metrics.jsonl")[:2]
+    assert before["step"] == 0 and before["eval/loss"] == pytest.approx(LN2, abs=1e-4)
+    assert first["step"] == 1 and first["loss"] == pytest.approx(LN2, abs=1e-4)
+
+
+def check_generates(out):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("say", return_tensors="pt").input_ids
+    assert model.generate(prompt, max_new_tokens=2, min_new_tokens=2).shape == (1, prompt.shape[1] + 2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    return save_toy(tmp_path_factory.mktemp("toy") / "model", characters())
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", pair_rows())
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """Run dpo.py's command line in this process: (status, screen). What it caches goes to tmp_path."""
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dpo.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            common.main(dpo.Config, dpo.run, dpo.EXPERIMENTS)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, capsys.readouterr()
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+@pytest.fixture(scope="module")
+def first_run(toy, pairs, tmp_path_factory):
+    """One run as a process, with a reward model trained from the pairs: (process, its --out, its whole command)."""
+    folder = tmp_path_factory.mktemp("first")
+    arguments = ["dpo.py", "--model", toy, "--data", pairs, "--out", folder / "out", *SMALL]
+    return command(*arguments, ALIGNMENT_CACHE=str(folder / "cache")), folder / "out", arguments
+
+
+def test_run_writes_every_file(first_run):
+    process, out, _ = first_run
+    assert process.returncode == 0, process.stderr
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "args.json",
+                     "metrics.jsonl", "samples.txt"}
+    assert not [name for name in names if name.endswith(".part")]
+    assert json.loads((out / "args.json").read_text())["beta"] == 0.1
+    assert [row["step"] for row in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 3]
+    assert len(re.findall("^  after: ", (out / "samples.txt").read_text(), re.M)) == 2
+
+
+def test_loss_starts_at_ln_2(first_run):
+    check_starts_as_reference(first_run[1])
+
+
+def test_saved_policy_loads_generates_and_was_trained(first_run, toy):
+    _, out, _ = first_run
+    after, before = check_generates(out).state_dict(), AutoModelForCausalLM.from_pretrained(toy).state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.isfinite(w).all() for w in after.values())
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == len(before), "every weight of so small a model gets a gradient"
+
+
+def test_screen_shows_table_and_samples(first_run):
+    process, _, _ = first_run
+    assert re.search(r"^ +before +after$", process.stdout, re.M)
+    rows = {line.split()[0]: re.findall(r"-?\d+\.\d{3}", line) for line in process.stdout.splitlines() if line.strip()}
+    for name in ("kl", "length", "eos_rate", "proxy"):
+        assert len(rows[name]) == 4, name                              # two means, two standard errors
+    assert rows["loss"][0] == "0.693" and rows["loss"][1] != "0.693"
+    assert rows["kl"][0] == "0.000"
+    assert "  before: " in process.stdout and "  after:  " in process.stdout
+
+
+def test_second_run_into_the_same_out_is_refused_and_loses_nothing(first_run):
+    _, out, arguments = first_run
+    before = fingerprints(out)
+    process = command(*arguments)
+    check_refused(process.returncode, process.stderr, "holds another run", "--resume", "another --out")
+    assert fingerprints(out) == before
+
+
+def hh_rows():
+    return [{"chosen": f"\n\nHuman: hi {i}\n\nAssistant: yes {i}", "rejected": f"\n\nHuman: hi {i}\n\nAssistant: no {i}"}
+            for i in range(20)]
+
+
+def ranked_rows():
+    return [{"prompt": f"say {i}:", "responses": [f" yes {i}", f" hm {i}", f" no {i}"], "scores": [2, 1, 0],
+             "systems": ["strong", "medium", "weak"]} for i in range(20)]
+
+
+def chat_rows():
+    return [{"prompt": [{"role": "user", "content": f"hi {i}"}], "chosen": [{"role": "assistant", "content": f"yes {i}"}],
+             "rejected": [{"role": "assistant", "content": f"no {i}"}]} for i in range(20)]
+
+
+@pytest.mark.parametrize("rows, name, flags, prompt", [
+    (hh_rows(), "hh.jsonl", [], r"\n\nHuman: hi \d+\n\nAssistant:\n"),
+    (ranked_rows(), "ranked.jsonl", ["--pairs", "strong>weak"], r"say \d+:\n"),
+    (ranked_rows(), "curriculum.jsonl", ["--pairs", "strong>weak", "--hard_pairs", "strong>medium"], r"say \d+:\n"),
+    (chat_rows(), "chat.jsonl", [], r"<user>hi \d+<a>\n"),
+    (pair_rows(20), "zipped.jsonl.gz", [], r"say it \d+:\n"),
+], ids=["HH", "systems", "curriculum", "chat", "gzip"])
+def test_every_form_of_data_trains(here, tmp_path, rows, name, flags, prompt):
+    tokenizer = characters()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
+    model, out = save_toy(tmp_path / "model", tokenizer), tmp_path / "out"
+    status, screen = here("--model", model, "--data", write_rows(tmp_path / name, rows), "--out", out, "--reward", "none",
+                          *SMALL, *flags)
+    assert status == 0, screen.err
+    check_starts_as_reference(out)
+    assert re.match(prompt, (out / "samples.txt").read_text())
+
+
+def test_systems_are_taken_as_named(here, toy, tmp_path):
+    """--pairs "weak>strong" against the scores: the pairs come from the names."""
+    data, first = write_rows(tmp_path / "r.jsonl", ranked_rows()), {}
+    for kind in ("strong>weak", "weak>strong"):
+        out = tmp_path / kind.replace(">", "-")
+        assert here("--model", toy, "--data", data, "--out", out, "--reward", "none", *SMALL, "--pairs", kind)[0] == 0
+        first[kind] = lines_of(out / "metrics.jsonl")[1]
+    assert first["strong>weak"]["logps/chosen"] == pytest.approx(first["weak>strong"]["logps/rejected"], abs=1e-3)
+    longer = first["strong>weak"]["logps/rejected"] - first["strong>weak"]["logps/chosen"]
+    assert longer == pytest.approx(math.log(len(characters())), rel=0.1)         # "yes" has a character more than "no"
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+def check_refused(status, stderr, *parts):
+    """Status 2 and one line that says what is wrong."""
+    assert status == 2, stderr
+    assert stderr.startswith("error: ") and len(stderr.splitlines()) == 1, stderr
+    assert not [part for part in parts if part not in stderr], stderr
+
+
+def check_does_not_block(out):
+    assert not out.exists() or not any(out.iterdir()), f"left {[p.name for p in out.iterdir()]} in --out"
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--data", "/nowhere/pairs.jsonl"], ["no such file", "/nowhere/pairs.jsonl"]),
+    (["--model", "nobody/no-such-model"], ["nobody/no-such-model", "local directory"]),
+], ids=["missing data file", "unknown hub model"])
+def test_process_refuses_in_one_line(run_script, toy, pairs, tmp_path, flags, parts):
+    process = run_script("dpo.py", "--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, *flags)
+    check_refused(process.returncode, process.stderr, *parts)
+    assert process.stdout == ""
+    check_does_not_block(tmp_path / "out")
+
+
+GOOD = pair_rows(3)
+HH_STRANGERS = {"chosen": "\n\nHuman: a\n\nAssistant: yes", "rejected": "\n\nHuman: b\n\nAssistant: no"}
+
+
+@pytest.mark.parametrize("rows, parts", [
+    ([*GOOD, '{"prompt": '], ["line 4", "not JSON"]),
+    ([*GOOD, {"prompt": "a", "chosen": "b"}], ["line 4", '"rejected"']),
+    ([*GOOD, *pair_rows(1, chosen="")], ["line 4", '"chosen" is empty', "--skip_bad_rows"]),
+    ([*GOOD, *pair_rows(1, rejected=" ")], ["line 4", '"rejected" is empty', "--skip_bad_rows"]),
+    ([*GOOD, *pair_rows(1, chosen="a", rejected="a")], ["line 4", "equal", "--skip_bad_rows"]),
+    ([HH_STRANGERS], ["line 1", "share the prompt", "--skip_bad_rows"]),
+    ([], ["no usable row"]),
+    ([{"prompt": "a"}, {"prompt": "b"}], ["no preference pairs", "chosen and rejected"]),
+], ids=["malformed", "missing field", "empty chosen", "empty rejected", "equal", "HH strangers", "no row", "prompts only"])
+def test_bad_rows_are_refused(here, toy, tmp_path, rows, parts):
+    data, out = write_rows(tmp_path / "bad.jsonl", rows), tmp_path / "out"
+    status, screen = here("--model", toy, "--data", data, "--out", out, "--reward", "none", *SMALL)
+    check_refused(status, screen.err, *parts)
+    check_does_not_block(out)
+
+
+def test_no_row_left_after_skipping_is_refused(here, toy, tmp_path):
+    data = write_rows(tmp_path / "bad.jsonl", pair_rows(3, chosen=""))
+    status, screen = here("--model", toy, "--data", data, "--out", tmp_path / "out", "--skip_bad_rows", *SMALL)
+    assert status == 2
+    assert screen.err.splitlines() == ["left out 3 of 3 rows: 3 empty response", "error: bad.jsonl: no usable row"]
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--beta", 0], ["--beta", "above 0"]),
+    (["--beta", -0.1], ["--beta", "above 0", "-0.1"]),
+    (["--data", "."], ["is a directory", ".jsonl"]),
+    (["--pairs", "strong>weak"], ["--pairs", "names no systems"]),
+], ids=["beta 0", "beta negative", "directory as data", "systems that the data lacks"])
+def test_bad_settings_are_refused(here, toy, pairs, tmp_path, flags, parts):
+    status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", "--reward", "none", *SMALL, *flags)
+    check_refused(status, screen.err, *parts)
+    check_does_not_block(tmp_path / "out")
+
+
+def test_unknown_flag_is_refused_before_anything_is_loaded(here, tmp_path):
+    status, screen = here("--betta", 0.1, "--out", tmp_path / "out")
+    assert status == 2 and "--betta" in screen.err and "Traceback" not in screen.err
+    check_does_not_block(tmp_path / "out")
+
+
+def test_out_and_resume_that_make_no_sense_are_refused(here, toy, pairs, tmp_path):
+    base = ["--model", toy, "--data", pairs, "--reward", "none", *SMALL]
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_text("mine")
+    other.mkdir()
+    (other / "args.json").write_text("{}")
+    for flags, parts in [(["--out", file], ["is a file", "directory"]),
+                         (["--out", other], ["holds another run", "--resume"]),
+                         (["--resume"], ["--resume needs --out"]),
+                         (["--resume", "--out", tmp_path / "new"], ["nothing to resume"]),
+                         (["--resume", "--out", other], ["nothing to resume"])]:
+        status, screen = here(*base, *flags)
+        check_refused(status, screen.err, *parts)
+    assert file.read_text() == "mine" and [p.name for p in other.iterdir()] == ["args.json"]
+    check_does_not_block(tmp_path / "new")
+
+
+def test_reward_model_of_several_labels_needs_one_of_them(here, toy, pairs, tmp_path):
+    labels = ["helpful", "harmless", "funny"]
+    reward, out = tmp_path / "reward", tmp_path / "out"
+    save_toy(reward, characters(), LlamaForSequenceClassification, id2label=dict(enumerate(labels)),
+             label2id={name: i for i, name in enumerate(labels)})
+    base = ["--model", toy, "--data", pairs, "--out", out, "--reward", reward, *SMALL]
+    for flags in ([], ["--reward_label", "sad"]):
+        status, screen = here(*base, *flags)
+        check_refused(status, screen.err, "--reward_label", "helpful, harmless, funny")
+        check_does_not_block(out)
+    status, screen = here(*base, "--reward_label", "funny")
+    assert status == 0, screen.err
+
+    prompts, responses = zip(*re.findall(r"(say it \d+:)\n  before: (.*)\n", (out / "samples.txt").read_text()))
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward), characters()
+    scores = []
+    for prompt, response in zip(prompts, responses):
+        ids = tokenizer(prompt + response).input_ids + [tokenizer.eos_token_id]
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        scores.append(model.score(hidden)[2].item())
+    assert lines_of(out / "metrics.jsonl")[0]["eval/proxy"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------- awkward models and long prompts
+
+@pytest.mark.parametrize("bos, pad", [("<bos>", None), (None, "<pad>"), ("<bos>", "<eos>"), (None, None)],
+                         ids=["no PAD", "no BOS", "PAD is EOS", "neither PAD nor BOS"])
+def test_tokenizers_without_pad_or_bos_run(here, pairs, tmp_path, bos, pad):
+    model, out = save_toy(tmp_path / "model", characters(bos, pad)), tmp_path / "out"
+    status, screen = here("--model", model, "--data", pairs, "--out", out, *SMALL)
+    assert status == 0, screen.err
+    check_starts_as_reference(out)
+    assert all(math.isfinite(v) for row in lines_of(out / "metrics.jsonl") for v in row.values())
+    check_generates(out)
+
+
+def test_prompt_longer_than_the_context_is_counted_and_keeps_its_answer(here, toy, tmp_path):
+    """A nearly uniform model gives each of the answer's 7 tokens ln V nats: fewer would show as a smaller sum."""
+    rows = [{"prompt": f"{'long ' * 30}{i:02}:", "chosen": f"yes {i:02}", "rejected": f"no  {i:02}"} for i in range(20)]
+    rows += [row | {"prompt": f"{i}"} for i, row in enumerate(rows[:5])]
+    out = tmp_path / "out"
+    status, screen = here("--model", toy, "--data", write_rows(tmp_path / "long.jsonl", rows), "--out", out,
+                          "--reward", "none", *SMALL, "--max_length", 32)
+    assert status == 0, screen.err
+    warnings = [line for line in screen.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "20 of 25 prompts" in warnings[0] and "--max_length" in warnings[0]
+    check_starts_as_reference(out)
+    whole = 7 * math.log(len(characters()))
+    for row in lines_of(out / "metrics.jsonl")[:2]:
+        for name in ("logps/chosen", "logps/rejected"):
+            assert -row.get(name, row.get(f"eval/{name}")) == pytest.approx(whole, rel=0.05)
+
+
+def spoil_everything(model):
+    model.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+
+
+def spoil_letter_q(model):
+    model.model.embed_tokens.weight[characters().convert_tokens_to_ids("q")] = math.nan
+
+
+@pytest.mark.parametrize("spoil, flags", [(spoil_everything, []), (spoil_letter_q, ["--max_new_tokens", 1])],
+                         ids=["in every forward pass", "in some answers only"])
+def test_nan_in_the_weights_stops_the_run_naming_step_and_example(here, tmp_path, spoil, flags):
+    """An exception that common.main lets through, which would be a traceback on the screen, fails this test by itself."""
+    model = save_toy(tmp_path / "model", characters(), spoil=spoil)
+    data = write_rows(tmp_path / "pairs.jsonl", pair_rows(chosen=" quiet"))
+    status, screen = here("--model", model, "--data", data, "--out", tmp_path / "out", "--reward", "none", *SMALL, *flags)
+    assert status not in (0, None)
+    last = screen.err.splitlines()[-1]
+    assert last.startswith("error: ") and re.search(r"step \d", last) and re.search(r"say it \d+:", last), last
+
+
+# ------------------------------------------------------------------------------------------------ a real chat model
+
+def test_smollm2_answers_a_chat_and_its_logps_are_the_plain_ones(smollm2):
+    settings = common.Config(model=str(smollm2), data="x", device="cpu", max_length=64, max_new_tokens=12)
+    model, tokenizer = common.load_policy(settings), common.load_tokenizer(smollm2, settings)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Name a fruit."}], tokenize=False,
+                                           add_generation_prompt=True)
+    torch.manual_seed(0)
+    batch = common.generate(model, tokenizer, [prompt], 2, max_new_tokens=12)
+    for text, ended, length in zip(common.decode(tokenizer, batch), common.finished(tokenizer, batch), batch.lengths):
+        assert text.strip() and "<|im_" not in text
+        assert length <= 12 and (ended or length == 12)
+
+    ours = common.sequence_logps(model, batch)
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    for row, mask, logp in zip(batch.input_ids, batch.response_mask, ours):
+        whole = torch.tensor([ids + row[mask.bool()].tolist()])
+        with torch.no_grad():
+            logps = model(whole).logits.log_softmax(-1)
+        plain = logps[0, :-1].gather(1, whole[0, 1:, None])[len(ids) - 1:].sum()
+        assert logp.item() == pytest.approx(plain.item(), abs=1e-3)
+
+
+def test_smollm2_trains_two_steps_and_loads_again(smollm2, tmp_path):
+    rows = [{"chosen": f"\n\nHuman: Name {what}.\n\nAssistant: {good}", "rejected": f"\n\nHuman: Name {what}.\n\nAssistant: {bad}"}
+            for what, good, bad in [("a fruit", "Apple.", "Car."), ("a colour", "Red.", "Two."), ("a city", "Rome.", "Soup."),
+                                    ("a bird", "Owl.", "Tea."), ("a tree", "Oak.", "Sock."), ("a number", "Six.", "Hat.")]]
+    out = tmp_path / "out"
+    process = command("dpo.py", "--model", smollm2, "--data", write_rows(tmp_path / "hh.jsonl", rows), "--out", out,
+                      "--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 2, "--eval_samples", 1,
+                      "--reward", "none", "--epochs", 1, "--batch_size", 3, "--save_every", 0)
+    assert process.returncode == 0, process.stderr
+    check_starts_as_reference(out)
+    assert [row["step"] for row in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 2]
+    check_generates(out)
+
+
+# ------------------------------------------------------------------------------- the embedded task: slow at first use
+
+@pytest.fixture(scope="module")
+def built():
+    """`python common.py`, and the directory of seed 0's models that it built or found."""
+    process = command("common.py")
+    assert process.returncode == 0, process.stderr
+    return process, build.home(common.Config())
+
+
+def test_common_prints_the_vital_figures(built):
+    process, folder = built
+    for name, value in json.loads((folder / "vitals.json").read_text()).items():
+        assert re.search(rf"^{re.escape(name)} +{re.escape(str(value))}$", process.stdout, re.M), name
+    assert str(folder) in process.stdout
+
+
+def test_dpo_on_the_embedded_task_shows_gold_proxy_kl_fluency(built, tmp_path):
+    process = command("dpo.py", "--epochs", 0.05, "--eval_prompts", 16, "--eval_samples", 2, "--out", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    check_starts_as_reference(tmp_path / "out")
+    rows = {line.split()[0]: re.findall(r"-?\d+\.\d{3}", line) for line in process.stdout.splitlines() if line.strip()}
+    for name in ("gold", "proxy", "judge", "kl", "fluency"):
+        assert len(rows[name]) == 4, name
+    assert rows["kl"][0] == "0.000"
+    assert float(rows["fluency"][0]) > 0.5, "the start must be the SFT policy, not a random model"
+
+
+def test_killed_build_goes_on_with_the_missing_judge(built, tmp_path):
+    """As if killed before the judge: it comes out bit for bit the same, and nothing before it is made again."""
+    _, whole = built
+    half = tmp_path / whole.relative_to(common.CACHE)
+    shutil.copytree(whole, half, ignore=shutil.ignore_patterns("judge", "vitals.json"))
+    shutil.copytree(whole / "judge", half / "judge.part")                 # an attempt that was not renamed
+    (half / "judge.part" / "model.safetensors").write_bytes(b"half")
+    kept = {name: (half / name).stat().st_mtime_ns for name in ("sft/model.safetensors", "samples.json", "proxy/model.safetensors")}
+    process = command("common.py", ALIGNMENT_CACHE=str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert {name: (half / name).stat().st_mtime_ns for name in kept} == kept
+    old, new = (AutoModelForSequenceClassification.from_pretrained(path / "judge").state_dict() for path in (whole, half))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    old, new = (json.loads((path / "vitals.json").read_text()) for path in (whole, half))
+    assert {k: v for k, v in old.items() if k != "seconds"} == {k: v for k, v in new.items() if k != "seconds"}
+
+
+# -------------------------------------------------------------------------------------------------- committed results
+
+needs_results = pytest.mark.skipif(not (ROOT / "results" / "dpo.json").exists(), reason="results/dpo.json is not there yet")
+
+
+@needs_results
+def test_report_of_the_committed_results(tmp_path):
+    """Run on a copy: the figure must not be drawn anew into the repository."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "dpo.json", tmp_path / "results")
+    process = command(ROOT / "compare.py", "dpo", "--report", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    on_one_line = " ".join(process.stdout.split())
+    for title, experiment in dpo.EXPERIMENTS.items():
+        assert f"{title}: {experiment['question']}" in on_one_line
+        for arm in experiment["arms"]:
+            assert re.search(rf"^{re.escape(arm)} +-?\d", process.stdout, re.M), f"{arm} has no figures"
+    assert re.search("reproduced|inconclusive", process.stdout) and "not run" not in process.stdout
+
+
+@needs_results
+def test_readme_holds_what_the_committed_results_say(monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if compare.BEGIN not in text:
+        pytest.skip("README has no results block yet")
+    monkeypatch.chdir(ROOT)
+    assert text.split(compare.BEGIN)[1].split(compare.END)[0].strip() == compare.readme_block().strip()
