@@ -206,7 +206,7 @@ EXPERIMENTS = {
     ),
     "curriculum": dict(
         question="Do pairs of known writers add to SFT on the strong one, and does their order matter?",
-        arms={"SFT on strong": STRONG,
+        arms={"SFT on strong": STRONG | {"epochs": 4},
               "SFT continued": STRONG | {"start": "SFT on strong"},
               "strong>weak": CONTRASTIVE,
               "strong>medium": CONTRASTIVE | {"pairs": "strong>medium"},
