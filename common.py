@@ -311,7 +311,6 @@ def start(config):
     rewards = load_rewards(config, task)
     policy, tokenizer = load_policy(config), load_tokenizer(policy_path(config), config)
     count_cut_prompts(tokenizer, task)
-    write_json(out / "args.json", asdict(config))
     return Run(config, out, task, tokenizer, policy, rewards, began=began)
 
 
@@ -357,6 +356,7 @@ def steps(run, plan, measure=dict):
     run.optimizer, run.schedule = optimizer_and_schedule(run.policy, config, len(plan))
     if config.resume:
         restore(run)
+    write_json(run.out / "args.json", asdict(config))
     metrics_file = run.out / "metrics.jsonl"
     kept = metrics_file.read_text().splitlines(True) if metrics_file.exists() else []
     metrics_file.write_text("".join(line for line in kept if json.loads(line)["step"] <= run.step))
@@ -375,6 +375,10 @@ def steps(run, plan, measure=dict):
 
 def record(run, measure):
     """Evaluate now, into the trace and metrics.jsonl."""
+    prompt = run.task.prompts["test"][0]
+    probe = encode(run.tokenizer, [prompt], [""]).to(run.policy.device)
+    with torch.no_grad():                              # a broken policy cannot be sampled: say so rather than crash there
+        check_finite(sequence_logps(run.policy, probe), run.step - 1, [prompt], "the policy's log-prob")
     metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"))
     run.samples["after" if run.trace else "before"] = samples
     run.trace.append({"step": run.step, **metrics, **measure()})
@@ -442,7 +446,7 @@ def main(config_class, run, experiments=None):
     """The command line of a script: one run, or --reproduce; a UserError is one line and exit status 2."""
     try:
         parser = HfArgumentParser(config_class, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
-        (config,) = parser.parse_args_into_dataclasses()
+        config = config_class(**vars(parser.parse_args()))
         if config.reproduce:
             import compare
             compare.reproduce(Path(inspect.getfile(config_class)).stem, config)

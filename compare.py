@@ -592,5 +592,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as mistake:
-        print(mistake, file=sys.stderr)
+        print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)

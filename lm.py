@@ -206,7 +206,8 @@ def head_is_all(model, batch):
         few = Batch(*(t[:1, -16:] for t in (batch.input_ids, torch.ones_like(batch.input_ids), batch.response_mask)))
         logits, hidden = model(**inputs(model, few)).logits, model.base_model(**inputs(model, few)).last_hidden_state
         capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)   # too gentle for small logits
-        model.head_is_all = not capped and torch.allclose(logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3)
+        again = model.get_output_embeddings()(hidden)
+        model.head_is_all = not capped and torch.allclose(logits, again, rtol=1e-3, atol=1e-3, equal_nan=True)
         if not model.head_is_all:
             warn(f"{type(model).__name__} changes its logits after the LM head: log-probs hold them all in memory")
     return model.head_is_all

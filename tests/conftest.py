@@ -1,4 +1,4 @@
-"""Fixtures that several test files share, and one thread for all: two test processes would otherwise fight for cores."""
+"""Fixtures that several test files share."""
 import importlib.util
 import os
 import subprocess
