@@ -10,7 +10,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -23,9 +22,9 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
-from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, gather_logps, generate, load,
-                load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model, pick_device,
-                policy_path, sequence_logps, sequence_scores, token_logps, warn)
+from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, gather_logps, generate, kl_to_reference,
+                load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model, pick_device,
+                policy_path, save_model, sequence_logps, sequence_scores, token_logps, warn)
 from tasks import Pair, Ranking, Task, UserError
 
 transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
@@ -44,6 +43,7 @@ class Config:
     LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}                # what lr is when it is not given
     MAX_NEW_TOKENS: ClassVar = {"tiny": 40, "real": 128}
     MAX_LENGTH: ClassVar = {"tiny": 160, "real": 512}
+    EPOCHS: ClassVar = {"tiny": 1.0, "real": 1.0}
 
     model: str = option("tiny", "'tiny' (built here, nothing downloaded) or any causal LM: a directory or a hub id")
     policy: str = option("", "start from this saved policy, which is then the reference too")
@@ -61,7 +61,7 @@ class Config:
     schedule: str = option("constant_with_warmup", "any schedule of transformers.get_scheduler")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
     batch_size: int = option(64, "prompts per optimizer step")
-    epochs: float = option(1.0, "passes over the training rows")
+    epochs: Optional[float] = option(None, "passes over the training rows; the default depends on the model")
     token_budget: int = option(16384, "padded tokens per forward pass; a batch is split to fit, the gradient is the same")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     eval_prompts: int = option(128, "test prompts sampled for evaluation")
@@ -79,7 +79,7 @@ class Config:
 
     def __post_init__(self):
         kind = "tiny" if self.model == "tiny" else "real"
-        for name in ("lr", "max_new_tokens", "max_length"):
+        for name in ("lr", "epochs", "max_new_tokens", "max_length"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
         for name in ("lr", "batch_size", "token_budget", "temperature", "max_new_tokens", "eval_prompts",
@@ -127,7 +127,7 @@ def check_finite(values, step, prompts, name="loss"):
     """Stop the run, naming step and example, when one of the values [n] is not finite."""
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
-            raise UserError(f"step {step + 1}: {name} is {value} for the prompt {prompt!r}; lower --lr or mend the data")
+            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr or mend the data")
 
 
 def fit(model, tokenizer, rows, losses_of, config, title):
@@ -138,7 +138,7 @@ def fit(model, tokenizer, rows, losses_of, config, title):
         prompts, responses = zip(*(rows[i] for i in indices))
         for part, batch in batches(tokenizer, prompts, responses, config.token_budget, model.device):
             losses = losses_of(model, batch)
-            check_finite(losses, step, [prompts[i] for i in part])
+            check_finite(losses, step + 1, [prompts[i] for i in part])
             (losses.sum() / len(indices)).backward()
         optimizer_step(model, optimizer, schedule, config)
     return model
@@ -171,15 +171,6 @@ def write_json(path, value):
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     part.replace(path)
-
-
-def save_model(model, tokenizer, path):
-    """save_pretrained of both, under a temporary name first."""
-    part = path.with_name(path.name + ".part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
 
 
 def load_task(config):
@@ -267,20 +258,6 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None):
     return metrics, samples
 
 
-@torch.no_grad()
-def kl_to_reference(config, policy, batch):
-    """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref)."""
-    reference = load_reference(config)
-    rows = sorted(range(len(batch)), key=batch.attention_mask.sum(1).tolist().__getitem__)
-    size = max(1, config.token_budget // batch.input_ids.shape[1])
-    kl = torch.empty(len(batch))
-    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-        on_device = batch[part].to(policy.device)
-        kl[part] = (sequence_logps(policy, on_device, config.temperature)
-                    - sequence_logps(reference, on_device, config.temperature)).cpu()
-    return kl
-
-
 # ----------------------------------------------------------------------------------------------------------- one run
 
 @dataclass
@@ -326,14 +303,13 @@ def output_directory(config):
         raise UserError(f"--out {out} is a file; give a directory")
     if config.resume:
         if not (out / "state.pt").exists():
-            raise UserError(f"nothing to resume in {out}: it holds no state.pt")
+            raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it or start elsewhere")
         old = json.loads((out / "args.json").read_text())
         changed = [k for k, v in settings.items() if old.get(k) != v]
         if changed:
             raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} as before")
     elif out.exists() and any(out.iterdir()):
-        hint = "pass --resume to go on with it" if (out / "state.pt").exists() else "delete it"
-        raise UserError(f"{out} holds another run: {hint}, or give another --out")
+        raise UserError(f"{out} holds another run: --resume goes on with one that was cut; or give another --out")
     return out
 
 
@@ -378,7 +354,7 @@ def record(run, measure):
     prompt = run.task.prompts["test"][0]
     probe = encode(run.tokenizer, [prompt], [""]).to(run.policy.device)
     with torch.no_grad():                              # a broken policy cannot be sampled: say so rather than crash there
-        check_finite(sequence_logps(run.policy, probe), run.step - 1, [prompt], "the policy's log-prob")
+        check_finite(sequence_logps(run.policy, probe), run.step, [prompt], "the policy's log-prob")
     metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"))
     run.samples["after" if run.trace else "before"] = samples
     run.trace.append({"step": run.step, **metrics, **measure()})

@@ -41,7 +41,7 @@ from common import Pair, UserError, option
 @dataclass
 class Config(common.Config):
     LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}     # tiny: tuned on validation seed 100; real: the paper's (code: 5e-7)
-    epochs: float = option(2.0, "passes over the training pairs (paper: 1)")
+    EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}   # tiny: tuned likewise; real: the official code's
     beta: float = option(0.1, "strength of the KL constraint: larger stays closer to the reference (paper: 0.1 to 0.5)")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (conservative DPO)")
     loss: str = option("dpo", "'dpo', or 'sft' on the chosen answers alone: the paper's Preferred-FT baseline")
@@ -118,6 +118,15 @@ def training_plan(config, task):
     return plan
 
 
+def held_out_pairs(config, task):
+    """Test pairs of the kind that is trained on where the data has them, else the data's own."""
+    if config.pairs and task.rankings.get("test"):
+        pairs = [pair for pair in pairs_between(task.rankings["test"], config.pairs) if pair]
+    else:
+        pairs = task.pairs.get("test", [])
+    return pairs[:config.eval_pairs]
+
+
 def pair_batches(run, pairs):
     """Token-budget batches of pairs: (rows [n], Batch [2n, T]), chosen and rejected answers by turns."""
     return common.batches(run.tokenizer, [p.prompt for p in pairs], [[p.chosen, p.rejected] for p in pairs],
@@ -163,7 +172,7 @@ def train(run, plan, held_out):
             logps = common.sequence_logps(run.policy, batch).view(-1, 2)                        # [n, 2]
             ref = torch.stack([ref_logps[pairs[i]] for i in rows])                              # [n, 2]
             losses, metrics = losses_and_metrics(config, logps, ref)
-            common.check_finite(losses, step, [pairs[i].prompt for i in rows])
+            common.check_finite(losses, step + 1, [pairs[i].prompt for i in rows])
             (losses.sum() / len(pairs)).backward()                  # the mean over the step's pairs, in parts
             run.counts["tokens_trained"] += int(batch.attention_mask.sum())
             seen.append(metrics)
@@ -174,7 +183,7 @@ def train(run, plan, held_out):
 def run(config):
     """One training run; returns the metrics after it, and the trace of evaluations."""
     run = common.start(config)
-    train(run, training_plan(config, run.task), run.task.pairs.get("test", [])[:config.eval_pairs])
+    train(run, training_plan(config, run.task), held_out_pairs(config, run.task))
     return common.finish(run)
 
 

@@ -13,6 +13,7 @@ every response. Log-probabilities are in nats and are reduced in float32 at leas
 """
 import contextlib
 import inspect
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -265,6 +266,15 @@ def load_tokenizer(path, config):
     return tokenizer
 
 
+def save_model(model, tokenizer, path):
+    """save_pretrained of both, under a temporary name first."""
+    part = path.with_name(path.name + ".part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
 def policy_path(config):
     """Where the initial policy lies: --policy, else the model, which for the tiny one is this seed's SFT policy."""
     if config.policy or config.model != "tiny":
@@ -288,6 +298,20 @@ def load_value_model(path, config):
     for parameter in (model.score if hasattr(model, "score") else model.classifier).parameters():
         torch.nn.init.zeros_(parameter)
     return model
+
+
+@torch.no_grad()
+def kl_to_reference(config, policy, batch):
+    """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref)."""
+    reference = load_reference(config)
+    rows = sorted(range(len(batch)), key=batch.attention_mask.sum(1).tolist().__getitem__)
+    size = max(1, config.token_budget // batch.input_ids.shape[1])
+    kl = torch.empty(len(batch))
+    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
+        on_device = batch[part].to(policy.device)
+        kl[part] = (sequence_logps(policy, on_device, config.temperature)
+                    - sequence_logps(reference, on_device, config.temperature)).cpu()
+    return kl
 
 
 @dataclass

@@ -11,8 +11,7 @@ import inspect
 import json
 import random
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import tokenizers
 import torch

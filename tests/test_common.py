@@ -351,7 +351,7 @@ def test_run_overwrites_another_or_resumes_nothing(toy, tmp_path):
     with pytest.raises(UserError, match="nothing to resume in .*out"):
         common.output_directory(replace(config, resume=True))
     common.write_json(out / "args.json", asdict(config))
-    with pytest.raises(UserError, match="holds another run: pass --resume"):
+    with pytest.raises(UserError, match="holds another run: --resume"):
         common.output_directory(config)
     with pytest.raises(UserError, match="is a file"):
         common.output_directory(replace(config, out=str(out / "args.json")))
