@@ -54,7 +54,7 @@ class Config:
     limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
     skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows instead of stopping")
     chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")
-    max_length: Optional[int] = option(None, "tokens of prompt and response; prompts get 3/4 of it (tiny 160, else 512)")
+    max_length: Optional[int] = option(None, "tokens of prompt and response, 3/4 for the prompt (tiny 160, else 512)")
     max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
     temperature: float = option(1.0, "sampling temperature of evaluation and of methods that sample")
     lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
@@ -62,7 +62,7 @@ class Config:
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
     batch_size: int = option(64, "prompts per optimizer step")
     epochs: Optional[float] = option(None, "passes over the training rows; the default depends on the model")
-    token_budget: int = option(16384, "padded tokens per forward pass; a batch is split to fit, the gradient is the same")
+    token_budget: int = option(16384, "padded tokens per forward pass; batches are split to fit, to the same effect")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     eval_prompts: int = option(128, "test prompts sampled for evaluation")
     eval_samples: int = option(4, "samples per test prompt")
@@ -111,7 +111,8 @@ def epochs(n, config):
 
 def optimizer_and_schedule(model, config, steps):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return optimizer, transformers.get_scheduler(config.schedule, optimizer, round(config.warmup * steps), max(steps, 1))
+    warmup = round(config.warmup * steps)
+    return optimizer, transformers.get_scheduler(config.schedule, optimizer, warmup, max(steps, 1))
 
 
 def optimizer_step(model, optimizer, schedule, config):
@@ -131,7 +132,7 @@ def check_finite(values, step, prompts, name="loss"):
 
 
 def fit(model, tokenizer, rows, losses_of, config, title):
-    """Plain training for the two stages before a method: rows of (prompt, responses), losses_of(model, batch) -> [n]."""
+    """Plain training for the stages before a method: rows of (prompt, responses), losses_of(model, batch) -> [n]."""
     plan = epochs(len(rows), config)
     optimizer, schedule = optimizer_and_schedule(model, config, len(plan))
     for step, indices in enumerate(tqdm(plan, title, leave=False, disable=None)):
@@ -151,7 +152,7 @@ def train_sft(model, tokenizer, demonstrations, config):
 
 
 def reward_model_losses(model, batch):
-    """Bradley-Terry: -log sigmoid(r(chosen) - r(rejected)) of each pair [n]; the batch holds chosen, rejected, chosen, ..."""
+    """Bradley-Terry: -log sigmoid(r(chosen) - r(rejected)) of each pair [n]; rows are chosen, rejected by turns."""
     chosen, rejected = sequence_scores(model, batch).view(-1, 2).unbind(1)
     return -F.logsigmoid(chosen - rejected)
 
@@ -199,7 +200,8 @@ def load_rewards(config, task):
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
         return {}
-    settings = replace(config, lr=config.reward_lr, epochs=1, schedule="linear", warmup=0.1, batch_size=16, max_grad_norm=1.0)
+    settings = replace(config, lr=config.reward_lr, epochs=1, schedule="linear", warmup=0.1, batch_size=16,
+                       max_grad_norm=1.0)
     key = json.dumps([str(start), settings.lr, settings.seed, settings.max_length, pairs])
     path = CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not path.exists():
@@ -235,7 +237,8 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None):
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         batch = generate(policy, tokenizer, prompts, n, config.temperature, max_new_tokens=config.max_new_tokens)
-    prompts, responses, ended = [p for p in prompts for _ in range(n)], decode(tokenizer, batch), finished(tokenizer, batch)
+    prompts = [prompt for prompt in prompts for _ in range(n)]
+    responses, ended = decode(tokenizer, batch), finished(tokenizer, batch)
     values = {"length": batch.lengths, "eos_rate": ended, "kl": kl_to_reference(config, policy, batch)}
     if task.gold:
         values["gold"] = torch.tensor([task.gold(*row) for row in zip(prompts, responses, ended.tolist())])
@@ -293,7 +296,8 @@ def start(config):
 
 def output_directory(config):
     """--out, or the first free number under runs/<method>."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "quiet", "device", "out", "save_every", "seeds")}
+    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds")
+    settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
         home = ROOT / "runs" / Path(inspect.getfile(type(config))).stem
         taken = [int(d.name) for d in home.glob("*") if d.name.isdigit()]

@@ -51,7 +51,8 @@ COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fl
            "eval/length": "length", "eval/win_rate": "win rate", "seconds": "seconds"}
 RULES = ("± is half a 95% t-interval over seeds. Claims are judged on differences paired within a seed: reproduced if every "
          "interval lies on the claimed side of 0; not reproduced if one lies wholly off it (at level 1 - 0.05/k for k "
-         "comparisons); else inconclusive. Arm tables are not paired, so their intervals are wider.")
+         "comparisons); else inconclusive. Arm tables are not paired, so their intervals are wider. KL is to the policy that the arm "
+         "started from.")
 
 
 # ---------------------------------------------------------------------------------------------------- statistics

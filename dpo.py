@@ -22,9 +22,9 @@ The same loss on pairs that nobody labelled: Contrastive Post-training Large Lan
 al., 2023, https://arxiv.org/abs/2310.02263) takes the chosen answer from a stronger writer and the rejected one from a
 weaker, and moves from easy pairs (far apart) to hard ones: --pairs "strong>weak" --hard_pairs "strong>medium".
 
-Official code (eric-mitchell/direct-preference-optimization): the same sums over response tokens, EOS included, no length
-normalisation; RMSprop where this file has AdamW. There the reference runs beside the policy at every step; here its
-log-probs are taken once, before the first step, and only one model is held in training.
+Official code (eric-mitchell/direct-preference-optimization): the same sums over response tokens, EOS included, no
+length normalisation; RMSprop where this file has AdamW. There the reference runs beside the policy at every step; here
+its log-probs are taken once, before the first step, and only one model is held in training.
 Left out: IPO and the reference-free loss. The curriculum's schedule could not be checked against its paper.
 """
 import random
@@ -54,7 +54,7 @@ class Config(common.Config):
     def __post_init__(self):
         super().__post_init__()
         if not self.beta > 0:
-            raise UserError(f"--beta must be above 0, not {self.beta}: at 0 nothing would hold the policy to its reference")
+            raise UserError(f"--beta must be above 0, not {self.beta}: at 0 nothing holds the policy to its reference")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
         if self.loss not in ("dpo", "sft"):
@@ -65,7 +65,8 @@ class Config(common.Config):
             raise UserError("--hard_pairs needs --pairs: the easy kind to start from")
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+             label_smoothing=0.0):
     """DPO loss of each pair (Eq. 7).
 
     Args:
@@ -87,7 +88,7 @@ def curriculum(progress):
 
 
 def pairs_between(rankings, systems, flag="--pairs"):
-    """The pairs of "A>B", one for each ranking: A's answer chosen, B's rejected; None where one is missing or equal."""
+    """The pairs of "A>B", one a ranking: A's answer chosen, B's rejected; None where one is missing or both are equal."""
     better, _, worse = systems.partition(">")
     known = sorted({name for ranking in rankings for name in ranking.systems})
     if better not in known or worse not in known:
@@ -177,7 +178,8 @@ def train(run, plan, held_out):
             run.counts["tokens_trained"] += int(batch.attention_mask.sum())
             seen.append(metrics)
         norm = common.optimizer_step(run.policy, run.optimizer, run.schedule, config)
-        common.log(run, step, {name: torch.cat([m[name] for m in seen]).mean() for name in seen[0]} | {"grad_norm": norm})
+        means = {name: torch.cat([metrics[name] for metrics in seen]).mean() for name in seen[0]}
+        common.log(run, step, means | {"grad_norm": norm})
 
 
 def run(config):
@@ -224,16 +226,21 @@ EXPERIMENTS = {
               "hard to easy": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "hard_to_easy"},
               "style only": CONTRASTIVE | {"pairs": "chatty>dry"}},
         claims=[
-            dict(claim="SFT on the strong writer saturates, DPO on strong>weak steps beyond it", metric="eval/gold",
-                 source="Xu et al., abstract", paper="no number checked:", holds=[("strong>weak", ">", "SFT continued")]),
-            dict(claim="easy to hard beats one kind of pair", metric="eval/gold", source="Xu et al., abstract",
-                 paper="no number checked:", holds=[("easy to hard", ">", "strong>weak"), ("easy to hard", ">", "strong>medium")]),
-            dict(claim="easy to hard beats other orders", metric="eval/gold", source="Xu et al., abstract",
-                 paper="no number checked:", holds=[("easy to hard", ">", "mixed"), ("easy to hard", ">", "hard to easy")]),
-            dict(claim="control: pairs of equal gold and other style gain nothing (within 0.1)", metric="eval/gold:change",
-                 source="ours", paper="-", holds=[("style only", "<", 0.1), ("style only", ">", -0.1)]),
+            dict(claim="where SFT on the strong writer saturates, DPO on strong>weak steps beyond it",
+                 source="Xu et al., abstract", paper="no number checked:", metric="eval/gold",
+                 holds=[("strong>weak", ">", "SFT continued")]),
+            dict(claim="easy to hard beats either kind of pair alone",
+                 source="Xu et al., abstract", paper="no number checked:", metric="eval/gold",
+                 holds=[("easy to hard", ">", "strong>weak"), ("easy to hard", ">", "strong>medium")]),
+            dict(claim="easy to hard beats other orders",
+                 source="Xu et al., abstract", paper="no number checked:", metric="eval/gold",
+                 holds=[("easy to hard", ">", "mixed"), ("easy to hard", ">", "hard to easy")]),
+            dict(claim="control: pairs of equal gold and other style gain nothing (within 0.1)",
+                 source="ours", paper="-", metric="eval/gold:change",
+                 holds=[("style only", "<", 0.1), ("style only", ">", -0.1)]),
         ],
-        panels=[dict(kind="bars", y=["eval/gold"], title="gold reward"), dict(kind="bars", y=["eval/kl"], title="KL to the arm's start")],
+        panels=[dict(kind="bars", y=["eval/gold"], title="gold reward"),
+                dict(kind="bars", y=["eval/kl"], title="KL to the policy that the arm started from")],
     ),
 }
 

@@ -70,6 +70,7 @@ def models(config):
     if (path / "vitals.json").exists():
         return path
     print(f"building the embedded task's models for seed {config.seed} (once, up to two minutes)")
+    config = stage(config)                         # the user's lengths and batch sizes must not leak into the cache
     began, rng = time.time(), random.Random(config.seed)
     torch.manual_seed(config.seed)
     prompts = reviews.make_prompts("train", 3000, config.seed)
@@ -83,7 +84,9 @@ def models(config):
     print(f"  SFT policy {time.time() - began:.0f} s")
 
     if not (path / "samples.json").exists():
-        policy, tokenizer = common.load_policy(replace(config, policy=str(path / "sft"))), common.load_tokenizer(path / "sft", config)
+        torch.manual_seed(config.seed)
+        policy = common.load_policy(replace(config, policy=str(path / "sft")))
+        tokenizer = common.load_tokenizer(path / "sft", config)
         test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
         rows = {"pool": sample(policy, tokenizer, prompts[:POOL[0]], POOL[1], config),
                 "shown": sample(policy, tokenizer, prompts[:POOL[0]], 2 * PAIRS, config),
@@ -164,9 +167,11 @@ def test_pool(config):
     """(proxy, gold), both TEST: SFT samples of the test prompts, as many as best-of-n curves need. Kept in the cache."""
     path = models(config)
     if not (path / "test_pool.json").exists():
+        config = stage(config)
         torch.manual_seed(config.seed + 1)
         policy, tokenizer = common.load_policy(config), common.load_tokenizer(path / "sft", config)
-        common.write_json(path / "test_pool.json", sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1], config))
+        rows = sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1], config)
+        common.write_json(path / "test_pool.json", rows)
     return score_pool(path, json.loads((path / "test_pool.json").read_text()), config)
 
 
