@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import ClassVar, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class Config:
     max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
     temperature: float = option(1.0, "sampling temperature of evaluation and of methods that sample")
     lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
-    schedule: str = option("constant_with_warmup", "any schedule of transformers.get_scheduler")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("constant_with_warmup", "of the learning rate")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
     batch_size: int = option(64, "prompts per optimizer step")
     epochs: Optional[float] = option(None, "passes over the training rows; the default depends on the model")
@@ -69,8 +69,8 @@ class Config:
     eval_every: int = option(0, "evaluate every so many steps (0: only before and after)")
     save_every: int = option(200, "write a checkpoint for --resume every so many steps (0: never)")
     seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("auto", "auto: bfloat16 autocast on CUDA, float32 elsewhere; or float32 or bfloat16")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 autocast on CUDA, else float32")
     out: str = option("", "where the run is written (default: the first free runs/<method>/<number>)")
     resume: bool = option(False, "go on with the run in --out")
     reproduce: bool = option(False, "run the paper's experiments through compare.py")
@@ -307,7 +307,7 @@ def output_directory(config):
         raise UserError(f"--out {out} is a file; give a directory")
     if config.resume:
         if not (out / "state.pt").exists():
-            raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it or start elsewhere")
+            raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it")
         old = json.loads((out / "args.json").read_text())
         changed = [k for k, v in settings.items() if old.get(k) != v]
         if changed:
@@ -357,7 +357,7 @@ def record(run, measure):
     """Evaluate now, into the trace and metrics.jsonl."""
     prompt = run.task.prompts["test"][0]
     probe = encode(run.tokenizer, [prompt], [""]).to(run.policy.device)
-    with torch.no_grad():                              # a broken policy cannot be sampled: say so rather than crash there
+    with torch.no_grad():                              # a broken policy would crash the sampling: say so here
         check_finite(sequence_logps(run.policy, probe), run.step, [prompt], "the policy's log-prob")
     metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"))
     run.samples["after" if run.trace else "before"] = samples

@@ -88,7 +88,7 @@ def curriculum(progress):
 
 
 def pairs_between(rankings, systems, flag="--pairs"):
-    """The pairs of "A>B", one a ranking: A's answer chosen, B's rejected; None where one is missing or both are equal."""
+    """The pairs of "A>B", one a ranking: A's answer chosen, B's rejected; None where one is missing."""
     better, _, worse = systems.partition(">")
     known = sorted({name for ranking in rankings for name in ranking.systems})
     if better not in known or worse not in known:
@@ -100,7 +100,7 @@ def pairs_between(rankings, systems, flag="--pairs"):
 
 
 def training_plan(config, task):
-    """The pairs of every step: list of lists of Pair. A curriculum draws each as easy or hard by the step's progress."""
+    """The pairs of every step, lists of Pair. A curriculum draws each as easy or hard by the progress of training."""
     if not config.pairs:
         easy = hard = task.pairs.get("train", [])
     else:

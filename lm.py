@@ -77,7 +77,7 @@ def prompt_ids(tokenizer, prompts):
     bos, room, rows = tokenizer.bos_token_id, tokenizer.model_max_length * 3 // 4, []
     adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
     for prompt, ids in zip(prompts, tokenizer(list(prompts), add_special_tokens=False).input_ids):
-        lead = [bos] if adds_bos or (bos is not None and ids[:1] == [bos]) else []      # a chat template may have put it
+        lead = [bos] if adds_bos or (bos is not None and ids[:1] == [bos]) else []   # or by the chat template
         ids = lead + (ids[1:] if lead and ids[:1] == lead else ids)[-(room - len(lead)):]
         if not ids:
             raise UserError(f"the prompt {prompt!r} has no tokens: nothing to answer")
@@ -113,8 +113,8 @@ def pack(rows, pad):
 
 def decode(tokenizer, batch):
     """The text of each response, without prompt, EOS or padding."""
-    return tokenizer.batch_decode([row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)],
-                                  skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def finished(tokenizer, batch):
@@ -206,7 +206,7 @@ def head_is_all(model, batch):
     if not hasattr(model, "head_is_all"):
         few = Batch(*(t[:1, -16:] for t in (batch.input_ids, torch.ones_like(batch.input_ids), batch.response_mask)))
         logits, hidden = model(**inputs(model, few)).logits, model.base_model(**inputs(model, few)).last_hidden_state
-        capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)   # too gentle for small logits
+        capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)   # unseen at small logits
         again = model.get_output_embeddings()(hidden)
         model.head_is_all = not capped and torch.allclose(logits, again, rtol=1e-3, atol=1e-3, equal_nan=True)
         if not model.head_is_all:
@@ -221,6 +221,8 @@ def warn(text):
 # ------------------------------------------------------------------------------------------------------------ models
 
 def pick_device(name):
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: there is none on this machine; leave it out or say cpu")
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -357,7 +359,8 @@ def load_reward_model(path, config):
         raise UserError(f"the reward model {path} has {len(labels)} labels: pick one with --reward_label, of "
                         f"{', '.join(model.config.id2label.values())}")
     scale = getattr(model.config, "reward_scale", {"mean": 0.0, "std": 1.0})
-    return RewardModel(model, tokenizer, labels.get(config.reward_label.lower(), 0), **scale, budget=config.token_budget)
+    label = labels.get(config.reward_label.lower(), 0)
+    return RewardModel(model, tokenizer, label, **scale, budget=config.token_budget)
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -388,9 +391,10 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
             with compute(model):
                 texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
             for i, response in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
-                end = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else len(response)
+                if tokenizer.eos_token_id in response:
+                    response = response[:response.index(tokenizer.eos_token_id) + 1]
                 places[i].append(len(rows))
-                rows.append((ids[i], response[:end]))
+                rows.append((ids[i], response))
     finally:
         model.train(mode)
         model.generation_config = settings

@@ -148,7 +148,8 @@ def load_task(config):
     writers = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
     for prompt in reviews.make_prompts("train", 3000, config.seed)[:RANKED]:
         responses = [reviews.write(name, prompt, rng) for name in writers] + list(reviews.style_pair(prompt, rng))
-        rankings.append(Ranking(prompt, responses, [reviews.gold(prompt, r) for r in responses], writers + ["chatty", "dry"]))
+        scores = [reviews.gold(prompt, response) for response in responses]
+        rankings.append(Ranking(prompt, responses, scores, writers + ["chatty", "dry"]))
     return Task("reviews", prompts={"train": [row["prompt"] for row in rows["pool"]],
                                     "test": [row["prompt"] for row in rows["test"]]},
                 pairs={"train": annotated(rows["shown"], "proxy", config.seed),
