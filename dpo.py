@@ -11,8 +11,8 @@ regression as any reward model, therefore trains the policy itself, with no samp
 
     L = -log sigmoid(beta [log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)])                       (Eq. 7)
 
-    python dpo.py                    # @MINUTES@
-    python dpo.py --reproduce        # beta sweep and data curriculum, five seeds
+    python dpo.py                    # 25 s on two cores (two minutes more at first): gold 0.19 to 0.70, KL 1.6 nats
+    python dpo.py --reproduce        # the beta sweep and the data curriculum: 14 arms, five seeds
     python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
 What to look at: the loss starts at log 2 = 0.693, because the policy starts as the reference. `logps/chosen` falls
