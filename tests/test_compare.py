@@ -524,4 +524,4 @@ def test_unknown_method_is_one_line_and_status_2(tmp_path):
     (tmp_path / "compare.py").write_text(Path(compare.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     done = subprocess.run([sys.executable, "compare.py", "dpp"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "no method 'dpp'; there are: rrhf, steerlm\n"
+    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm\n"
