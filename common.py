@@ -1,30 +1,31 @@
 """What the nine methods share: options, the stages before a method, evaluation, and one run from start to finish.
 
-The language-model half (batches, log-probabilities, loading, sampling) stands in lm.py; methods see all of it here.
+The language-model half (batches, log-probabilities, loading, sampling) stands in lm.py, the steps of training, SFT and
+reward models in stages.py; methods see all of it here.
 
     python common.py        # build the embedded task's models for --seed 0 and print their vital figures, <= 2 minutes
 """
 import hashlib
 import inspect
 import json
-import math
 import os
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Optional
+from typing import Callable, ClassVar, Literal, Optional
 
 import torch
-import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
-from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, gather_logps, generate, kl_to_reference,
-                load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model, pick_device,
-                policy_path, save_model, sequence_logps, sequence_scores, token_logps, warn)
+from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, gather_logps, generate, in_parts,
+                kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
+                pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn)
+from stages import (check_finite, epochs, fit, optimizer_and_schedule, optimizer_step, reward_model_losses,
+                    train_reward_model, train_sft)
 from tasks import Pair, Ranking, Task, UserError
 
 transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
@@ -48,7 +49,7 @@ class Config:
     model: str = option("tiny", "'tiny' (built here, nothing downloaded) or any causal LM: a directory or a hub id")
     policy: str = option("", "start from this saved policy, which is then the reference too")
     data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
-    reward: str = option("", "reward model: directory or hub id; default: trained from the pairs; 'none': go without")
+    reward: str = option("", "reward model, directory or hub id; default: trained from the pairs; 'gold': the true one; 'none'")
     reward_label: str = option("", "which label of a reward model with several labels is the reward")
     reward_lr: float = option(1e-5, "learning rate of a reward model that is trained from the pairs of --data")
     limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
@@ -98,71 +99,6 @@ class Config:
             raise UserError(f"--model {self.model} needs --data: a .jsonl file or a hub data set id")
 
 
-# ---------------------------------------------------------------------------------------------------------- training
-
-def epochs(n, config):
-    """Index lists of one optimizer step each: config.epochs passes over range(n), every pass in a new order."""
-    rng, order = random.Random(config.seed), []
-    for _ in range(math.ceil(config.epochs)):
-        order += rng.sample(range(n), n)
-    order = order[:round(config.epochs * n)]
-    return [order[i:i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-
-
-def optimizer_and_schedule(model, config, steps):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    warmup = round(config.warmup * steps)
-    return optimizer, transformers.get_scheduler(config.schedule, optimizer, warmup, max(steps, 1))
-
-
-def optimizer_step(model, optimizer, schedule, config):
-    """Clip, step, clear; returns the gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
-    return norm.item()
-
-
-def check_finite(values, step, prompts, name="loss"):
-    """Stop the run, naming step and example, when one of the values [n] is not finite."""
-    for value, prompt in zip(values.tolist(), prompts):
-        if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr or mend the data")
-
-
-def fit(model, tokenizer, rows, losses_of, config, title):
-    """Plain training for the stages before a method: rows of (prompt, responses), losses_of(model, batch) -> [n]."""
-    plan = epochs(len(rows), config)
-    optimizer, schedule = optimizer_and_schedule(model, config, len(plan))
-    for step, indices in enumerate(tqdm(plan, title, leave=False, disable=None)):
-        prompts, responses = zip(*(rows[i] for i in indices))
-        for part, batch in batches(tokenizer, prompts, responses, config.token_budget, model.device):
-            losses = losses_of(model, batch)
-            check_finite(losses, step + 1, [prompts[i] for i in part])
-            (losses.sum() / len(indices)).backward()
-        optimizer_step(model, optimizer, schedule, config)
-    return model
-
-
-def train_sft(model, tokenizer, demonstrations, config):
-    """Maximum likelihood of the responses: summed over tokens, averaged over examples."""
-    return fit(model, tokenizer, [(d.prompt, [d.response]) for d in demonstrations],
-               lambda model, batch: -sequence_logps(model, batch), config, "SFT")
-
-
-def reward_model_losses(model, batch):
-    """Bradley-Terry: -log sigmoid(r(chosen) - r(rejected)) of each pair [n]; rows are chosen, rejected by turns."""
-    chosen, rejected = sequence_scores(model, batch).view(-1, 2).unbind(1)
-    return -F.logsigmoid(chosen - rejected)
-
-
-def train_reward_model(model, tokenizer, pairs, config):
-    """Fit a sequence-classification model with one label to preference pairs."""
-    return fit(model, tokenizer, [(p.prompt, [p.chosen, p.rejected]) for p in pairs], reward_model_losses, config,
-               "reward model")
-
-
 # --------------------------------------------------------------------------------------------------- task and rewards
 
 def write_json(path, value):
@@ -191,7 +127,9 @@ def load_rewards(config, task):
     """
     if config.reward == "none":
         return {}
-    if config.reward:
+    if config.reward == "gold" and not task.gold:
+        raise UserError("--reward gold: only the embedded task has a true reward; name a reward model, or leave it out")
+    if config.reward not in ("", "gold"):
         return {"proxy": load_reward_model(config.reward, config)}
     if config.data == "reviews":
         from tasks import build
@@ -210,6 +148,42 @@ def load_rewards(config, task):
         model = load(AutoModelForSequenceClassification, start, config, num_labels=1)
         save_model(train_reward_model(model, tokenizer, pairs, settings), tokenizer, path)
     return {"proxy": load_reward_model(path, config)}
+
+
+def reward_to_maximise(run):
+    """The function (prompts, responses) -> rewards [N] that a method optimises: the proxy, or with --reward gold the truth.
+
+    Either has mean 0 and deviation 1 on samples of the initial policy (Huang et al. 2023, "reward normalization"), so
+    that one KL coefficient means the same for every reward. A reward model without a scale of its own is given one here.
+    """
+    if run.config.reward == "gold":
+        reward = TrueReward(run.task.gold)
+    elif "proxy" not in run.rewards:
+        raise UserError("there is no reward to maximise: give --reward, or data with pairs to train a reward model from")
+    else:
+        reward = run.rewards["proxy"]
+        if hasattr(reward.model.config, "reward_scale"):
+            return reward
+    prompts = run.task.prompts["train"][:run.config.batch_size]
+    responses = decode(run.tokenizer, generate(run.policy, run.tokenizer, prompts, 4, run.config.temperature,
+                                               max_new_tokens=run.config.max_new_tokens))
+    scores = reward([prompt for prompt in prompts for _ in range(4)], responses)
+    check_finite(scores, 0, [prompt for prompt in prompts for _ in range(4)], "the reward")
+    if scores.std() == 0:
+        raise UserError(f"the reward is {scores[0]:.3g} for each of the policy's {len(scores)} first samples: no signal")
+    reward.mean, reward.std = scores.mean().item(), scores.std().item()
+    return reward
+
+
+@dataclass
+class TrueReward:
+    """The task's gold reward, called like a RewardModel; it reads complete responses."""
+    gold: Callable
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, prompts, responses):
+        return (torch.tensor([self.gold(*row, True) for row in zip(prompts, responses)]) - self.mean) / self.std
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -272,13 +246,17 @@ class Run:
     tokenizer: transformers.PreTrainedTokenizerBase
     policy: torch.nn.Module
     rewards: dict[str, RewardModel]
+    trained: Optional[torch.nn.Module] = None                  # what the optimizer updates, if that is more than the policy
+    state: dict[str, float] = field(default_factory=dict)      # a method's own numbers that --resume must restore
     optimizer: Optional[torch.optim.Optimizer] = None
     schedule: Optional[object] = None
     bar: Optional[tqdm] = None
     step: int = 0
     trace: list[dict] = field(default_factory=list)            # evaluations: before, on the way, after
     samples: dict[str, dict] = field(default_factory=dict)     # "before" and "after"
-    counts: dict[str, int] = field(default_factory=lambda: {"tokens_generated": 0, "tokens_trained": 0})
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(
+        ("tokens_generated", "tokens_trained", "seconds_generating", "seconds_training"), 0))
+    warned: bool = False
     began: float = field(default_factory=time.time)
 
 
@@ -327,13 +305,16 @@ def count_cut_prompts(tokenizer, task):
              "(--max_length sets the limit)")
 
 
-def steps(run, plan, measure=dict):
+def steps(run, plan, measure=dict, updates=1):
     """Yield (step, plan[step]), with a progress bar; evaluates before, on the way and after, and writes checkpoints.
 
-    `measure()` gives a method's own metrics for each evaluation. A resumed run goes on where its checkpoint stands.
+    `measure()` gives a method's own metrics for each evaluation; `updates` is how many optimizer steps it makes of a step.
+    Random numbers are drawn anew from the seed at every step, so evaluations on the way change nothing, and a resumed
+    run goes on exactly where its checkpoint stands.
     """
     config = run.config
-    run.optimizer, run.schedule = optimizer_and_schedule(run.policy, config, len(plan))
+    run.trained = run.trained or run.policy
+    run.optimizer, run.schedule = optimizer_and_schedule(run.trained, config, len(plan) * updates)
     if config.resume:
         restore(run)
     write_json(run.out / "args.json", asdict(config))
@@ -344,7 +325,10 @@ def steps(run, plan, measure=dict):
         record(run, measure)
     with tqdm(total=len(plan), initial=run.step, disable=config.quiet or None) as run.bar:
         for step in range(run.step, len(plan)):
+            torch.manual_seed(random.Random(f"{config.seed} {step}").getrandbits(62))
+            began = time.time()
             yield step, plan[step]
+            run.counts["seconds_training"] += time.time() - began
             run.step = step + 1
             run.bar.update()
             if config.eval_every and run.step % config.eval_every == 0 or run.step == len(plan):
@@ -361,8 +345,25 @@ def record(run, measure):
         check_finite(sequence_logps(run.policy, probe), run.step, [prompt], "the policy's log-prob")
     metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"))
     run.samples["after" if run.trace else "before"] = samples
-    run.trace.append({"step": run.step, **metrics, **measure()})
-    write_line(run, run.trace[-1])
+    metrics = {"step": run.step, **metrics, **measure()}
+    write_line(run, metrics)
+    run.trace.append(metrics | {"tokens_generated": run.counts["tokens_generated"],
+                                "seconds_training": round(run.counts["seconds_training"], 2)})
+
+
+def rollout(run, prompts, greedy=False):
+    """The policy's own responses to the prompts as it is now: (Batch on the CPU, texts, did each end with EOS? [N])."""
+    config, began = run.config, time.time()
+    batch = generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy, config.max_new_tokens)
+    run.counts["seconds_generating"] += time.time() - began
+    run.counts["tokens_generated"] += int(batch.lengths.sum())
+    responses, ended = decode(run.tokenizer, batch), finished(run.tokenizer, batch)
+    empty = sum(not text.strip() for text in responses)
+    if (not ended.any() or empty == len(responses)) and not run.warned:
+        run.warned = True
+        warn(f"step {run.step + 1}: {int(ended.sum())} of {len(responses)} responses end with EOS, {empty} are empty (said "
+             f"once); --max_new_tokens is {config.max_new_tokens}")
+    return batch, responses, ended
 
 
 def log(run, step, metrics):
@@ -377,22 +378,23 @@ def write_line(run, row):
         file.write(json.dumps(row) + "\n")
 
 
+PLAIN = "step", "trace", "samples", "counts", "state"          # what a checkpoint keeps beside the weights
+
+
 def checkpoint_run(run):
     """state.pt: everything that --resume needs, tensors and plain values only."""
     part = run.out / "state.pt.part"
-    torch.save({"step": run.step, "policy": run.policy.state_dict(), "optimizer": run.optimizer.state_dict(),
-                "schedule": run.schedule.state_dict(), "rng": torch.get_rng_state(), "trace": run.trace,
-                "samples": run.samples, "counts": run.counts}, part)
+    torch.save({"trained": run.trained.state_dict(), "optimizer": run.optimizer.state_dict(),
+                "schedule": run.schedule.state_dict()} | {name: getattr(run, name) for name in PLAIN}, part)
     part.replace(run.out / "state.pt")
 
 
 def restore(run):
     state = torch.load(run.out / "state.pt", weights_only=True, map_location="cpu")
-    run.policy.load_state_dict(state["policy"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["rng"])
-    run.step, run.trace, run.samples, run.counts = (state[k] for k in ("step", "trace", "samples", "counts"))
+    for name in ("trained", "optimizer", "schedule"):
+        getattr(run, name).load_state_dict(state[name])
+    for name in PLAIN:
+        setattr(run, name, state[name])
 
 
 def finish(run):
@@ -404,18 +406,30 @@ def finish(run):
              zip(before["prompts"], before["responses"], after["responses"])]
     (run.out / "samples.txt").write_text("\n".join(texts))
     seconds = time.time() - run.began
+    counts = run.counts | {"state_mb": training_state_mb(run.optimizer),
+                           "seconds_per_step": run.counts["seconds_training"] / max(run.step, 1)}
     if not run.config.quiet:
         print(before_and_after(run.trace[0], run.trace[-1]), "", *texts[::run.config.eval_samples][:3], sep="\n")
         print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {os.path.relpath(run.out)}")
-    final = {k: v for k, v in run.trace[-1].items() if k != "step"}
-    return {**final, **run.counts, "seconds": seconds, "trace": run.trace, "out": str(run.out)}
+        if counts["seconds_generating"]:
+            print(f"{counts['tokens_generated'] / counts['seconds_generating']:.0f} tokens/s generated, "
+                  f"{counts['seconds_generating'] / counts['seconds_training']:.0%} of the training time")
+    final = {k: v for k, v in run.trace[-1].items() if k.startswith("eval/")}
+    return {**final, **counts, "seconds": seconds, "trace": run.trace, "out": str(run.out)}
+
+
+def training_state_mb(optimizer):
+    """Megabytes (1e6) of what is trained: weights, their gradients and the optimizer's moments, as they lie in memory."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(tensor.nbytes for tensor in (*weights, *weights, *moments)) / 1e6
 
 
 def before_and_after(before, after):
     """A table of the metrics, each with its standard error over test prompts."""
     lines = [f"{'':28}{'before':>18}{'after':>18}"]
     for name in after:
-        if name != "step" and not name.endswith("_se"):
+        if name.startswith("eval/") and not name.endswith("_se"):
             cells = [f"{row[name]:.3f}" + (f" ± {row[name + '_se']:.3f}" if name + "_se" in row else " " * 8)
                      if name in row else "" for row in (before, after)]
             lines.append(f"{name.removeprefix('eval/'):28}" + "".join(f"{cell:>18}" for cell in cells))

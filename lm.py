@@ -45,6 +45,10 @@ class Batch:
     def __getitem__(self, rows):
         return Batch(*(t[rows] for t in self.tensors()))
 
+    def split(self, budget):
+        """Row indices of consecutive parts that fit a budget of padded tokens, one row at least."""
+        return torch.arange(len(self)).split(max(1, budget // self.input_ids.shape[1]))
+
     def to(self, device):
         if torch.device(device).type == "cuda":
             return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self.tensors()))
@@ -193,6 +197,12 @@ def sequence_logps(model, batch, temperature=1.0):
     return token_logps(model, batch, temperature).sum(1)
 
 
+@torch.no_grad()
+def in_parts(function, batch, budget, device):
+    """function(part) for every part of the batch that fits the budget, without gradient, put together again on `device`."""
+    return torch.cat([function(batch[rows].to(device)) for rows in batch.split(budget)])
+
+
 def inputs(model, batch):
     """What the model's forward takes; a few families (BLOOM, OPT of old) count positions themselves."""
     everything = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
@@ -302,18 +312,17 @@ def load_value_model(path, config):
     return model
 
 
-@torch.no_grad()
+def token_values(model, batch):
+    """Value of the state before each next token [B, T-1], float32: entry t has seen input_ids[:, :t + 1]."""
+    with compute(model):
+        return model(**inputs(model, batch)).logits[:, :-1, 0].float()
+
+
 def kl_to_reference(config, policy, batch):
     """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref)."""
     reference = load_reference(config)
-    rows = sorted(range(len(batch)), key=batch.attention_mask.sum(1).tolist().__getitem__)
-    size = max(1, config.token_budget // batch.input_ids.shape[1])
-    kl = torch.empty(len(batch))
-    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-        on_device = batch[part].to(policy.device)
-        kl[part] = (sequence_logps(policy, on_device, config.temperature)
-                    - sequence_logps(reference, on_device, config.temperature)).cpu()
-    return kl
+    return in_parts(lambda part: sequence_logps(policy, part, config.temperature)
+                    - sequence_logps(reference, part, config.temperature), batch, config.token_budget, policy.device).cpu()
 
 
 @dataclass

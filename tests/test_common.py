@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import common
 import dpo
+import stages
 from common import Config
 from tasks import Demonstration, Pair, Task, UserError
 
@@ -136,7 +137,7 @@ def sgd(model, optimizer, schedule, config):
 
 
 def test_O_token_budget_changes_the_gradient_of_fit(toy, monkeypatch):
-    monkeypatch.setattr(common, "optimizer_step", sgd)
+    monkeypatch.setattr(stages, "optimizer_step", sgd)
     calls, results = [], []
     rows = [Demonstration(p, r) for p, r in (("a", "bcdefg"), ("abcd", "h"), ("ef", "gh"), ("c", "cc"), ("hhh", "abc"))]
 
