@@ -1,0 +1,257 @@
+"""Proximal Policy Optimization Algorithms
+Schulman, Wolski, Dhariwal, Radford and Klimov, 2017, https://arxiv.org/abs/1707.06347
+as used for language models by Ziegler et al., 2019 (https://arxiv.org/abs/1909.08593) and Stiennon et al., 2020
+(https://arxiv.org/abs/2009.01325), in the details that "The N implementation details of RLHF with PPO" (Huang et al., 2023) lists.
+
+RLHF maximises E[r(x, y)] - kl_coef KL(pi || pi_ref) with the policy's own samples. Each token is an action: its reward is its
+part of the KL penalty, and the last token's also the score of the whole response,
+
+    r_t = -kl_coef (log pi(y_t) - log pi_ref(y_t)) + [t is last] r(x, y)                         (Ziegler et al., Eq. 2)
+
+A value model predicts what is still to come, and the advantage says how much better a token did than that (GAE). One batch
+of samples then serves several updates, and a clip keeps the policy close to the one that sampled:
+
+    L = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),   ratio_t = pi(y_t) / pi_old(y_t)                  (Eq. 7)
+
+    python ppo.py                    # on two cores
+    python ppo.py --reproduce        #
+    python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
+
+Details that make or break it, marked [n] where they happen (names from Huang et al., 2023; lm.py has some of them):
+ [1] reward and value model read prompt and response    [9] the value model's head starts at 0
+ [2] padding has a mask of its own, from lengths       [10] a penalty for a response that does not stop
+ [3] position ids skip the padding                     [11] the KL penalty is a reward of each token
+ [4] dropout is off; sampling stops at EOS             [12] advantages whitened over the mask; rewards too, if asked
+ [5] the learning rate falls linearly to 0             [13] discount 1
+ [6] rewards have mean 0, deviation 1 on the reference [14] the value loss is clipped
+ [7] rollout, minibatch, microbatch                    [15] the KL coefficient can adapt
+ [8] temperature divides the logits in scoring too
+Left out: responses of fixed length (they end at EOS here, as in later work), prompts cut at a full stop (a data set's matter),
+a seed for each process (there is one), a TensorFlow-style Adam (PyTorch's with eps 1e-8: its first steps are larger), a shared
+trunk of policy and value, an entropy bonus, the pretraining mix of InstructGPT (PPO-ptx).
+Official code (openai/lm-human-preferences): the same estimators; whitens rewards by default, fixed length, no EOS. As in TRL's
+former PPO, whitening and losses are means over all tokens, so that long responses weigh more; TRL puts the score one
+position after EOS, we on EOS itself.
+"""
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+import torch
+
+import common
+from common import UserError, option
+
+
+@dataclass
+class Config(common.Config):
+    LR: ClassVar = {"tiny": 1e-3, "real": 3e-6}
+    EPOCHS: ClassVar = {"tiny": 10.0, "real": 1.0}
+    epochs: Optional[float] = option(None, "passes over the training prompts; the default depends on the model")
+    batch_size: int = option(128, "prompts, and so responses, of each rollout")
+    minibatch_size: int = option(64, "responses of each optimizer step")
+    ppo_epochs: int = option(4, "passes over each rollout (Ziegler et al.: 4)")
+    kl_coef: float = option(0.05, "weight of the KL penalty (Stiennon et al. and TRL: 0.05)")
+    kl_target: Optional[float] = option(None, "adapt kl_coef to keep the KL near this, in nats (Ziegler et al.: 6)")
+    kl_horizon: int = option(10000, "episodes over which kl_coef adapts (Ziegler et al.: 10000)")
+    gamma: float = option(1.0, "discount of GAE")
+    lam: float = option(0.95, "lambda of GAE")
+    clip: float = option(0.2, "epsilon of Eq. 7")
+    value_clip: float = option(0.2, "how far a value may move from the old one, likewise")
+    vf_coef: float = option(0.1, "weight of the value loss")
+    missing_eos_penalty: float = option(1.0, "taken from the score of a response that did not stop")
+    whiten_rewards: bool = option(False, "divide the token rewards by their standard deviation (Ziegler et al.: yes)")
+    value_model: str = option("", "what the value model starts from: directory or hub id; default: the policy")
+    schedule: str = option("linear", "of the learning rate")
+    warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_coef < 0:
+            raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting off")
+        if self.kl_target is not None and not self.kl_target > 0:
+            raise UserError(f"--kl_target must be above 0, not {self.kl_target}: the KL starts at 0 and is divided by it")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise UserError("--kl_target adapts --kl_coef by factors: it cannot start from 0")
+        for name in ("minibatch_size", "ppo_epochs", "kl_horizon", "clip", "value_clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} must be in [0, 1], not {getattr(self, name)}")
+        if self.batch_size % self.minibatch_size:
+            raise UserError(f"--batch_size {self.batch_size} is not divisible by --minibatch_size {self.minibatch_size}")
+
+
+# All tensors [B, T] have one entry per predicted token; mask is 1 on response tokens, EOS included. What stands outside the
+# mask never matters, whatever it is.
+
+def masked_mean(x, mask):
+    """Mean of x over mask, [..] of one shape: all entries weigh the same, in long responses and short. 0 if none is left."""
+    return torch.where(mask.bool(), x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """x [B, T] with mean 0 (or its own mean if not shift_mean) and deviation 1 over the mask; biased variance, eps 1e-8."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def kl_penalised_rewards(scores, logps, ref_logps, mask, kl_coef):
+    """Token rewards (Ziegler et al., Eq. 2): -kl_coef k1 at each token, and the score at the last one.
+
+    Args: scores [B]; logps, ref_logps, mask [B, T].  Returns: [B, T], 0 outside the mask. Their sum is score - kl_coef KL.
+    """
+    rewards = torch.where(mask.bool(), -kl_coef * (logps - ref_logps), 0)
+    rows = mask.any(1).nonzero().squeeze(1)
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    rewards[rows, last[rows]] += scores[rows]
+    return rewards
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (PPO, Eq. 11 and 12): A_t = delta_t + gamma lam A_{t+1}.
+
+    Args: rewards, values, mask [B, T]; the mask of a row is one run of ones. Nothing follows its end: the value there is 0.
+    Returns: advantages, not whitened, and returns = advantages + values, both [B, T], 0 outside the mask.
+    """
+    rewards, values = torch.where(mask.bool(), rewards, 0), torch.where(mask.bool(), values, 0)
+    advantages, next_value, next_advantage = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                       # Eq. 12
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]            # Eq. 11
+        next_value, advantages[:, t] = values[:, t], next_advantage
+    return advantages, advantages + values
+
+
+def policy_loss(new_logps, old_logps, advantages, mask, clip):
+    """Clipped surrogate (Eq. 7), negated: (loss, share of tokens that the clip holds), scalars; masked means over all tokens."""
+    ratio = torch.where(mask.bool(), new_logps - old_logps, 0).exp()
+    losses = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.maximum(losses, clipped), mask), masked_mean((clipped > losses).to(losses.dtype), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Half the masked mean of the larger squared error: of the value, or of the value held within clip of the old one."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def adapted_kl_coef(kl_coef, kl, target, episodes, horizon):
+    """[15] The next KL coefficient: a controller with its error cut at 0.2 (Ziegler et al.). kl, target: nats a response."""
+    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * episodes / horizon)
+
+
+def load_value_model(run):
+    """A second network with a zero head; refused where its tokens are not the policy's, whose token ids it reads."""
+    path = run.config.value_model or common.policy_path(run.config)
+    if run.config.value_model and common.load_tokenizer(path, run.config).get_vocab() != run.tokenizer.get_vocab():
+        raise UserError(f"--value_model {path} has another tokenizer than the policy, so it would misread token ids: give one "
+                        "made from the same model, or leave it out")
+    return common.load_value_model(path, run.config)                                            # [9] zero-initialised head
+
+
+@dataclass
+class Experience:
+    """One rollout: what was sampled, and what the networks said of it before any update. [B, T] but for scores and ended [B]."""
+    batch: common.Batch
+    scores: torch.Tensor
+    ended: torch.Tensor
+    mask: torch.Tensor
+    logps: torch.Tensor
+    ref_logps: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def collect(run, prompts, reward, reference, value_model):
+    """Sample a response to each prompt, score it, and work out rewards and advantages of its tokens."""
+    config, policy, device = run.config, run.policy, run.policy.device
+
+    def of_all(function):                                          # in parts, so that no more than one part is in memory
+        return common.in_parts(function, batch, config.token_budget, device)
+
+    batch, responses, ended = common.rollout(run, prompts)                                      # [4] stops at EOS
+    mask = batch.response_mask[:, 1:].to(device)
+    scores = reward(prompts, responses)                                                         # [1] reads both  [6] scaled
+    common.check_finite(scores, run.step + 1, prompts, "the reward")
+
+    logps = of_all(lambda part: common.token_logps(policy, part, config.temperature))           # [8] temperature here too
+    ref_logps = of_all(lambda part: common.token_logps(reference, part, config.temperature))
+    values = of_all(lambda part: common.token_values(value_model, part))                        # [1]
+
+    penalised_scores = (scores - config.missing_eos_penalty * ~ended).to(device)                # [10] missing EOS
+    rewards = kl_penalised_rewards(penalised_scores, logps, ref_logps, mask, run.state["kl_coef"])       # [11] KL per token
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)                                # [12] mean kept
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)                  # [13] gamma 1
+    advantages = masked_whiten(advantages, mask)                                                # [12] after the returns
+    return Experience(batch, scores, ended, mask, logps, ref_logps, values, advantages, returns)
+
+
+def update(run, old, rows, value_model, first):
+    """One optimizer step on the responses `rows` of a rollout; returns the means of what to log over their tokens."""
+    config, policy = run.config, run.policy
+    seen, tokens = 0.0, old.mask[rows].sum()
+    for part in (rows[i] for i in old.batch[rows].split(config.token_budget)):                  # [7] microbatches
+        batch, mask = old.batch[part].to(policy.device), old.mask[part]
+        new_logps = common.token_logps(policy, batch, config.temperature)                       # [8]
+        new_values = common.token_values(value_model, batch)
+        pg_loss, clip_fraction = policy_loss(new_logps, old.logps[part], old.advantages[part], mask, config.clip)
+        vf_loss = value_loss(new_values, old.values[part], old.returns[part], mask, config.value_clip)     # [14] clipped
+        share = mask.sum() / tokens                                # a part's mean counts for as much as it has tokens
+        ((pg_loss + config.vf_coef * vf_loss) * share).backward()
+
+        log_ratio = (new_logps - old.logps[part]).detach()
+        if first:                                                  # no update yet: the policy is still the one that sampled
+            tolerance = 1e-3 if policy.compute_dtype != torch.bfloat16 else 0.1
+            assert log_ratio.abs().max() < tolerance, "ratio is not 1 before the first update: sampled and scored otherwise?"
+        metrics = {"loss/policy": pg_loss, "loss/value": vf_loss, "policy/clipfrac": clip_fraction,
+                   "policy/approxkl": 0.5 * masked_mean(log_ratio ** 2, mask), "val/ratio": masked_mean(log_ratio.exp(), mask)}
+        seen = seen + share * torch.stack([value.detach() for value in metrics.values()])
+        run.counts["tokens_trained"] += int(batch.attention_mask.sum())
+    norm = common.optimizer_step(run.trained, run.optimizer, run.schedule, config)
+    return dict(zip(metrics, seen)) | {"grad_norm": torch.tensor(norm, device=policy.device)}
+
+
+def train(run, plan, reward, reference, value_model):
+    """Each step: one rollout, then ppo_epochs passes over it in minibatches. `plan` holds the prompts of every step."""
+    config = run.config
+    run.trained, run.state = torch.nn.ModuleList([run.policy, value_model]), {"kl_coef": config.kl_coef}
+    updates = config.ppo_epochs * (config.batch_size // config.minibatch_size)
+    for step, prompts in common.steps(run, plan, updates=updates):                              # [5] lr falls to 0
+        old = collect(run, prompts, reward, reference, value_model)
+        seen = []
+        for _ in range(config.ppo_epochs):
+            for rows in torch.randperm(len(prompts)).split(config.minibatch_size):              # [7] batch, minibatches
+                seen.append(update(run, old, rows, value_model, first=not seen))
+
+        kl = ((old.logps - old.ref_logps) * old.mask).sum(1).mean().item()                      # of the policy that sampled
+        errors, spread = (old.returns - x - masked_mean(old.returns - x, old.mask) for x in (old.values, 0))
+        common.log(run, step, {
+            "objective/scores": old.scores.mean(), "objective/kl": kl,
+            "objective/entropy": masked_mean(-old.logps, old.mask),     # of the sampled tokens: no logits are kept for it
+            "objective/kl_coef": run.state["kl_coef"], "eos_rate": old.ended.float().mean(),
+            "val/explained_variance": 1 - masked_mean(errors ** 2, old.mask) / masked_mean(spread ** 2, old.mask).clamp(min=1e-8),
+        } | {name: torch.stack([metrics[name] for metrics in seen]).mean() for name in seen[0]})
+        if config.kl_target is not None:
+            run.state["kl_coef"] = adapted_kl_coef(run.state["kl_coef"], kl, config.kl_target, len(prompts), config.kl_horizon)
+
+
+def run(config):
+    """One training run; returns the metrics after it, and the trace of evaluations."""
+    run = common.start(config)
+    prompts = run.task.prompts["train"]
+    plan = [[prompts[i] for i in rows] for rows in common.epochs(len(prompts), config)]
+    train(run, plan, common.reward_to_maximise(run), common.load_reference(config), load_value_model(run))
+    return common.finish(run)
+
+
+EXPERIMENTS = {
+}
+
+if __name__ == "__main__":
+    common.main(Config, run, EXPERIMENTS)

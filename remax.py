@@ -1,0 +1,164 @@
+"""ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models
+Li, Xu, Zhang, Lin, Yu, Sun and Luo, ICML 2024, https://arxiv.org/abs/2310.10505
+
+PPO brings a value model, GAE, ratio clipping and several epochs to each batch. But in RLHF sampling is fast, a token's effect is
+certain, and the reward comes once, at the end. Then REINFORCE will do, if its variance is tamed. ReMax subtracts the reward of
+the policy's own greedy answer, which costs one more response per prompt and no second network:
+
+    g = 1/N sum_i sum_t grad log pi(y_t | x, y_<t) [ r(x, y) - r(x, greedy answer to x) ]
+
+The baseline does not depend on the sampled tokens, so g is unbiased. A KL penalty enters as a reward at every token, of which
+each token is credited with its own and all that follow (KL-to-go).
+
+    python remax.py                  # on two cores
+    python remax.py --reproduce      #
+    python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
+
+"""
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+import torch
+
+import common
+from common import UserError, option
+
+
+@dataclass
+class Config(common.Config):
+    LR: ClassVar = {"tiny": 1e-3, "real": 1e-6}
+    EPOCHS: ClassVar = {"tiny": 8.0, "real": 1.0}
+    epochs: Optional[float] = option(None, "passes over the training prompts; the default depends on the model")
+    kl_coef: float = option(0.05, "weight of the KL penalty (official code: 0.05)")
+    gamma: float = option(1.0, "discount of the reward and of the KL to go (official code: 0.99)")
+    reward_clip: Optional[float] = option(None, "cut reward less baseline at +- this (official code: 5)")
+    schedule: str = option("cosine", "of the learning rate")
+    warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
+    variance_prompts: int = option(0, "measure the gradient's variance on so many prompts at every evaluation")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_coef < 0:
+            raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting off")
+        if not 0 <= self.gamma <= 1:
+            raise UserError(f"--gamma must be in [0, 1], not {self.gamma}")
+        if self.reward_clip is not None and not self.reward_clip > 0:
+            raise UserError(f"--reward_clip must be above 0, not {self.reward_clip}: every reward would be the baseline's")
+        if self.variance_prompts < 0 or self.variance_prompts == 1:
+            raise UserError("--variance_prompts must be 0 or at least 2")
+
+
+def remax_returns(rewards, baseline_rewards, logps, ref_logps, mask, kl_coef, gamma=1.0):
+    """What the log-prob of each sampled token is weighted with.
+
+    Args: rewards, baseline_rewards [B]: of the sample and of the greedy response; logps, ref_logps, mask [B, T], where the mask
+        of a row is one run of ones.
+    Returns: [B, T]: gamma^(tokens to the end) (reward - baseline) - kl_coef (discounted sum of this and later log-ratios).
+        0 outside the mask, no gradient.
+    """
+    mask = mask.bool()
+    kl = torch.where(mask, logps - ref_logps, 0).detach()
+    returns, following = torch.zeros_like(kl), torch.zeros_like(kl[:, 0])
+    ends = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)          # the last response token of each row
+    for t in reversed(range(mask.shape[1])):
+        following = ends[:, t] * (rewards - baseline_rewards) - kl_coef * kl[:, t] + gamma * following
+        returns[:, t] = following * mask[:, t]
+    return returns
+
+
+def remax_loss(logps, returns, mask):
+    """Its gradient is -g: the sum over tokens, the mean over sequences. logps, returns, mask [B, T] -> scalar."""
+    return -torch.where(mask.bool(), returns * logps, 0).sum(1).mean()
+
+
+def gradient_variance(gradients, rewards, greedy_rewards):
+    """Trace of the covariance of policy-gradient estimates from one prompt, for several baselines.
+
+    Args: gradients: iterable over M prompts of [2, P], grad log pi of two samples; rewards [M, 2]; greedy_rewards [M].
+    Returns: {estimator: variance}. All but the two marked "1 sample" spend two responses a prompt; ReMax one of them on the
+        greedy one. An estimate from N prompts has 1/N of it. "+2" and "-2" add that to every reward, which would change no
+        other estimator.
+    """
+    (a, b), mean, zero = rewards.T, rewards.mean(), torch.zeros_like(greedy_rewards)
+    weights = {"REINFORCE, 1 sample": (a, zero), "ReMax": (a - greedy_rewards, zero), "REINFORCE": (a / 2, b / 2),
+               "REINFORCE +2": (a / 2 + 1, b / 2 + 1), "REINFORCE -2": (a / 2 - 1, b / 2 - 1),
+               "batch mean": ((a - mean) / 2, (b - mean) / 2), "leave-one-out": ((a - b) / 2, (b - a) / 2)}
+    table = torch.stack([torch.stack(pair) for pair in weights.values()])                    # [E, 2, M]
+    total, squares, n = 0.0, 0.0, len(rewards)
+    for i, gradient in enumerate(gradients):
+        estimates = table[:, :, i].to(gradient) @ gradient                                   # [E, P]
+        total, squares = total + estimates, squares + estimates.double().pow(2).sum(1)
+    variances = (squares - total.double().pow(2).sum(1) / n) / (n - 1)
+    return dict(zip(weights, variances.tolist()))
+
+
+def measured_variance(run, reward):
+    """gradient_variance of the policy as it is now, on prompts of the training split."""
+    prompts = run.task.prompts["train"][:run.config.variance_prompts]
+    if not prompts:
+        return {}
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    with torch.random.fork_rng():
+        torch.manual_seed(run.config.seed)
+        batch, responses, _ = common.rollout(run, twice)
+        _, greedy_responses, _ = common.rollout(run, prompts, greedy=True)
+
+    def gradients():
+        for i in range(len(prompts)):
+            pair = []
+            for row in (2 * i, 2 * i + 1):
+                logp = common.sequence_logps(run.policy, batch[[row]].to(run.policy.device), run.config.temperature)
+                pair.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), list(run.policy.parameters()))]))
+            yield torch.stack(pair)
+
+    variances = gradient_variance(gradients(), reward(twice, responses).view(-1, 2), reward(prompts, greedy_responses))
+    ratios = {f"ReMax / {name}": variances["ReMax"] / variances[name] for name in variances if name != "ReMax"}
+    return {f"eval/variance/{name}": value for name, value in (variances | ratios).items()}
+
+
+def train(run, plan, reward, reference):
+    """One gradient step on each batch of fresh samples; `plan` holds the prompts of every step."""
+    config, policy, device = run.config, run.policy, run.policy.device
+    for step, prompts in common.steps(run, plan, lambda: measured_variance(run, reward)):
+        batch, responses, ended = common.rollout(run, prompts)
+        _, greedy_responses, _ = common.rollout(run, prompts, greedy=True)                        # by the same weights
+        scores, baselines = reward(prompts, responses), reward(prompts, greedy_responses)          # [B]
+        common.check_finite(scores, step + 1, prompts, "the reward")
+        common.check_finite(baselines, step + 1, prompts, "the greedy response's reward")
+        advantages = scores - baselines
+        if config.reward_clip is not None:
+            advantages = advantages.clamp(-config.reward_clip, config.reward_clip)
+
+        loss, kl = 0.0, 0.0
+        for rows in batch.split(config.token_budget):
+            part = batch[rows].to(device)
+            mask = part.response_mask[:, 1:]                                                       # [b, T]
+            logps = common.token_logps(policy, part, config.temperature)
+            with torch.no_grad():
+                ref_logps = common.token_logps(reference, part, config.temperature)
+            advantage = advantages[rows].to(device)
+            returns = remax_returns(advantage, torch.zeros_like(advantage), logps, ref_logps, mask, config.kl_coef, config.gamma)
+            part_loss = remax_loss(logps, returns, mask) * len(rows) / len(batch)
+            part_loss.backward()
+            loss, kl = loss + part_loss.detach(), kl + ((logps - ref_logps) * mask).sum().item() / len(batch)
+            run.counts["tokens_trained"] += int(part.attention_mask.sum())
+        norm = common.optimizer_step(policy, run.optimizer, run.schedule, config)
+        common.log(run, step, {"objective/scores": scores.mean(), "objective/baselines": baselines.mean(), "objective/kl": kl,
+                               "loss": loss, "grad_norm": norm, "eos_rate": ended.float().mean(),
+                               "length": batch.lengths.float().mean()})
+
+
+def run(config):
+    """One training run; returns the metrics after it, and the trace of evaluations."""
+    run = common.start(config)
+    prompts = run.task.prompts["train"]
+    plan = [[prompts[i] for i in rows] for rows in common.epochs(len(prompts), config)]
+    train(run, plan, common.reward_to_maximise(run), common.load_reference(config))
+    return common.finish(run)
+
+
+EXPERIMENTS = {
+}
+
+if __name__ == "__main__":
+    common.main(Config, run, EXPERIMENTS)
