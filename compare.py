@@ -9,6 +9,9 @@ annotators, SFT policy, reward models, training order. All arms of a seed share 
 difference of two arms within a seed, and the seeds are the sample. Seeds 0, 1, 2, ... are for reporting, and their
 number is fixed before the first one runs; tuning uses seeds from 100 on, so that nothing reported was chosen by looking.
 
+A comparison may also be made at equal KL (where the other arm's trace first reaches this arm's final KL), and between the
+spreads (standard deviations over arms) of two groups of arms.
+
 Decision. With the 95% t-interval of the paired differences, a comparison holds when the whole interval lies on the claimed
 side of 0. A claim of k comparisons is
     reproduced        when all k hold. No correction: a conjunction accepted only if every part is (intersection-union test)
@@ -82,12 +85,34 @@ def t_interval(values, level=0.95):
 
 
 def value(run, metric):
-    """A final metric, or with ":change" its last minus its first trace entry. None where it was not measured."""
-    name, _, change = metric.partition(":")
-    if not change:
+    """A final metric; with ":change" less its value at the start, with ":second_half" less that half-way through the steps.
+    None where it was not measured."""
+    name, _, since = metric.partition(":")
+    if not since:
         return run.get(name)
-    first, last = run["trace"][0].get(name), run["trace"][-1].get(name)
+    trace = run["trace"]
+    start = trace[:1] if since == "change" else [e for e in trace if 2 * e["step"] == trace[-1]["step"]]
+    first, last = start[0].get(name) if start else None, trace[-1].get(name)
     return None if first is None or last is None else last - first
+
+
+def when_reached(run, at, level, metric):
+    """The metric where the run's trace first reaches the level of `at`, linear between evaluations. None if it never does."""
+    for before, after in zip(run["trace"], run["trace"][1:]):
+        if before[at] <= level <= after[at]:
+            share = (level - before[at]) / (after[at] - before[at]) if after[at] > before[at] else 0.0
+            return before[metric] + share * (after[metric] - before[metric])
+    return None
+
+
+def spreads(arms, groups, metric):
+    """{group: {seed: {metric: standard deviation over the arms of the group}}}, for seeds that all of them have."""
+    derived = {}
+    for name, members in groups.items():
+        seeds = set.intersection(*(set(arms.get(member, {})) for member in members))
+        values = {s: [value(arms[member][s], metric) for member in members] for s in seeds}
+        derived[name] = {s: {metric: None if None in v else statistics.stdev(v)} for s, v in values.items()}
+    return derived
 
 
 class Comparison(NamedTuple):
@@ -99,18 +124,29 @@ class Comparison(NamedTuple):
     strength: tuple = ()       # small is weak
 
 
-def compare_arms(arms, metric, left, op, right, k=1):
-    """One inequality of a claim with k of them; arms is {arm: {seed: run}}."""
+def compare_arms(arms, metric, left, op, right, offset=0.0, k=1, at=None):
+    """One inequality of a claim with k of them: left op right + offset; arms is {arm: {seed: run}}.
+
+    With `at`, the right arm's value is taken where its trace first reaches the left arm's final `at` (equal KL, say).
+    """
     number = not isinstance(right, str)
-    text = f"{left} - {right}" if not number else f"{left} (against {right:g})" if right else left
+    offset = right if number else offset
+    text = (left if number else f"{left} - {right}") + (f" (against {offset:g})" if offset else "")
     seeds = sorted(set(arms.get(left, {})) & set(arms.get(left if number else right, {})))
     if not seeds:
         return Comparison(text, "not run")
-    pairs = [(value(arms[left][s], metric), right if number else value(arms[right][s], metric)) for s in seeds]
+    def other(seed):
+        if number:
+            return 0.0
+        if at:
+            return when_reached(arms[right][seed], at, arms[left][seed][at], metric)
+        return value(arms[right][seed], metric)
+
+    pairs = [(value(arms[left][s], metric), other(s)) for s in seeds]
     # Leaving out only the seeds without a number would flatter an arm that sometimes diverges.
     if any(v is None for pair in pairs for v in pair):
         return Comparison(text, "not measured", n=len(seeds))
-    paired = [a - b for a, b in pairs]
+    paired = [a - b - offset for a, b in pairs]
     mean, half = t_interval(paired)
     sign = {">": 1, "<": -1}[op]
     status = "open"
@@ -119,13 +155,14 @@ def compare_arms(arms, metric, left, op, right, k=1):
     elif sign * mean + t_interval(paired, 1 - 0.05 / k)[1] <= 0:
         status = "excluded"
     ratio = sign * mean / half if half else math.copysign(math.inf, sign * mean)
-    shown = mean + right if number else mean                        # against a number the reader wants the value itself
-    return Comparison(text, status, shown, half, len(seeds), (ratio, sign * mean))
+    return Comparison(text, status, mean + offset, half, len(seeds), (ratio, sign * mean))
 
 
-def verdict(claim, arms):
-    """(word, comparisons) for one claim; the rule is in this file's docstring."""
-    comparisons = [compare_arms(arms, claim["metric"], *part, k=len(claim["holds"])) for part in claim["holds"]]
+def verdict(claim, arms, groups={}):
+    """(word, comparisons) for one claim; the rule is in this file's docstring. `groups` name arms whose spread is compared."""
+    arms = arms | spreads(arms, groups, claim["metric"])
+    comparisons = [compare_arms(arms, claim["metric"], *part, k=len(claim["holds"]), at=claim.get("at"))
+                   for part in claim["holds"]]
     statuses = {c.status for c in comparisons}
     for word in ("not run", "not measured"):
         if word in statuses:
@@ -370,19 +407,19 @@ def claim_rows(method_name, results, collected):
     rows = [["claim", "paper", "measured", "verdict"]]
     for title, experiment in importlib.import_module(method_name).EXPERIMENTS.items():
         for claim in experiment["claims"]:
-            word, comparisons = verdict(claim, collected[title])
+            word, comparisons = verdict(claim, collected[title], experiment.get("spreads", {}))
             rows.append([claim["claim"], f"{claim['paper']} ({claim['source']})",
                          measured(word, comparisons, len(results["seeds"])), word])
     return rows
 
 
-def arm_rows(arms):
+def arm_rows(arms, columns=COLUMNS):
     """One row an arm; only the columns that some arm has."""
-    cells = {name: {m: [v for run in runs.values() if (v := value(run, m)) is not None] for m in COLUMNS}
+    cells = {name: {m: [v for run in runs.values() if (v := value(run, m)) is not None] for m in columns}
              for name, runs in arms.items()}
     sizes = {m: max(abs(statistics.fmean(row[m])) for row in cells.values() if row[m])
-             for m in COLUMNS if any(row[m] for row in cells.values())}
-    return [["arm"] + [COLUMNS[m] for m in sizes]] + [
+             for m in columns if any(row[m] for row in cells.values())}
+    return [["arm"] + [columns[m] for m in sizes]] + [
         [name] + [plus_minus(*t_interval(row[m]), size=size) if row[m] else "-" for m, size in sizes.items()]
         for name, row in cells.items()]
 
@@ -424,7 +461,8 @@ def report(method_name, results_dir="results"):
     collected = collect(method_name, results)
     print("\n" + text_table(claim_rows(method_name, results, collected)) + "\n\n" + textwrap.fill(RULES, 110))
     for title, experiment in importlib.import_module(method_name).EXPERIMENTS.items():
-        print(f"\n{title}: {experiment['question']}\n" + text_table(arm_rows(collected[title])))
+        print(f"\n{title}: {experiment['question']}\n"
+              + text_table(arm_rows(collected[title], experiment.get("columns", COLUMNS))))
     print("\n" + textwrap.fill(provenance(results), 110))
     if importlib.util.find_spec("matplotlib"):
         draw(method_name, results, collected, path.with_suffix(".png"))
@@ -449,7 +487,8 @@ def readme_block(results_dir="results"):
         tally = ", ".join(f"{words.count(w)} {w}" for w in dict.fromkeys(words))
         parts += [f"### `{name}.py`: {tally}", markdown_table(rows)]
         for title, experiment in importlib.import_module(name).EXPERIMENTS.items():
-            parts += [f"**{title}**: {experiment['question']}", markdown_table(arm_rows(collected[title]))]
+            parts += [f"**{title}**: {experiment['question']}", 
+                      markdown_table(arm_rows(collected[title], experiment.get("columns", COLUMNS)))]
         if path.with_suffix(".png").exists():
             parts.append(f"![{name}: figure]({Path(results_dir).name}/{name}.png)")
         parts.append(provenance(results))
@@ -467,6 +506,9 @@ def write_readme(readme="README.md", results_dir="results"):
 
 # ---------------------------------------------------------------------------------------------------- figure
 
+SINGLES = "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C00", "#0072B2", "#F0E442"
+
+
 def colours(arms):
     """{arm: colour}. Arms that differ only in a number share a hue, light to dark; the rest take Okabe and Ito's
     colour-blind-safe set. Black is for what was not trained (SFT): its trace ends where it began."""
@@ -477,7 +519,7 @@ def colours(arms):
     for name in (name for name in arms if name not in chosen):
         families.setdefault(number.sub("#", name), []).append(name)
     ramps = itertools.cycle(("Blues", "Purples"))
-    singles = itertools.cycle(("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C00", "#0072B2", "#F0E442"))
+    singles = itertools.cycle(SINGLES)
     for family in families.values():
         if len(family) < 3:
             chosen.update(zip(family, singles))
@@ -518,19 +560,22 @@ def draw_lines(ax, panel, arms, palette, curves):
 
 
 def draw_bars(ax, panel, arms, palette):
+    log = panel.get("log", False)
     thickness = 0.8 / len(panel["y"])
-    greys = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
     for j, y in enumerate(panel["y"]):
         for i, (name, runs) in enumerate(arms.items()):
             values = [v for run in runs.values() if (v := value(run, y)) is not None]
             if values:
                 mean, half = t_interval(values)
                 ax.barh(i + (j - (len(panel["y"]) - 1) / 2) * thickness, mean, thickness * 0.92,
-                        color=palette[name] if len(panel["y"]) == 1 else greys[j], label=y if i == 0 else None,
+                        color=palette[name] if len(panel["y"]) == 1 else SINGLES[j], label=y.split("/")[-1] if i == 0 else None,
                         xerr=half if math.isfinite(half) else None, capsize=3)
+    if log:
+        ax.set_xscale("log")
     ax.set_yticks(range(len(arms)), list(arms))
     ax.invert_yaxis()
-    ax.axvline(0, color="black", linewidth=0.8)
+    if not log:
+        ax.axvline(0, color="black", linewidth=0.8)
     if len(panel["y"]) > 1:
         ax.legend(fontsize=9, framealpha=0.7)
 

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, BertConfig, BertForSequenceClassification, CohereConfig,
                           CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSequenceClassification,
-                          GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
-                          PreTrainedTokenizerFast)
+                          GPT2ForTokenClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          LlamaForSequenceClassification, LlamaForTokenClassification, PreTrainedTokenizerFast)
 
 import common
 import lm
@@ -263,7 +263,9 @@ def scorer(cls, config):
 MEASURES = {"token_logps": (common.token_logps, llama), "token_logps, GPT-2": (common.token_logps, gpt2),
             "sequence_logps": (common.sequence_logps, gpt2),
             "scores": (common.sequence_scores, lambda: scorer(LlamaForSequenceClassification, llama_config)),
-            "scores, GPT-2": (common.sequence_scores, lambda: scorer(GPT2ForSequenceClassification, gpt2_config))}
+            "scores, GPT-2": (common.sequence_scores, lambda: scorer(GPT2ForSequenceClassification, gpt2_config)),
+            "token_values": (common.token_values, lambda: scorer(LlamaForTokenClassification, llama_config)),
+            "token_values, GPT-2": (common.token_values, lambda: scorer(GPT2ForTokenClassification, gpt2_config))}
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -274,7 +276,7 @@ def test_d_value_depends_on_the_other_rows_or_on_pads(name):                    
 
     def measure(batch, row=0):
         value = function(model, batch)
-        return of_response(batch, value)[row] if function is common.token_logps else value[row]
+        return of_response(batch, value)[row] if function in (common.token_logps, common.token_values) else value[row]
 
     alone = lm.pack([one], 0)
     want = measure(alone)
@@ -295,6 +297,26 @@ def test_d_concat_and_indexing_keep_rows_together():                            
     torch.testing.assert_close(common.sequence_logps(model, joined[[5, 1]].to("cpu")), want[[5, 1]])
 
 
+valuers = pytest.mark.parametrize("cls, config", [(LlamaForTokenClassification, llama_config),
+                                                  (GPT2ForTokenClassification, gpt2_config)])
+
+
+@valuers
+def test_d_value_of_a_prompt_token_depends_on_the_other_rows_or_on_pads(cls, config):                             # D
+    """Not of response tokens alone: whatever is real has the value that it has in a row by itself, without a mask."""
+    model = scorer(cls, config)
+    rows = [([3, 4], [5, 6, 0]), ([1, 0, 2, 7, 7], [3]), ([6], [7, 7, 7, 7, 0])]
+    batch = lm.pack(rows, 0)
+    for padded in (batch, common.Batch(*(F.pad(t, (0, 5)) for t in batch.tensors()))):
+        got = common.token_values(model, padded)
+        assert got.shape == (3, padded.input_ids.shape[1] - 1)
+        for (prompt, response), values, mask in zip(rows, got, padded.attention_mask):
+            ids = prompt + response
+            want = model(torch.tensor([ids]), use_cache=False).logits[0, :-1, 0].float()
+            first = mask.argmax()
+            torch.testing.assert_close(values[first:first + len(ids) - 1], want, rtol=1e-5, atol=1e-5)
+
+
 @both
 def test_e_left_padding_shifts_positions(make):                                                                   # E
     model, tokenizer = make(), letters()
@@ -310,6 +332,88 @@ def test_e_left_padding_shifts_positions(make):                                 
             if greedy:                                             # generation itself saw the right positions
                 best = model(torch.tensor([ids])).logits[0].argmax(-1)
                 assert best[n_prompt - 1:-1].tolist() == ids[n_prompt:]
+
+
+# ------------------------------------------------------------------------------------------- parts, values of tokens
+
+@pytest.mark.parametrize("rows, budget, sizes", [
+    (7, 10, [2, 2, 2, 1]), (7, 14, [2, 2, 2, 1]), (6, 15, [3, 3]), (7, 35, [7]), (7, 34, [6, 1]), (3, 4, [1, 1, 1]),
+    (3, 1, [1, 1, 1]), (1, 10 ** 6, [1])])
+def test_split_loses_rows_or_exceeds_the_budget(rows, budget, sizes):
+    batch = lm.pack([([1, 2], [3, 4, 0])] * rows, 0)
+    parts = batch.split(budget)
+    assert [len(part) for part in parts] == sizes                  # as full as the budget allows, one row at least
+    assert torch.cat(parts).tolist() == list(range(rows))
+    assert all(len(part) == 1 or batch[part].input_ids.numel() <= budget for part in parts)
+
+
+@pytest.mark.parametrize("budget", [1, 10, 20, 30, 10 ** 6])
+def test_o_in_parts_loses_rows_or_their_order(budget):                                                            # O
+    model, batch, sizes = gpt2(), some_batch(), []
+
+    def spy(part):
+        sizes.append(part.input_ids.numel())
+        return common.token_logps(model, part, 0.7)
+
+    got = common.in_parts(spy, batch, budget, "cpu")
+    want = common.token_logps(model, batch, 0.7)
+    torch.testing.assert_close(got, want.detach())
+    assert want.requires_grad and not got.requires_grad
+    assert sum(sizes) == 40 and (len(sizes) == 4 or max(sizes) <= budget)
+    of_rows = common.in_parts(lambda part: common.sequence_logps(model, part, 0.7), batch, budget, "cpu")
+    torch.testing.assert_close(of_rows, want.sum(1).detach())      # what has one number a row is joined as well
+
+
+def test_in_parts_works_on_another_device_than_it_was_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(common.Batch, "to", lambda self, device: asked.append((len(self), device)) or self)
+    common.in_parts(lambda part: part.lengths, some_batch(), 20, "somewhere")
+    assert asked == [(2, "somewhere")] * 2
+
+
+@valuers
+def test_a_value_is_of_another_label_or_position_than_its_state(cls, config):                                     # A
+    model = build(cls, config(num_labels=3)).float()
+    batch = some_batch()
+    got = common.token_values(model, batch)
+    assert got.shape == (4, 9) and got.requires_grad and got.dtype == torch.float32
+    torch.testing.assert_close(got, model(**lm.inputs(model, batch)).logits[:, :-1, 0])
+
+
+@valuers
+def test_a_value_sees_the_token_that_comes_next(cls, config):                                                     # A
+    """Entry t stands for what is known before token t + 1 is drawn; the token just drawn, t, must count."""
+    model = scorer(cls, config)
+    ids = [3, 4, 5, 6, 7, 0]
+    whole = common.token_values(model, lm.pack([(ids[:2], ids[2:])], 0))[0]
+    for t in range(1, len(ids)):
+        other = [*ids[:t], 8, *ids[t + 1:]]
+        changed = common.token_values(model, lm.pack([(other[:2], other[2:])], 0))[0]
+        torch.testing.assert_close(changed[:t], whole[:t])
+        assert t == len(ids) - 1 or (changed[t:] - whole[t:]).abs().min() > 1e-4
+
+
+@both
+def test_fresh_value_model_does_not_start_at_zero_or_cannot_learn(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    model, batch = common.load_value_model(tmp_path, SETTINGS), some_batch()
+    values = common.token_values(model, batch)
+    assert values.shape == (4, 9) and not values.any()
+    values.sum().backward()
+    head = model.score if hasattr(model, "score") else model.classifier
+    assert head.weight.grad.abs().min() > 0                        # zero it is, but not for ever
+
+
+def test_aa_values_are_left_in_bfloat16(tmp_path):                                                                # AA
+    llama().save_pretrained(tmp_path)
+    model = common.load_value_model(tmp_path, SimpleNamespace(device="cpu", dtype="bfloat16"))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.score.weight)
+    got = common.token_values(model, some_batch())
+    model.compute_dtype = torch.float32
+    want = common.token_values(model, some_batch())
+    assert got.dtype == torch.float32
+    assert 0 < (got - want).abs().max() < 0.1                      # above 0: bfloat16 was really at work
 
 
 # -------------------------------------------------------------------------------------------------------- KL, sampling

@@ -1,0 +1,524 @@
+"""remax.py: returns, loss, the gradient's variance, and training. Letters are the bug classes that a test would catch."""
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+import common
+import remax
+from remax import gradient_variance, remax_loss, remax_returns
+from tasks import Task, UserError
+
+FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+def close_dicts(actual, expected, tolerance=1e-9):
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert actual[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+
+
+# -------------------------------------------------------------------------------------------------- returns and loss
+
+ZERO, KL, ONES = tensor([0.0]), tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3)
+
+
+@pytest.mark.parametrize("reward, kl_coef, gamma, expected", [
+    (0.0, 1.0, 1.0, [-6.0, -5.0, -3.0]), (0.0, 0.1, 1.0, [-0.6, -0.5, -0.3]), (2.0, 0.0, 1.0, [2.0, 2.0, 2.0]),
+    (2.0, 0.1, 1.0, [1.4, 1.5, 1.7]), (2.0, 0.0, 0.5, [0.5, 1.0, 2.0]), (0.0, 1.0, 0.5, [-2.75, -3.5, -3.0]),
+    (2.0, 1.0, 0.5, [-2.25, -2.5, -1.0]), (2.0, 1.0, 0.0, [-1.0, -2.0, -1.0])])
+def test_W_M_returns_are_not_those_by_hand(reward, kl_coef, gamma, expected):
+    ref = -rand(1, 3).abs()
+    close(remax_returns(ZERO + reward + 7, ZERO + 7, ref + KL, ref, ONES, kl_coef, gamma), [expected])
+    padded = [F.pad(x, (2, 1)) for x in (ref + KL, ref, ONES)]                           # a prompt before, a pad after
+    close(remax_returns(ZERO + reward, ZERO, *padded, kl_coef, gamma), [[0, 0, *expected, 0]])
+    close(remax_returns(rewards=ZERO + 2, baseline_rewards=ZERO, logps=ref + KL, ref_logps=ref, mask=ONES, kl_coef=0.1),
+          [[1.4, 1.5, 1.7]])
+
+
+def plain_returns(advantage, ratios, kl_coef, gamma):
+    """The returns of one response, from its log-ratios."""
+    n = len(ratios)
+    return [gamma ** (n - 1 - t) * advantage - kl_coef * sum(gamma ** (s - t) * ratios[s] for s in range(t, n))
+            for t in range(n)]
+
+
+def ragged():
+    """Rewards, baselines, logps, ref_logps and mask of four rows: two tokens after a prompt, a full row, none, one."""
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    return [rand(4, seed=1), rand(4, seed=2), -rand(4, 4, seed=3).abs(), -rand(4, 4, seed=4).abs(), mask]
+
+
+def test_W_Y_P_loss_or_gradient_differ_from_the_sums_written_out():
+    rewards, baselines, logps, ref_logps, mask = given = ragged()
+    before = [x.clone() for x in given]
+    expected = torch.zeros(4, 4, dtype=torch.float64)
+    for i in range(4):
+        row = mask[i].bool()
+        expected[i, row] = tensor(plain_returns(rewards[i] - baselines[i], (logps - ref_logps)[i, row], 0.3, 0.9))
+    for kind in (torch.int64, torch.bool, torch.float64):
+        returns = remax_returns(*given[:4], mask.to(kind), 0.3, 0.9)
+        close(returns, expected)
+        assert (returns[mask == 0] == 0).all()
+        trained = logps.clone().requires_grad_()
+        loss = remax_loss(trained, returns, mask.to(kind))
+        loss.backward()
+        close(loss.detach(), -(expected * logps).sum() / 4)
+        close(trained.grad, -expected / 4)
+    assert all(map(torch.equal, given, before))
+    alone = [remax_returns(*(x[i:i + 1] for x in given), 0.3, 0.9) for i in range(4)]
+    assert torch.equal(torch.cat(alone), remax_returns(*given, 0.3, 0.9))
+    assert remax_loss(logps[2:3], alone[2], mask[2:3]) == 0
+
+
+@pytest.mark.parametrize("junk", [1e9, math.inf, math.nan])
+def test_Y_pads_enter_returns_loss_or_gradient(junk):
+    rewards, baselines, logps, ref_logps, mask = ragged()
+    clean = remax_returns(rewards, baselines, logps, ref_logps, mask, 0.3, 0.9)
+    dirty, ref = (torch.where(mask.bool(), x, junk) for x in (logps, ref_logps))
+    returns = remax_returns(rewards, baselines, dirty.requires_grad_(), ref, mask, 0.3, 0.9)
+    assert torch.equal(returns, clean)
+    loss = remax_loss(dirty, returns, mask)
+    loss.backward()
+    close(loss.detach(), remax_loss(logps, clean, mask))
+    close(dirty.grad, -clean / 4)
+
+
+@pytest.mark.parametrize("which", [(2,), (3,), (0, 1)])
+def test_returns_carry_gradient(which):
+    given = ragged()
+    for i in which:
+        given[i].requires_grad_()
+    assert not remax_returns(*given, 0.3).requires_grad
+
+
+def test_returns_or_loss_differ_from_numbers_of_the_official_code():
+    """remax-00, second row (liziniu/ReMax 536ba49); its KL rewards are summed up from the end, as the paper has it."""
+    old, ref = tensor([[-1.637805, -1.029117, -3.857535]]), tensor([[-2.134728, -0.680365, -4.356645]])
+    returns = remax_returns(ZERO - 0.4, ZERO - 0.1, old, ref, ONES, 0.1)
+    close(returns, [[-0.3 - 0.0496923 + 0.0348752 - 0.049911, -0.3 + 0.0348752 - 0.049911, -0.3 - 0.049911]])
+    new, returns = tensor([[-1.507185, -1.071234, -3.785201]]), remax_returns(ZERO - 0.4, ZERO - 0.1, old, ref, ONES, 0.0)
+    close(remax_loss(new, returns, ONES), -1.909086)
+
+
+def test_returns_or_loss_differ_from_a_fixture():
+    """The official code discounts the last token too, gives a token its own KL only and takes the mean over tokens."""
+    if not (FIXTURES / "remax.json").exists():
+        pytest.skip("needs shared/fixtures/remax.json")
+    cases = json.loads((FIXTURES / "remax.json").read_text())
+    assert cases
+    for case in cases:
+        given, expected = case["inputs"], case["expected"]
+        start, gamma, kl_coef = given["prompt_len"] - 1, given["gamma"], given["kl_ctl"]
+        rewards, baselines, old, ref = (tensor(given[name]) for name in (
+            "rewards", "baseline_rewards", "logprobs_old", "ref_logprobs"))
+        clipped, own_kl, official, new = (tensor(expected[name]) for name in (
+            "advantage_clipped", "kl_reward", "returns", "token_logprobs"))
+        mask = F.pad(torch.tensor(expected["action_mask"]), (start, 0))
+        discounted = remax_returns(clipped, 0 * clipped, old, ref, mask, 0.0, gamma)[:, start:]
+        close(gamma * discounted, official - own_kl)
+        to_go = remax_returns(baselines, baselines, old, ref, mask, kl_coef)[:, start:]
+        close(to_go, own_kl.flip(1).cumsum(1).flip(1) * mask[:, start:])
+        returns = remax_returns(rewards, baselines, old, ref, mask, 0.0)[:, start:]
+        close(returns[:, 0], expected["paper"]["advantage"])
+        close(remax_loss(new, returns, mask[:, start:]), expected["paper"]["loss_sequence_mean"])
+
+
+# ---------------------------------------------------------------------------------------------------- the expectation
+
+PREFIXES = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]
+RESPONSES = [p + (0,) for p in PREFIXES] + [p + (y,) for p in PREFIXES[3:] for y in (1, 2)]     # EOS = 0, at most three
+TOKENS = torch.tensor([(*y, 0, 0)[:3] for y in RESPONSES])
+STATES = torch.tensor([[PREFIXES.index(y[:t]) if t < len(y) else 0 for t in range(3)] for y in RESPONSES])
+MASK = torch.tensor([[int(t < len(y)) for t in range(3)] for y in RESPONSES])
+
+
+def all_logps(logits):
+    """Token log-probs [15, 3] of every response under a policy with a row of logits [7, 3] for each prefix."""
+    return logits.log_softmax(1)[STATES, TOKENS] * MASK
+
+
+def greedy_response(logits):
+    y = ()
+    while len(y) < 3 and 0 not in y:
+        y += (logits[PREFIXES.index(y)].argmax().item(),)
+    return RESPONSES.index(y)
+
+
+def own_kl_only(rewards, baselines, logps, ref_logps, mask, kl_coef):
+    return (rewards - baselines - kl_coef * (logps - ref_logps).detach()) * mask
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3, 2.0])
+def test_W_H_estimator_is_biased_or_would_be_right_without_kl_to_go(kl_coef):
+    logits, ref, rewards = rand(7, 3, seed=5).requires_grad_(), all_logps(rand(7, 3, seed=6)), 2 * rand(15, seed=7) + 1
+    logps = all_logps(logits)
+    p = logps.sum(1).exp()
+    close(p.sum().detach(), 1.0)
+    objective = (p * (rewards - kl_coef * (logps - ref).sum(1))).sum()
+    exact, = torch.autograd.grad(objective, logits, retain_graph=True)
+
+    def expected(baseline, returns_of=remax_returns):
+        rows = [slice(i, i + 1) for i in range(15)]
+        losses = [remax_loss(logps[i], returns_of(rewards[i], baseline.view(1), logps[i], ref[i], MASK[i], kl_coef), MASK[i])
+                  for i in rows]
+        return -torch.autograd.grad((p.detach() * torch.stack(losses)).sum(), logits, retain_graph=True)[0]
+
+    greedy = rewards[greedy_response(logits)]
+    for baseline in (greedy, ZERO, ZERO - 3, ZERO + 50):
+        close(expected(baseline), exact)
+    assert exact.abs().max() > 0.1
+    assert torch.allclose(expected(greedy, own_kl_only), exact, atol=1e-3) == (kl_coef == 0)
+
+
+def second_moment(p, r1, r2, baseline):
+    """Of the gradient with respect to the logit difference of two arms."""
+    logit, total, one = tensor(p).logit().requires_grad_(), 0.0, torch.ones(1, 1)
+    for probability, reward, logp in ((p, r1, F.logsigmoid(logit)), (1 - p, r2, F.logsigmoid(-logit))):
+        returns = remax_returns(ZERO + reward, ZERO + baseline, logp.view(1, 1), logp.view(1, 1), one, 0.05)
+        total += probability * torch.autograd.grad(remax_loss(logp.view(1, 1), returns, one), logit)[0].item() ** 2
+    return total
+
+
+def test_W_bandit_differs_from_its_formula():
+    for p, r1, r2 in itertools.product((0.1, 0.4, 0.6, 0.9), (1.0, 3.0, -2.0), (0.5, 0.1, -1.0)):
+        baseline = r1 if p > 0.5 else r2
+        gain = second_moment(p, r1, r2, baseline) - second_moment(p, r1, r2, 0.0)
+        assert gain == pytest.approx(p * (1 - p) * baseline * (baseline - 2 * ((1 - p) * r1 + p * r2)), abs=1e-9)
+    assert second_moment(0.9, 1.0, 0.1, 1.0) / second_moment(0.9, 1.0, 0.1, 0.0) == pytest.approx(6.7, abs=0.05)
+    for p in (0.51, 0.7, 0.9, 0.99):                        # the greedy arm is the better one, and half as good helps
+        assert second_moment(p, 1.0, 0.5, 1.0) < second_moment(p, 1.0, 0.5, 0.0)
+
+
+# ------------------------------------------------------------------------------------------- variance of the gradient
+
+def estimates(gradients, rewards, greedy_rewards):
+    """{estimator: [M, P]}, each written out. gradients [M, 2, P], rewards [M, 2], greedy_rewards [M]."""
+    table = {}
+    for (a, b), (ga, gb), greedy in zip(rewards, gradients, greedy_rewards):
+        row = {"REINFORCE, 1 sample": a * ga, "ReMax": (a - greedy) * ga, "REINFORCE": (a * ga + b * gb) / 2,
+               "REINFORCE +2": ((a + 2) * ga + (b + 2) * gb) / 2, "REINFORCE -2": ((a - 2) * ga + (b - 2) * gb) / 2,
+               "batch mean": ((a - rewards.mean()) * ga + (b - rewards.mean()) * gb) / 2,
+               "leave-one-out": ((a - b) * ga + (b - a) * gb) / 2}
+        for name, estimate in row.items():
+            table.setdefault(name, []).append(estimate)
+    return {name: torch.stack(rows) for name, rows in table.items()}
+
+
+def test_variance_is_not_the_trace_of_the_covariance():
+    for m, size in ((2, 1), (7, 5), (40, 3)):
+        gradients, rewards, greedy = rand(m, 2, size, seed=m), rand(m, 2, seed=1) + 1, rand(m, seed=2)
+        expected = {name: rows.var(0, correction=1).sum().item()
+                    for name, rows in estimates(gradients, rewards, greedy).items()}
+        close_dicts(gradient_variance(iter(gradients), rewards, greedy), expected)
+        close_dicts(gradient_variance(iter(gradients.float()), rewards.float(), greedy.float()), expected, 1e-4)
+    same = gradient_variance(rand(1, 2, 4).expand(6, 2, 4), tensor([[1.0, 2.0]]).expand(6, 2), tensor([0.5] * 6))
+    assert all(abs(value) < 1e-9 for value in same.values())
+
+
+def test_variance_changes_with_a_constant_added_to_every_reward():
+    gradients, rewards, greedy = rand(9, 2, 4), rand(9, 2, seed=1), rand(9, seed=2)
+    plain, up, down, far = (gradient_variance(gradients, rewards + c, greedy + c) for c in (0, 2, -2, 30))
+    for name in ("ReMax", "batch mean", "leave-one-out"):
+        assert up[name] == pytest.approx(plain[name], abs=1e-9) and far[name] == pytest.approx(plain[name], abs=1e-9)
+    assert up["REINFORCE"] == pytest.approx(plain["REINFORCE +2"], abs=1e-9)
+    assert down["REINFORCE"] == pytest.approx(plain["REINFORCE -2"], abs=1e-9)
+    assert far["REINFORCE"] > 100 * plain["REINFORCE"]
+
+
+def test_W_estimators_have_different_expectations():
+    """Exactly, over all outcomes of M = 2 prompts with two samples each. The batch mean holds the sample's own reward:
+    that takes 1 / (2 M) off the gradient. The others are unbiased."""
+    logits, rewards, greedy = rand(3, seed=3).requires_grad_(), tensor([1.0, -0.5, 2.0]), tensor([2.0, 1.0])
+    p = logits.softmax(0)
+    exact, = torch.autograd.grad((p * rewards).sum(), logits)
+    p = p.detach()
+    scores, means = torch.eye(3, dtype=torch.float64) - p, {}                            # grad log pi of each response
+    for outcome in itertools.product(range(3), repeat=4):
+        drawn = torch.tensor(outcome).view(2, 2)
+        for name, rows in estimates(scores[drawn], rewards[drawn], greedy).items():
+            means[name] = means.get(name, 0) + p[drawn].prod() * rows.mean(0)
+    for name, mean in means.items():
+        close(mean, exact * (3 / 4 if name == "batch mean" else 1))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("kl_coef", -0.1), ("gamma", 1.5), ("gamma", -0.1), ("gamma", math.nan), ("reward_clip", 0.0), ("reward_clip", -5.0),
+    ("reward_clip", math.nan), ("variance_prompts", 1), ("variance_prompts", -2), ("batch_size", 0)])
+def test_bad_option_passes_or_its_flag_is_not_named(name, value):
+    with pytest.raises(UserError, match=f"--{name}"):
+        remax.Config(**{name: value})
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+PROMPTS = ["ab", "h", "cdefg", "gg", "b", "efe", "abc"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A directory with a random Llama over eight letters, EOS = PAD = 0, a reward model, and pairs.jsonl."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    special = dict(eos_token="<eos>", pad_token="<eos>", model_max_length=64)
+    path = tmp_path_factory.mktemp("toy")
+    for place, cls, kind in ((path, LlamaForCausalLM, {}), (path / "reward", LlamaForSequenceClassification, {"num_labels": 1})):
+        torch.manual_seed(0)
+        cls(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                        max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
+                        bos_token_id=None, **kind)).save_pretrained(place)
+        PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(place)
+    (path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=p + q, chosen="a", rejected="bb")) + "\n"
+                                              for p in "cdefgh" for q in "cdefgh"))
+    return path
+
+
+def settings(toy, **kwargs):
+    return remax.Config(**{**dict(model=str(toy), data=str(toy / "pairs.jsonl"), reward=str(toy / "reward"), max_length=64,
+                                  max_new_tokens=5, lr=1e-2, batch_size=4, epochs=1.0, eval_prompts=2, eval_samples=1,
+                                  save_every=0, device="cpu", quiet=True), **kwargs})
+
+
+def count_a(prompts, responses):
+    return tensor([10 + 3.0 * text.count("a") - len(text) for text in responses])
+
+
+def toy_run(toy, out, **kwargs):
+    config = settings(toy, **kwargs)
+    out.mkdir()
+    task = Task("toy", {"train": PROMPTS, "test": ["d", "ee"]})
+    return common.Run(config, out, task, common.load_tokenizer(toy, config), common.load_policy(config).double(), {})
+
+
+def trained(toy, out, reward=count_a, **kwargs):
+    """A finished Run in float64, and the rows of metrics.jsonl that training logged."""
+    run = toy_run(toy, out, **kwargs)
+    plan = [[PROMPTS[i] for i in rows] for rows in common.epochs(len(PROMPTS), run.config)]
+    remax.train(run, plan, reward, common.load_reference(run.config).double())
+    return run, [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def sgd(policy, optimizer, schedule, config):
+    """Stands in for optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter -= 0.01 * parameter.grad
+            parameter.grad = None
+    return 0.0
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def plain_logps(model, batch, row, temperature):
+    """log p of the tokens of one response, without padding, masks or chunks."""
+    ids, n = batch.input_ids[row][batch.attention_mask[row].bool()], int(batch.response_mask[row].sum())
+    logps = (model(ids[None]).logits[0] / temperature).log_softmax(-1)
+    return logps[:-1].gather(1, ids[1:, None])[-n:, 0]
+
+
+@pytest.fixture
+def rolled(monkeypatch):
+    """What common.rollout returned, call by call: (greedy, prompts, batch, texts)."""
+    calls, plain = [], common.rollout
+
+    def spy(run, prompts, greedy=False):
+        batch, texts, ended = plain(run, prompts, greedy)
+        calls.append((greedy, prompts, batch, texts))
+        return batch, texts, ended
+
+    monkeypatch.setattr(common, "rollout", spy)
+    return calls
+
+
+@pytest.mark.parametrize("options", [dict(), dict(gamma=0.5, kl_coef=1.0, temperature=0.7), dict(reward_clip=1.5)])
+def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, monkeypatch, rolled, options):
+    monkeypatch.setattr(common, "optimizer_step", sgd)
+    results = [trained(toy, tmp_path / str(n), epochs=2.0, token_budget=n, **options) for n in (1, 25, 100000)]
+    (run, rows), config = results[-1], results[-1][0].config
+    policy, reference = common.load_policy(config).double(), common.load_reference(config).double()
+    generated, advantages = 0, []
+    calls = rolled[-2 * len(rows):]
+    for row, (_, prompts, batch, texts), (_, _, greedy, best) in zip(rows, calls[::2], calls[1::2], strict=True):
+        scores, baselines, loss, kl = count_a(prompts, texts), count_a(prompts, best), 0.0, 0.0
+        for i, advantage in enumerate((scores - baselines).tolist()):
+            advantages.append(advantage)
+            logps, ref = (plain_logps(model, batch, i, config.temperature) for model in (policy, reference))
+            ratios, bound = (logps - ref).detach(), config.reward_clip or math.inf
+            returns = plain_returns(max(-bound, min(bound, advantage)), ratios, config.kl_coef, config.gamma)
+            loss = loss - sum(r * logp for r, logp in zip(returns, logps)) / len(prompts)
+            kl += ratios.sum().item() / len(prompts)
+        loss.backward()
+        sgd(policy, None, None, None)
+        generated += int(batch.lengths.sum() + greedy.lengths.sum())
+        ended = sum(batch.input_ids[i, batch.attention_mask[i].bool()][-1].item() == 0 for i in range(len(batch)))
+        close_dicts(row, {"step": row["step"], "objective/scores": scores.mean().item(), "objective/kl": kl, "grad_norm": 0.0,
+                          "objective/baselines": baselines.mean().item(), "loss": loss.item(), "eos_rate": ended / len(batch),
+                          "length": batch.lengths.float().mean().item()}, 1e-6)
+    assert len(rows) == 4 and rows[0]["objective/kl"] == 0 and abs(kl) > 1e-3
+    assert {abs(a) > 1.5 for a in advantages} == {True, False}
+    for other, _ in results:                                # O: parts of one row, of a few, of all; a ragged last batch
+        close(parameters(other.policy), parameters(policy))
+        assert other.counts["tokens_generated"] == generated
+        assert other.counts["tokens_trained"] == run.counts["tokens_trained"]
+
+
+def argmax_text(run, prompt):
+    ids, n = run.tokenizer(prompt).input_ids, 0
+    while n < run.config.max_new_tokens and (n == 0 or ids[-1] != 0):
+        with torch.no_grad():
+            ids, n = ids + [run.policy(torch.tensor([ids])).logits[0, -1].argmax().item()], n + 1
+    return run.tokenizer.decode(ids[-n:], skip_special_tokens=True)
+
+
+def test_W_baseline_is_sampled_or_of_old_weights(toy, tmp_path):
+    run, calls = toy_run(toy, tmp_path / "run", lr=3e-2, temperature=1.5), []
+
+    def reward(prompts, responses):
+        calls.append((responses, [argmax_text(run, prompt) for prompt in prompts]))
+        return count_a(prompts, responses)
+
+    remax.train(run, [PROMPTS] * 5, reward, common.load_reference(run.config).double())
+    assert len(calls) == 10
+    for (sampled, best), (greedy, again) in zip(calls[::2], calls[1::2]):
+        assert greedy == best == again != sampled
+    assert calls[0][1] != calls[-1][1]                      # new weights, new baseline
+
+
+def test_W_gradient_is_not_0_where_the_sample_is_the_greedy_response(toy, tmp_path, monkeypatch, rolled):
+    monkeypatch.setattr(common, "optimizer_step", sgd)
+    run, rows = trained(toy, tmp_path / "run", temperature=1e-4, kl_coef=0.0)
+    assert all(a[3] == b[3] for a, b in zip(rolled[::2], rolled[1::2])) and any(rolled[0][3])
+    assert torch.equal(parameters(run.policy), parameters(common.load_policy(run.config)).double())
+    assert all(row["loss"] == 0 for row in rows)
+
+
+def test_easy_reward_is_not_learned(toy, tmp_path):
+    run = toy_run(toy, tmp_path / "run", lr=1e-2)
+    reference = common.load_reference(run.config).double()
+    remax.train(run, [PROMPTS * 4] * 25, lambda prompts, texts: tensor([float(text[:1] == "a") for text in texts]), reference)
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    scores = [row["objective/scores"] for row in rows if "loss" in row]
+    assert scores[0] < 0.4 and sum(scores[-3:]) / 3 > 0.9
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("call, whose", [(2, "the reward is"), (3, "the greedy response's reward is")])
+def test_AD_reward_that_is_not_finite_is_trained_on(toy, tmp_path, value, call, whose):
+    calls = []
+
+    def reward(prompts, responses):
+        calls.append(prompts)
+        scores = count_a(prompts, responses)
+        scores[1] = value if len(calls) == call + 1 else scores[1]                       # in the second step
+        return scores
+
+    with pytest.raises(UserError, match=f"step 2: {whose} {value}") as error:
+        trained(toy, tmp_path / "run", reward, reward_clip=1.0)
+    assert repr(calls[-1][1]) in str(error.value)
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+@pytest.fixture
+def whole(toy, tmp_path, monkeypatch):
+    """A function that runs remax.run in tmp_path / name: (result, metrics.jsonl, weights)."""
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+
+    def run(name, **kwargs):
+        result = remax.run(settings(toy, out=str(tmp_path / name), **{**dict(batch_size=8), **kwargs}))
+        return (result, (tmp_path / name / "metrics.jsonl").read_text(),
+                parameters(LlamaForCausalLM.from_pretrained(tmp_path / name)))
+
+    return run
+
+
+def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch):
+    options, log = dict(save_every=2, eval_every=1, variance_prompts=2), common.log
+    straight, metrics, weights = whole("straight", **options)
+
+    def kill(run, step, row):
+        log(run, step, row)
+        if step == 2:                                       # one step past the checkpoint
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "log", kill)
+        with pytest.raises(KeyboardInterrupt):
+            whole("killed", **options)
+    torch.manual_seed(999)
+    resumed = whole("killed", resume=True, **options)
+    assert resumed[1] == metrics and '"step": 4' in metrics and torch.equal(resumed[2], weights)
+    assert resumed[0]["tokens_generated"] == straight["tokens_generated"] > 0
+
+
+def test_AE_runs_are_not_reproducible_or_ignore_the_seed(toy, whole):
+    first, again, other = whole("a"), whole("b"), whole("c", seed=1)
+    assert first[1] == again[1] != other[1] and torch.equal(first[2], again[2])
+    assert not torch.equal(first[2], parameters(common.load_policy(settings(toy))))
+
+
+def test_AE_run_that_trains_its_reward_model_differs_from_one_that_finds_it_in_the_cache(whole):
+    first, again = (whole(name, reward="", reward_lr=1e-3) for name in "ab")
+    assert first[1] == again[1]
+
+
+def test_AE_evaluating_or_measuring_changes_training_or_counts_as_training(whole):
+    plain, *others = whole("plain"), whole("evaluated", eval_every=1), whole("measured", eval_every=1, variance_prompts=3)
+    for result, metrics, weights in others:
+        rows = [row for row in metrics.splitlines() if "loss" in row]
+        assert rows == [row for row in plain[1].splitlines() if "loss" in row] and torch.equal(weights, plain[2])
+        assert result["tokens_generated"] == plain[0]["tokens_generated"]
+    assert others[1][1].count('"eval/variance/ReMax"') == others[1][1].count('"eval/kl"') == 6
+
+
+# ------------------------------------------------------------------------------------------------- measured variance
+
+def test_measured_variance_differs_from_one_gradient_at_a_time(toy, tmp_path, rolled):
+    run = toy_run(toy, tmp_path / "run", variance_prompts=4, temperature=0.8)
+    state, before = torch.get_rng_state(), parameters(run.policy).clone()
+    measured = remax.measured_variance(run, count_a)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(parameters(run.policy), before)
+    assert all(p.grad is None for p in run.policy.parameters())
+    (_, twice, batch, texts), (_, prompts, _, best) = rolled
+    assert prompts == PROMPTS[:4] and twice == [prompt for prompt in prompts for _ in "ab"]
+    assert best == [argmax_text(run, prompt) for prompt in prompts] and texts[::2] != texts[1::2]
+    gradients = []
+    for row in range(8):
+        run.policy.zero_grad()
+        plain_logps(run.policy, batch, row, 0.8).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
+    given = torch.stack(gradients).view(4, 2, -1), count_a(twice, texts).view(4, 2), count_a(prompts, best)
+    variances = {name: rows.var(0).sum().item() for name, rows in estimates(*given).items()}
+    ratios = {f"ReMax / {name}": variances["ReMax"] / variances[name] for name in variances if name != "ReMax"}
+    close_dicts(measured, {f"eval/variance/{name}": value for name, value in (variances | ratios).items()})
+    assert remax.measured_variance(run, count_a) == measured
+    assert remax.measured_variance(toy_run(toy, tmp_path / "none"), count_a) == {}
+
+
+def test_measuring_crashes_where_all_rewards_are_equal(toy, tmp_path):
+    run = toy_run(toy, tmp_path / "run", variance_prompts=4)
+    measured = remax.measured_variance(run, lambda prompts, texts: torch.ones(len(texts)))
+    assert measured["eval/variance/ReMax"] == measured["eval/variance/leave-one-out"] == 0
+    assert measured["eval/variance/REINFORCE"] > 0
