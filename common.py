@@ -1,7 +1,7 @@
 """What the nine methods share: options, the stages before a method, evaluation, and one run from start to finish.
 
-The language-model half (batches, log-probabilities, loading, sampling) stands in lm.py, the steps of training, SFT and
-reward models in stages.py; methods see all of it here.
+The language-model half (batches, log-probabilities, loading, sampling) stands in lm.py, the steps of training and the
+stages before a method in stages.py; methods see all of it here.
 
     python common.py        # build the embedded task's models for --seed 0 and print their vital figures, <= 2 minutes
 """
@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable, ClassVar, Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 import torch
 import transformers
@@ -25,7 +25,7 @@ from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, g
                 kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
                 pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn)
 from stages import (check_finite, epochs, fit, optimizer_and_schedule, optimizer_step, reward_model_losses,
-                    train_reward_model, train_sft)
+                    reward_to_maximise, train_reward_model, train_sft)
 from tasks import Pair, Ranking, Task, UserError
 
 transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
@@ -148,42 +148,6 @@ def load_rewards(config, task):
         model = load(AutoModelForSequenceClassification, start, config, num_labels=1)
         save_model(train_reward_model(model, tokenizer, pairs, settings), tokenizer, path)
     return {"proxy": load_reward_model(path, config)}
-
-
-def reward_to_maximise(run):
-    """The function (prompts, responses) -> rewards [N] that a method optimises: the proxy, or with --reward gold the truth.
-
-    Either has mean 0 and deviation 1 on samples of the initial policy (Huang et al. 2023, "reward normalization"), so
-    that one KL coefficient means the same for every reward. A reward model without a scale of its own is given one here.
-    """
-    if run.config.reward == "gold":
-        reward = TrueReward(run.task.gold)
-    elif "proxy" not in run.rewards:
-        raise UserError("there is no reward to maximise: give --reward, or data with pairs to train a reward model from")
-    else:
-        reward = run.rewards["proxy"]
-        if hasattr(reward.model.config, "reward_scale"):
-            return reward
-    prompts = run.task.prompts["train"][:run.config.batch_size]
-    responses = decode(run.tokenizer, generate(run.policy, run.tokenizer, prompts, 4, run.config.temperature,
-                                               max_new_tokens=run.config.max_new_tokens))
-    scores = reward([prompt for prompt in prompts for _ in range(4)], responses)
-    check_finite(scores, 0, [prompt for prompt in prompts for _ in range(4)], "the reward")
-    if scores.std() == 0:
-        raise UserError(f"the reward is {scores[0]:.3g} for each of the policy's {len(scores)} first samples: no signal")
-    reward.mean, reward.std = scores.mean().item(), scores.std().item()
-    return reward
-
-
-@dataclass
-class TrueReward:
-    """The task's gold reward, called like a RewardModel; it reads complete responses."""
-    gold: Callable
-    mean: float = 0.0
-    std: float = 1.0
-
-    def __call__(self, prompts, responses):
-        return (torch.tensor([self.gold(*row, True) for row in zip(prompts, responses)]) - self.mean) / self.std
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -339,10 +303,7 @@ def steps(run, plan, measure=dict, updates=1):
 
 def record(run, measure):
     """Evaluate now, into the trace and metrics.jsonl."""
-    prompt = run.task.prompts["test"][0]
-    probe = encode(run.tokenizer, [prompt], [""]).to(run.policy.device)
-    with torch.no_grad():                              # a broken policy would crash the sampling: say so here
-        check_finite(sequence_logps(run.policy, probe), run.step, [prompt], "the policy's log-prob")
+    check_policy(run)
     metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"))
     run.samples["after" if run.trace else "before"] = samples
     metrics = {"step": run.step, **metrics, **measure()}
@@ -351,9 +312,18 @@ def record(run, measure):
                                 "seconds_training": round(run.counts["seconds_training"], 2)})
 
 
+def check_policy(run):
+    """A policy that has become nan would crash the sampling: say so here, in one line."""
+    prompt = run.task.prompts["train"][0]
+    with torch.no_grad():
+        probe = sequence_logps(run.policy, encode(run.tokenizer, [prompt], [""]).to(run.policy.device))
+    check_finite(probe, run.step, [prompt], "the policy's log-prob")
+
+
 def rollout(run, prompts, greedy=False):
     """The policy's own responses to the prompts as it is now: (Batch on the CPU, texts, did each end with EOS? [N])."""
     config, began = run.config, time.time()
+    check_policy(run)
     batch = generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy, config.max_new_tokens)
     run.counts["seconds_generating"] += time.time() - began
     run.counts["tokens_generated"] += int(batch.lengths.sum())

@@ -304,8 +304,14 @@ def load_reference(config):
     return load_policy(config).requires_grad_(False)
 
 
-def load_value_model(path, config):
-    """One value per token: AutoModelForTokenClassification with a zero-initialised head."""
+def load_value_model(path, config, tokenizer=None):
+    """One value per token: AutoModelForTokenClassification with a zero-initialised head.
+
+    Raises UserError where the path has another vocabulary than `tokenizer`, whose ids the model will read.
+    """
+    if tokenizer and load_tokenizer(path, config).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"the value model {path} has another tokenizer than the policy, whose token ids it would misread: "
+                        "give one made from the same model, or leave it out")
     model = load(AutoModelForTokenClassification, path, config, num_labels=1)
     for parameter in (model.score if hasattr(model, "score") else model.classifier).parameters():
         torch.nn.init.zeros_(parameter)

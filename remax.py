@@ -1,19 +1,26 @@
 """ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models
 Li, Xu, Zhang, Lin, Yu, Sun and Luo, ICML 2024, https://arxiv.org/abs/2310.10505
 
-PPO brings a value model, GAE, ratio clipping and several epochs to each batch. But in RLHF sampling is fast, a token's effect is
-certain, and the reward comes once, at the end. Then REINFORCE will do, if its variance is tamed. ReMax subtracts the reward of
-the policy's own greedy answer, which costs one more response per prompt and no second network:
+PPO brings a value model, GAE, a clip and several epochs to every batch. But with language models sampling is fast, the effect
+of a token is certain, and the reward comes once, at the end. Then REINFORCE will do, if its variance is tamed. ReMax subtracts
+the reward of the policy's own greedy response, at the price of one more response per prompt and of no second network:
 
-    g = 1/N sum_i sum_t grad log pi(y_t | x, y_<t) [ r(x, y) - r(x, greedy answer to x) ]
+    g = 1/N sum_i sum_t grad log pi(y_t | x, y_<t) [ r(x, y) - r(x, greedy response to x) ]
 
-The baseline does not depend on the sampled tokens, so g is unbiased. A KL penalty enters as a reward at every token, of which
-each token is credited with its own and all that follow (KL-to-go).
+The baseline does not depend on the tokens sampled, so g is unbiased. The KL penalty is a reward of each token, and a token is
+credited with its own and with all that follow (KL to go).
 
-    python remax.py                  # on two cores
-    python remax.py --reproduce      #
+    python remax.py                  # TIME
+    python remax.py --reproduce      # REPRODUCE
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
+What to look at: LOOK
+
+Compared with ppo.py: the same rollout, reward and KL penalty; no value model, one update for each rollout, the sum over a
+response's tokens where PPO has the mean over all tokens, and no whitening.
+Official code (liziniu/ReMax) differs: it credits a token with its own KL term alone (the variable named cumulative_kl is
+overwritten, not summed), discounts the last token's reward too, averages over tokens, and samples with top-p 0.9 while scoring
+the full distribution. This file follows the estimator above; the official gamma 0.99 and reward clip 5 are options.
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Optional
@@ -40,11 +47,11 @@ class Config(common.Config):
     def __post_init__(self):
         super().__post_init__()
         if self.kl_coef < 0:
-            raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting off")
+            raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting")
         if not 0 <= self.gamma <= 1:
             raise UserError(f"--gamma must be in [0, 1], not {self.gamma}")
         if self.reward_clip is not None and not self.reward_clip > 0:
-            raise UserError(f"--reward_clip must be above 0, not {self.reward_clip}: every reward would be the baseline's")
+            raise UserError(f"--reward_clip must be above 0, not {self.reward_clip}")
         if self.variance_prompts < 0 or self.variance_prompts == 1:
             raise UserError("--variance_prompts must be 0 or at least 2")
 
@@ -52,15 +59,15 @@ class Config(common.Config):
 def remax_returns(rewards, baseline_rewards, logps, ref_logps, mask, kl_coef, gamma=1.0):
     """What the log-prob of each sampled token is weighted with.
 
-    Args: rewards, baseline_rewards [B]: of the sample and of the greedy response; logps, ref_logps, mask [B, T], where the mask
-        of a row is one run of ones.
-    Returns: [B, T]: gamma^(tokens to the end) (reward - baseline) - kl_coef (discounted sum of this and later log-ratios).
-        0 outside the mask, no gradient.
+    Args: rewards, baseline_rewards [B], of the sample and of the greedy response; logps, ref_logps, mask [B, T], where the
+        mask of a row is one run of ones.
+    Returns: [B, T], 0 outside the mask, without gradient: gamma^(tokens that follow) (reward - baseline) - kl_coef KL to
+        go, the discounted sum of this and the later log-ratios.
     """
     mask = mask.bool()
     kl = torch.where(mask, logps - ref_logps, 0).detach()
     returns, following = torch.zeros_like(kl), torch.zeros_like(kl[:, 0])
-    ends = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)          # the last response token of each row
+    ends = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)         # the last response token of each row
     for t in reversed(range(mask.shape[1])):
         following = ends[:, t] * (rewards - baseline_rewards) - kl_coef * kl[:, t] + gamma * following
         returns[:, t] = following * mask[:, t]
@@ -76,9 +83,8 @@ def gradient_variance(gradients, rewards, greedy_rewards):
     """Trace of the covariance of policy-gradient estimates from one prompt, for several baselines.
 
     Args: gradients: iterable over M prompts of [2, P], grad log pi of two samples; rewards [M, 2]; greedy_rewards [M].
-    Returns: {estimator: variance}. All but the two marked "1 sample" spend two responses a prompt; ReMax one of them on the
-        greedy one. An estimate from N prompts has 1/N of it. "+2" and "-2" add that to every reward, which would change no
-        other estimator.
+    Returns: {estimator: variance}; N prompts have 1/N of it. All but "1 sample" spend two responses a prompt, ReMax one of
+        them on the greedy response. "+2" and "-2" are added to every reward, which would change no other estimator.
     """
     (a, b), mean, zero = rewards.T, rewards.mean(), torch.zeros_like(greedy_rewards)
     weights = {"REINFORCE, 1 sample": (a, zero), "ReMax": (a - greedy_rewards, zero), "REINFORCE": (a / 2, b / 2),
@@ -101,15 +107,16 @@ def measured_variance(run, reward):
     config, policy, entropy = run.config, run.policy, []
 
     def sampled(n, **how):
-        batch = common.generate(policy, run.tokenizer, prompts, n, config.temperature, max_new_tokens=config.max_new_tokens, **how)
+        batch = common.generate(policy, run.tokenizer, prompts, n, config.temperature,
+                                max_new_tokens=config.max_new_tokens, **how)
         return batch, reward([prompt for prompt in prompts for _ in range(n)], common.decode(run.tokenizer, batch))
 
     def gradients():
         for row in range(0, len(batch), 2):
-            logps = common.sequence_logps(policy, batch[[row, row + 1]].to(policy.device), config.temperature)       # [2]
+            logps = common.sequence_logps(policy, batch[[row, row + 1]].to(policy.device), config.temperature)    # [2]
             entropy.append(-logps.mean().item())
-            yield torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(logp, list(policy.parameters()),
-                                                                                   retain_graph=True)]) for logp in logps])
+            pair = [torch.autograd.grad(logp, list(policy.parameters()), retain_graph=True) for logp in logps]
+            yield torch.stack([torch.cat([g.flatten() for g in grads]) for grads in pair])                        # [2, P]
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -125,31 +132,31 @@ def train(run, plan, reward, reference):
     config, policy, device = run.config, run.policy, run.policy.device
     for step, prompts in common.steps(run, plan, lambda: measured_variance(run, reward)):
         batch, responses, ended = common.rollout(run, prompts)
-        _, greedy_responses, _ = common.rollout(run, prompts, greedy=True)                        # by the same weights
-        scores, baselines = reward(prompts, responses), reward(prompts, greedy_responses)          # [B]
+        _, greedy_responses, _ = common.rollout(run, prompts, greedy=True)                         # by the same weights
+        scores, greedy_scores = reward(prompts, responses), reward(prompts, greedy_responses)     # [B]
         common.check_finite(scores, step + 1, prompts, "the reward")
-        common.check_finite(baselines, step + 1, prompts, "the greedy response's reward")
-        advantages = scores - baselines
-        if config.reward_clip is not None:
-            advantages = advantages.clamp(-config.reward_clip, config.reward_clip)
+        common.check_finite(greedy_scores, step + 1, prompts, "the greedy response's reward")
+        baselines = greedy_scores
+        if config.reward_clip is not None:                                                        # of the difference
+            baselines = scores - (scores - greedy_scores).clamp(-config.reward_clip, config.reward_clip)
 
         loss, kl = 0.0, 0.0
         for rows in batch.split(config.token_budget):
             part = batch[rows].to(device)
-            mask = part.response_mask[:, 1:]                                                       # [b, T]
+            mask = part.response_mask[:, 1:]                                                      # [b, T]
             logps = common.token_logps(policy, part, config.temperature)
             with torch.no_grad():
                 ref_logps = common.token_logps(reference, part, config.temperature)
-            advantage = advantages[rows].to(device)
-            returns = remax_returns(advantage, torch.zeros_like(advantage), logps, ref_logps, mask, config.kl_coef, config.gamma)
-            part_loss = remax_loss(logps, returns, mask) * len(rows) / len(batch)
+            returns = remax_returns(scores[rows].to(device), baselines[rows].to(device), logps, ref_logps, mask,
+                                    config.kl_coef, config.gamma)
+            share = len(rows) / len(batch)                            # of a part in the mean over the step's responses
+            part_loss = share * remax_loss(logps, returns, mask)
             part_loss.backward()
-            loss, kl = loss + part_loss.detach(), kl + ((logps - ref_logps) * mask).sum().item() / len(batch)
+            loss, kl = loss + part_loss.detach(), kl + share * ((logps - ref_logps) * mask).sum(1).mean().item()
             run.counts["tokens_trained"] += int(part.attention_mask.sum())
         norm = common.optimizer_step(policy, run.optimizer, run.schedule, config)
-        common.log(run, step, {"objective/scores": scores.mean(), "objective/baselines": baselines.mean(), "objective/kl": kl,
-                               "loss": loss, "grad_norm": norm, "eos_rate": ended.float().mean(),
-                               "length": batch.lengths.float().mean()})
+        common.log(run, step, {"objective/scores": scores.mean(), "objective/kl": kl, "loss": loss, "grad_norm": norm,
+                               "objective/greedy_scores": greedy_scores.mean(), "eos_rate": ended.float().mean()})
 
 
 def run(config):

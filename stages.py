@@ -1,16 +1,18 @@
-"""The steps of any training, and the two stages that every method starts from: SFT and the reward model.
+"""The steps of any training, the two stages that every method starts from (SFT, reward model), and the reward to maximise.
 
 Methods see all of this as `common.<name>`.
 """
 import math
 import random
+from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from lm import batches, sequence_logps, sequence_scores
+from lm import batches, decode, generate, sequence_logps, sequence_scores
 from tasks import UserError
 
 
@@ -42,7 +44,7 @@ def check_finite(values, step, prompts, name="loss"):
     """Stop the run, naming step and example, when one of the values [n] is not finite."""
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr or mend the data")
+            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr, or mend the data or the reward")
 
 
 def fit(model, tokenizer, rows, losses_of, config, title):
@@ -75,3 +77,40 @@ def train_reward_model(model, tokenizer, pairs, config):
     """Fit a sequence-classification model with one label to preference pairs."""
     return fit(model, tokenizer, [(p.prompt, [p.chosen, p.rejected]) for p in pairs], reward_model_losses, config,
                "reward model")
+
+
+@dataclass
+class TrueReward:
+    """The task's gold reward, called like a RewardModel; it reads complete responses."""
+    gold: Callable
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, prompts, responses):
+        return (torch.tensor([self.gold(*row, True) for row in zip(prompts, responses)]) - self.mean) / self.std
+
+
+def reward_to_maximise(run):
+    """The function (prompts, responses) -> rewards [N] that a method optimises: the proxy, or with --reward gold the truth.
+
+    Either has mean 0 and deviation 1 on samples of the initial policy (Huang et al. 2023, "reward normalization"), so
+    that one KL coefficient means the same for every reward. A reward model without a scale of its own is given one here.
+    """
+    if run.config.reward == "gold":
+        reward = TrueReward(run.task.gold)
+    elif "proxy" not in run.rewards:
+        raise UserError("there is no reward to maximise: give --reward, or data with pairs to train a reward model from")
+    else:
+        reward = run.rewards["proxy"]
+        if hasattr(reward.model.config, "reward_scale"):
+            return reward
+    config, prompts = run.config, run.task.prompts["train"][:run.config.batch_size]
+    torch.manual_seed(config.seed)                                   # whatever was trained or loaded from the cache before
+    samples = generate(run.policy, run.tokenizer, prompts, 4, config.temperature, max_new_tokens=config.max_new_tokens)
+    prompts = [prompt for prompt in prompts for _ in range(4)]
+    scores = reward(prompts, decode(run.tokenizer, samples))
+    check_finite(scores, 0, prompts, "the reward")
+    if scores.std() == 0:
+        raise UserError(f"the reward is {scores[0]:.3g} for each of the policy's {len(scores)} first samples: no signal")
+    reward.mean, reward.std = scores.mean().item(), scores.std().item()
+    return reward

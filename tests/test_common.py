@@ -4,7 +4,9 @@ Letters are the bug classes that a test would catch. Models are random, over eig
 """
 import json
 import math
+import re
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import common
 import dpo
+import lm
 import stages
 from common import Config
 from tasks import Demonstration, Pair, Task, UserError
@@ -261,6 +264,117 @@ def test_given_reward_model_is_not_used_or_not_scaled(toy, tmp_path):
     torch.testing.assert_close(scaled, (raw - 2) / 4)
 
 
+# ------------------------------------------------------------------------------------------ what a method maximises
+
+def started(toy, out, **kwargs):
+    return common.start(settings(toy, out=str(out), **kwargs))
+
+
+@pytest.fixture
+def gold(monkeypatch):
+    """Gives the toy's task a true reward: gold(f)."""
+    return lambda f: monkeypatch.setattr(common, "load_task", lambda config: pair_task(f))
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """What reward_to_maximise asked generate for, and got: (prompts, n, temperature, max_new_tokens, texts) of each call."""
+    calls, plain = [], stages.generate
+
+    def spy(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40):
+        batch = plain(model, tokenizer, prompts, n, temperature, greedy, max_new_tokens)
+        calls.append((list(prompts), n, temperature, max_new_tokens, common.decode(tokenizer, batch)))
+        return batch
+
+    monkeypatch.setattr(stages, "generate", spy)
+    return calls
+
+
+def check_normalised(reward, run, calls, raw):
+    """Mean 0 and deviation 1 over 4 samples of each of the first batch_size training prompts."""
+    (prompts, n, temperature, most, texts), = calls
+    assert (prompts, n, temperature, most) == (run.task.prompts["train"][:6], 4, 0.8, 5)
+    prompts = [prompt for prompt in prompts for _ in range(4)]
+    scores = raw(prompts, texts)
+    assert scores.std() > 0.01
+    assert (reward.mean, reward.std) == pytest.approx((scores.mean().item(), scores.std().item()))
+    got = reward(prompts, texts)
+    assert got.shape == (24,) and got.mean().abs() < 1e-5 and got.std().item() == pytest.approx(1)
+    torch.testing.assert_close(got, (scores - scores.mean()) / scores.std())
+
+
+def test_gold_is_not_maximised_or_not_on_the_common_scale(toy, tmp_path, gold, sampled):
+    gold(lambda prompt, response, ended: 3 * count_a(prompt, response, ended) + (prompt == "cc") + 10 * ended)
+    run = started(toy, tmp_path, reward="gold", temperature=0.8)
+    assert set(run.rewards) == {"proxy"}                    # still measured, though not maximised
+    proxy = run.rewards["proxy"].mean, run.rewards["proxy"].std
+    reward = common.reward_to_maximise(run)
+    assert (run.rewards["proxy"].mean, run.rewards["proxy"].std) == proxy
+    check_normalised(reward, run, sampled, lambda prompts, texts: torch.tensor(
+        [3.0 * text.count("a") + (prompt == "cc") + 10 for prompt, text in zip(prompts, texts)]))
+
+
+@pytest.mark.parametrize("pairs", [{}, {"train": PAIRS[:-6]}])
+def test_gold_is_taken_for_a_directory_or_for_the_proxy_where_there_is_none(toy, pairs):
+    task = replace(pair_task(), pairs=pairs)
+    with pytest.raises(UserError, match="--reward gold: only the embedded task has a true reward"):
+        common.load_rewards(settings(toy, reward="gold"), task)
+
+
+@pytest.mark.parametrize("reward", ["none", ""])
+def test_method_without_a_reward_runs_on_nothing(toy, tmp_path, monkeypatch, reward):
+    monkeypatch.setattr(common, "load_task", lambda config: replace(pair_task(), pairs={}))
+    run = started(toy, tmp_path, reward=reward)
+    with pytest.raises(UserError, match="no reward to maximise: give --reward, or data with pairs"):
+        common.reward_to_maximise(run)
+
+
+def reward_model(path, **scale):
+    save(path, LlamaForSequenceClassification, num_labels=1)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | ({"reward_scale": scale} if scale else {})))
+    return str(path)
+
+
+def test_scale_of_a_reward_model_is_measured_anew(toy, tmp_path, sampled):
+    run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward", mean=2.0, std=4.0))
+    reward = common.reward_to_maximise(run)
+    assert reward is run.rewards["proxy"] and (reward.mean, reward.std) == (2, 4) and not sampled
+
+
+def test_reward_model_without_a_scale_is_left_raw(toy, tmp_path, sampled):
+    run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward"), temperature=0.8)
+    unscaled = common.load_reward_model(tmp_path / "reward", run.config)
+    reward = common.reward_to_maximise(run)
+    assert reward is run.rewards["proxy"]                   # so evaluation shows it on the same scale
+    check_normalised(reward, run, sampled, unscaled)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 0.1, -1.7])
+def test_constant_reward_is_divided_by_nothing(toy, tmp_path, gold, value):
+    """0.3 has no exact float32: the deviation of 24 of them can come out as 1e-8 instead of 0."""
+    gold(lambda prompt, response, ended: value)
+    with pytest.raises(UserError, match=f"the reward is {value:.3g} for each of the policy's 24 first samples"):
+        common.reward_to_maximise(started(toy, tmp_path, reward="gold"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_AD_reward_that_is_not_finite_becomes_the_scale(toy, tmp_path, gold, value):
+    culprit = pair_task().prompts["train"][4]
+    gold(lambda prompt, response, ended: value if prompt == culprit else count_a(prompt, response, ended))
+    with pytest.raises(UserError, match=f"the reward is {value} for the prompt '{culprit}'"):
+        common.reward_to_maximise(started(toy, tmp_path, reward="gold"))
+
+
+def test_AE_scale_of_the_reward_depends_on_whether_its_model_was_cached(toy, tmp_path):
+    """Training it draws random numbers, loading it draws none; a second or a resumed run must get the same scale."""
+    scales = []
+    for name in ("trained", "cached"):
+        reward = common.reward_to_maximise(started(toy, tmp_path / name, reward="", reward_lr=1e-2))
+        scales.append((reward.mean, reward.std))
+    assert scales[0] == scales[1]
+
+
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 def test_standard_error_counts_samples_instead_of_prompts():
@@ -331,6 +445,83 @@ def test_AJ_reference_shares_storage_or_can_be_trained(toy):
     assert torch.equal(parameters(policy), parameters(reference))
     assert not {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
     assert all(p.requires_grad for p in policy.parameters()) and not any(p.requires_grad for p in reference.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------- rollouts
+
+@pytest.fixture
+def clock(monkeypatch):
+    """common's time, which passes only where a test says so: clock.now += seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: clock.now))
+    return clock
+
+
+def slow(monkeypatch, clock, name, seconds):
+    plain = getattr(common, name)
+
+    def slowly(*args, **kwargs):
+        clock.now += seconds
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(common, name, slowly)
+
+
+def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
+    run = started(toy, tmp_path)
+    slow(monkeypatch, clock, "generate", 3)
+    slow(monkeypatch, clock, "decode", 100)                 # not generating any more
+    prompts, tokens = [p.prompt for p in PAIRS[:20]] + ["abcdefgh"] * 20, 0
+    for greedy in (False, True):
+        batch, texts, ended = common.rollout(run, prompts, greedy)
+        lengths = torch.tensor([len(text) for text in texts]) + ended
+        assert torch.equal(batch.lengths, lengths)          # EOS is generated too
+        assert greedy or 0 < ended.sum() < 40, "both kinds are needed, or nothing is tested"
+        assert (lengths <= 5).all() and (lengths[~ended] == 5).all()
+        inside = batch.attention_mask - batch.response_mask
+        assert [run.tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch.input_ids, inside)] == prompts
+        tokens += int(lengths.sum())
+    assert run.counts["tokens_generated"] == tokens and run.counts["seconds_generating"] == 6
+    assert all(type(value) in (int, float) for value in run.counts.values())      # or state.pt would not load
+
+
+def test_rollout_ignores_the_temperature_or_greedy(toy, tmp_path):
+    texts = {}
+    for temperature in (1.0, 1e-4):
+        run = started(toy, tmp_path, temperature=temperature)
+        for greedy in (False, True):
+            torch.manual_seed(0)
+            texts[temperature, greedy] = common.rollout(run, ["abc", "h", "cd"] * 4, greedy)[1]
+    assert texts[1.0, True] == texts[1e-4, True] == texts[1e-4, False] != texts[1.0, False]
+    assert texts[1.0, True] == texts[1.0, True][:3] * 4
+
+
+def cut_off(tokenizer, texts):
+    """A batch of these answers to "a"; a text that ends with "-" did not reach EOS."""
+    return lm.pack([([1], tokenizer(text.rstrip("-")).input_ids + [0] * (text[-1:] != "-")) for text in texts], 0)
+
+
+GOES_WELL, NONE_ENDS, ALL_EMPTY = ["ab", "", "cd-"], ["ab-", "cd-", "e-"], ["", "", ""]
+
+
+@pytest.mark.parametrize("answers, said", [
+    ([GOES_WELL] * 3, None), ([["", "a-"]], None), ([["", "a"]], None),
+    ([NONE_ENDS, NONE_ENDS, ALL_EMPTY], "step 1: 0 of 3 responses end with EOS, 0 are empty"),
+    ([GOES_WELL, ALL_EMPTY, NONE_ENDS], "step 2: 3 of 3 responses end with EOS, 3 are empty"),
+    ([GOES_WELL, GOES_WELL, NONE_ENDS, GOES_WELL, NONE_ENDS], "step 3: 0 of 3 responses end with EOS, 0 are empty")],
+    ids=["well", "one ends", "one is not empty", "none ends", "all empty", "later"])
+def test_policy_that_never_stops_or_says_nothing_goes_unnoticed(toy, tmp_path, monkeypatch, capsys, answers, said):
+    for name in ("first", "second"):                        # once a run, not once a process
+        run = started(toy, tmp_path / name)
+        capsys.readouterr()
+        for run.step, texts in enumerate(answers):
+            monkeypatch.setattr(common, "generate", lambda *_, **__: cut_off(run.tokenizer, texts))
+            _, got, ended = common.rollout(run, ["a"] * 3)
+            assert got == [text.rstrip("-") for text in texts]
+            assert ended.tolist() == [not text.endswith("-") for text in texts]
+        warnings = capsys.readouterr().err.splitlines()
+        assert len(warnings) == (said is not None)
+        assert all(line.startswith(f"warning: {said}") and "--max_new_tokens is 5" in line for line in warnings)
 
 
 # -------------------------------------------------------------------------------------------------- output directory
@@ -431,3 +622,175 @@ def test_run_returns_or_prints_other_numbers_than_it_measured(toy, tmp_path, cap
     samples = (tmp_path / "run" / "samples.txt").read_text()
     assert samples.count("before:") == samples.count("after:") == 12
     assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == 1e-2
+
+
+# ------------------------------------------------------------------------------------- the steps of a method, finish
+
+def two_networks(run):
+    """The policy and a second network, as an actor-critic method trains them."""
+    torch.manual_seed(3)
+    run.trained = torch.nn.ModuleList([run.policy, torch.nn.Linear(5, 2)])
+    return run
+
+
+def random_updates(run, updates=1):
+    """Optimizer steps on gradients drawn at random; returns the learning rates that they were made with."""
+    rates = []
+    for _ in range(updates):
+        for parameter in run.trained.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        common.optimizer_step(run.trained, run.optimizer, run.schedule, run.config)
+    return rates
+
+
+def test_AE_random_numbers_of_a_step_depend_on_what_was_drawn_before(toy, tmp_path):
+    def draws(name, drawn=0, measure=dict, **kwargs):
+        run, rows = started(toy, tmp_path / name, **kwargs), []
+        torch.manual_seed(drawn)
+        for step, item in common.steps(run, "abcd", measure):
+            assert item == "abcd"[step]
+            rows.append(torch.rand(3).tolist())
+            torch.rand(drawn)                               # a step may draw as much as it likes
+        return rows
+
+    plain = draws("plain")
+    assert len({tuple(row) for row in plain}) == 4          # a new draw at each step
+    assert draws("drawn", 17) == plain
+    assert draws("evaluated", eval_every=1, measure=lambda: {"x": torch.rand(7).sum().item()}) == plain
+    other = draws("seed", seed=1)
+    assert not {tuple(row) for row in other} & {tuple(row) for row in plain}
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_learning_rate_misses_0_at_the_end(toy, tmp_path, updates):
+    run, rates = started(toy, tmp_path, schedule="linear"), []
+    for _ in common.steps(run, range(4), updates=updates):
+        rates += random_updates(run, updates)
+    n = 4 * updates
+    assert rates == pytest.approx([1e-2 * (n - i) / n for i in range(n)])
+    assert run.schedule.get_last_lr() == [0]
+
+
+def test_AF_second_network_or_state_is_lost_at_resume(toy, tmp_path):
+    def train(run, updates=2, stop=None):
+        run.state = {"kl_coef": 1.0, "other": 7.0}          # as a method sets it before its steps
+        before = []
+        for step, _ in common.steps(two_networks(run), range(5), updates=updates):
+            before.append((parameters(run.trained), dict(run.state)))
+            random_updates(run, updates)
+            run.state["kl_coef"] *= 1.5
+            run.counts["tokens_trained"] += 10
+            if step == stop:
+                break
+        return before
+
+    straight = started(toy, tmp_path / "straight", save_every=2, schedule="linear")
+    want = train(straight)
+    config = dict(save_every=2, schedule="linear")
+    train(started(toy, tmp_path / "cut", **config), stop=3)                 # after the checkpoint of step 2
+    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and state["state"] == {"kl_coef": 2.25, "other": 7.0}
+    assert state["trained"].keys() == straight.trained.state_dict().keys()   # of both networks
+
+    resumed = started(toy, tmp_path / "cut", resume=True, **config)
+    got = train(resumed)
+    assert len(got) == 3
+    for (weights, numbers), (weights_then, numbers_then) in zip(got, want[2:]):
+        assert torch.equal(weights, weights_then) and numbers == numbers_then
+    assert torch.equal(parameters(resumed.trained), parameters(straight.trained))
+    assert torch.equal(parameters(resumed.policy), parameters(straight.policy))
+    assert resumed.trained[0] is resumed.policy             # the network that samples is the one that was restored
+    assert resumed.counts["tokens_trained"] == straight.counts["tokens_trained"] == 50
+    assert resumed.schedule.get_last_lr() == [0]
+
+
+def test_one_network_is_not_what_is_trained_and_saved(toy, tmp_path):
+    run = started(toy, tmp_path, save_every=1)
+    start = parameters(run.policy)
+    for _ in common.steps(run, range(2)):
+        assert run.trained is run.policy
+        random_updates(run)
+    assert not torch.equal(parameters(run.policy), start)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(value, run.policy.state_dict()[name]) for name, value in state["trained"].items())
+
+
+def sampling_run(run, monkeypatch, clock, stop=None, measure=dict):
+    """Two seconds for each sampling, six for the rest of a step, a hundred for each evaluation."""
+    with monkeypatch.context() as patch:
+        slow(patch, clock, "evaluate", 100)
+        slow(patch, clock, "generate", 2)
+        for step, prompts in common.steps(two_networks(run), [["ab", "c", "def"]] * 4, measure):
+            common.rollout(run, prompts)
+            random_updates(run)
+            clock.now += 6
+            if step == stop:
+                break
+    return run
+
+
+def test_seconds_of_training_count_evaluations_or_stand_still(toy, tmp_path, monkeypatch, clock):
+    run = sampling_run(started(toy, tmp_path / "run", eval_every=2), monkeypatch, clock)
+    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
+    assert [row["seconds_training"] for row in run.trace] == [0, 16, 32]
+    tokens = [row["tokens_generated"] for row in run.trace]
+    assert tokens[0] == 0 < tokens[1] < tokens[2] == run.counts["tokens_generated"]
+    assert "seconds" not in (tmp_path / "run" / "metrics.jsonl").read_text()    # resumed and straight runs would differ
+
+
+def test_AF_seconds_and_tokens_start_anew_at_resume(toy, tmp_path, monkeypatch, clock):
+    cut = sampling_run(started(toy, tmp_path / "run", save_every=1), monkeypatch, clock, stop=2)
+    kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["counts"]
+    assert kept["seconds_training"] == 16 and 0 < kept["tokens_generated"] < cut.counts["tokens_generated"]
+    run = sampling_run(started(toy, tmp_path / "run", save_every=1, resume=True), monkeypatch, clock)
+    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
+    straight = sampling_run(started(toy, tmp_path / "straight"), monkeypatch, clock)
+    assert run.counts["tokens_generated"] == straight.counts["tokens_generated"]
+
+
+def test_finish_returns_or_prints_other_costs_than_were_counted(toy, tmp_path, monkeypatch, capsys, clock):
+    run = sampling_run(started(toy, tmp_path / "run", quiet=False), monkeypatch, clock)
+    capsys.readouterr()
+    result, printed = common.finish(run), capsys.readouterr().out
+    tokens = run.counts["tokens_generated"]
+    assert result["tokens_generated"] == tokens > 0 and result["seconds_per_step"] == 8
+    assert result["state_mb"] == common.training_state_mb(run.optimizer)
+    assert f"{tokens / 8:.0f} tokens/s generated, 25% of the training time" in printed.splitlines()
+    assert not [name for name in result if name.startswith("eval/") and "seconds" in name]
+    assert "tokens_generated" not in printed and "seconds_training" not in printed      # the table has metrics only
+
+
+def test_method_that_never_samples_reports_a_speed_of_sampling(toy, tmp_path, capsys):
+    result = dpo.run(dpo_settings(toy, tmp_path / "run", quiet=False))
+    assert "tokens/s" not in capsys.readouterr().out
+    assert result["tokens_generated"] == 0 and result["seconds_per_step"] > 0 and result["state_mb"] > 0
+
+
+@pytest.mark.parametrize("n_steps, shares", [(0, []), (2, ["67"])])
+def test_sampling_for_a_metric_counts_as_training(toy, tmp_path, monkeypatch, capsys, clock, n_steps, shares):
+    """As ReMax measures its variance; also with no step at all (--epochs 0), where no share can be formed."""
+    run = started(toy, tmp_path, quiet=False)
+    slow(monkeypatch, clock, "generate", 2)
+
+    def measure():
+        return {"eval/n": len(common.generate(run.policy, run.tokenizer, ["ab"] * 3))}
+
+    for _ in common.steps(run, range(n_steps), measure):
+        common.rollout(run, ["ab"])
+        clock.now += 1
+    capsys.readouterr()
+    result, printed = common.finish(run), capsys.readouterr().out
+    assert re.findall(r"(\d+)% of the training time", printed) == shares
+    assert result["eval/n"] == 3 and result["seconds_per_step"] == (3 if n_steps else 0)
+
+
+@pytest.mark.parametrize("dtype, each", [(torch.float32, 16), (torch.float64, 32)])
+def test_training_state_leaves_out_gradients_moments_or_a_network(toy, tmp_path, dtype, each):
+    run = two_networks(started(toy, tmp_path))
+    run.trained.to(dtype)
+    run.optimizer, run.schedule = common.optimizer_and_schedule(run.trained, run.config, 3)
+    size = sum(p.numel() for p in run.policy.parameters()) + 12
+    assert common.training_state_mb(run.optimizer) == pytest.approx(size * each / 2e6)       # no moments yet
+    random_updates(run)
+    assert common.training_state_mb(run.optimizer) == pytest.approx(size * each / 1e6, rel=0.01)    # and step counters

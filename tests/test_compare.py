@@ -133,6 +133,57 @@ def test_change_metric_is_last_minus_first_trace_entry():
 
 # ---------------------------------------------------------------------------------------------------- best of n
 
+def test_second_half_is_the_last_entry_minus_the_one_half_way():
+    entries = [{"step": step, "m": value} for step, value in ((0, 5.0), (4, 1.0), (6, 9.0), (8, 4.0))]
+    assert compare.value({"trace": entries}, "m:second_half") == 3.0
+    assert compare.value({"trace": entries[2:]}, "m:second_half") is None                    # nobody looked at step 4
+
+
+def test_value_where_another_metric_first_reaches_a_level():
+    points = [(0.0, 0.0), (2.0, 1.0), (4.0, 5.0), (3.0, 9.0), (6.0, -3.0)]                    # KL falls back once
+    run = {"trace": [{"kl": kl, "gold": gold} for kl, gold in points]}
+    for level, expected in ((0.0, 0.0), (1.0, 0.5), (2.0, 1.0), (3.5, 4.0), (5.0, 1.0), (6.0, -3.0)):
+        assert compare.when_reached(run, "kl", level, "gold") == pytest.approx(expected)
+    assert compare.when_reached(run, "kl", 6.1, "gold") is None
+    assert compare.when_reached({"trace": run["trace"][:1]}, "kl", 0.0, "gold") is None
+
+
+def test_comparison_at_equal_kl_takes_the_other_arm_from_its_trace():
+    trace = [{"kl": 0.0, "m": 0.0}, {"kl": 10.0, "m": 10.0}]
+    table = {"a": {s: {"m": 3.0 + e, "kl": 2.0} for s, e in enumerate((0.0, 0.1, -0.1))},
+             "b": {s: {"m": 10.0, "kl": 10.0, "trace": trace} for s in range(3)}}
+    claim = {"metric": "m", "at": "kl", "holds": [("a", ">", "b")]}
+    said, (comparison,) = compare.verdict(claim, table)
+    assert said == "reproduced" and comparison.mean == pytest.approx(1.0)                     # 3 against 2, not 10
+    assert compare.verdict(claim | {"at": None}, table)[0] == "not reproduced"
+    table["a"][1]["kl"] = 11.0
+    assert compare.verdict(claim, table)[0] == "not measured"
+
+
+def test_offset_moves_the_boundary_not_the_number_shown():
+    table = arms(a=[0.05, 0.06, 0.04], b=[0.0] * 3)
+    assert word(table, ("a", "<", "b", 0.1), ("a", ">", "b", -0.1)) == "reproduced"           # equal within 0.1
+    assert word(table, ("a", "<", "b", 0.01)) == "not reproduced"
+    said, (comparison,) = compare.verdict({"metric": "m", "holds": [("a", "<", "b", 0.1)]}, table)
+    assert comparison.mean == pytest.approx(0.05) and comparison.text == "a - b (against 0.1)"
+
+
+def test_spread_of_a_group_is_the_standard_deviation_over_its_arms():
+    table = arms(a=[0.0, 0.0, 0.0], b=[2.0, 2.1, 1.9], c=[1.0] * 3, d=[1.1] * 3)
+    groups, claim = {"wide": ["a", "b"], "narrow": ["c", "d"]}, {"metric": "m", "holds": [("wide", ">", "narrow")]}
+    said, (comparison,) = compare.verdict(claim, table, groups)
+    assert said == "reproduced" and comparison.mean == pytest.approx((2.0 - 0.1) / 2 ** 0.5)
+    del table["b"][0]
+    assert compare.verdict(claim, table, groups)[1][0].n == 2                                 # seeds that all arms have
+    assert compare.verdict(claim, {k: v for k, v in table.items() if k != "a"}, groups)[0] == "not run"
+
+
+def test_an_experiment_may_choose_its_columns():
+    table = {"a": {0: {"eval/gold": 1.0, "mine": 2.0}}}
+    assert compare.arm_rows(table, {"mine": "my own"}) == [["arm", "my own"], ["a", "2.00"]]
+    assert compare.arm_rows(table)[0] == ["arm", "gold"]
+
+
 @pytest.mark.parametrize("distinct", [True, False])
 def test_best_of_n_is_the_mean_over_all_subsets(distinct):
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Whole runs of dpo.py, common.py and compare.py through their command line, as a user meets them.
+"""Whole runs of the methods, common.py and compare.py through their command line, as a user meets them.
 
 Processes cost seconds each, so most bad input goes to the same entry point, common.main, inside this one. The tests of the
 embedded task come last: they build its models where the cache lacks them.
@@ -24,6 +24,8 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 import common
 import compare
 import dpo
+import ppo
+import remax
 from tasks import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,7 @@ LN2 = 0.6931
 LETTERS = string.ascii_letters + string.digits + " .,:<>\n"
 SMALL = ["--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 2, "--eval_samples", 1, "--epochs", 0.5,
          "--batch_size", 8, "--lr", 1e-3]
+on_policy = pytest.mark.parametrize("script", ["ppo.py", "remax.py"])
 
 
 def command(*arguments, cwd=ROOT, **environment):
@@ -39,10 +42,10 @@ def command(*arguments, cwd=ROOT, **environment):
                           env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
 
 
-def characters(bos=None, pad="<pad>"):
+def characters(bos=None, pad="<pad>", alphabet=LETTERS):
     """A token for each character; EOS is always there."""
     special = ["<eos>", *{token for token in (bos, pad) if token and token != "<eos>"}]
-    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*special, *LETTERS])}, unk_token="a"))
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*special, *alphabet])}, unk_token="a"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token=bos, pad_token=pad)
 
@@ -89,6 +92,15 @@ def check_starts_as_reference(out):
     assert first["step"] == 1 and first["loss"] == pytest.approx(LN2, abs=1e-4)
 
 
+def check_samples_from_reference(out, steps):
+    """The KL of the first evaluation and of the first step's samples is 0, and all is finite. Returns the steps' rows."""
+    rows = lines_of(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, *range(1, steps + 1), steps]
+    assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-4) and rows[1]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    return rows[1:-1]
+
+
 def check_generates(out):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     prompt = tokenizer("say", return_tensors="pt").input_ids
@@ -108,14 +120,15 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture
 def here(monkeypatch, capsys, tmp_path):
-    """Run dpo.py's command line in this process: (status, screen). What it caches goes to tmp_path."""
+    """Run a script's command line in this process: (status, screen). What it caches goes to tmp_path."""
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dpo.py", *map(str, arguments)])
+    def run(*arguments, script="dpo.py"):
+        method = {"dpo.py": dpo, "ppo.py": ppo, "remax.py": remax}[script]
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
         try:
-            common.main(dpo.Config, dpo.run, dpo.EXPERIMENTS)
+            common.main(method.Config, method.run, method.EXPERIMENTS)
             status = 0
         except SystemExit as stop:
             status = stop.code
@@ -125,28 +138,45 @@ def here(monkeypatch, capsys, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- whole runs
 
-@pytest.fixture(scope="module")
-def first_run(toy, pairs, tmp_path_factory):
+@pytest.fixture(scope="module", params=["dpo.py", "ppo.py", "remax.py"])
+def first_run(request, toy, pairs, tmp_path_factory):
     """One run as a process, with a reward model trained from the pairs: (process, its --out, its whole command)."""
     folder = tmp_path_factory.mktemp("first")
-    arguments = ["dpo.py", "--model", toy, "--data", pairs, "--out", folder / "out", *SMALL]
+    arguments = [request.param, "--model", toy, "--data", pairs, "--out", folder / "out", *SMALL]
     return command(*arguments, ALIGNMENT_CACHE=str(folder / "cache")), folder / "out", arguments
 
 
+first_dpo_run = pytest.mark.parametrize("first_run", ["dpo.py"], indirect=True)
+first_on_policy_run = pytest.mark.parametrize("first_run", ["ppo.py", "remax.py"], indirect=True)
+
+
 def test_run_writes_every_file(first_run):
-    process, out, _ = first_run
+    process, out, arguments = first_run
     assert process.returncode == 0, process.stderr
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "args.json",
                      "metrics.jsonl", "samples.txt"}
     assert not [name for name in names if name.endswith(".part")]
-    assert json.loads((out / "args.json").read_text())["beta"] == 0.1
+    own, default = ("beta", 0.1) if arguments[0] == "dpo.py" else ("kl_coef", 0.05)
+    assert json.loads((out / "args.json").read_text())[own] == default
     assert [row["step"] for row in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 3]
     assert len(re.findall("^  after: ", (out / "samples.txt").read_text(), re.M)) == 2
 
 
+@first_dpo_run
 def test_loss_starts_at_ln_2(first_run):
     check_starts_as_reference(first_run[1])
+
+
+@first_on_policy_run
+def test_first_samples_are_not_the_references_or_a_metric_is_nan(first_run):
+    _, out, arguments = first_run
+    rows = check_samples_from_reference(out, 3)
+    names = {"ppo.py": {"loss/policy", "loss/value", "val/explained_variance", "policy/clipfrac", "policy/approxkl"},
+             "remax.py": {"loss", "objective/baselines", "length"}}[arguments[0]]
+    assert all(row.keys() >= names | {"objective/scores", "objective/kl", "grad_norm", "eos_rate"} for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert len({row["objective/scores"] for row in rows}) == 3, "each step scores samples of its own"
 
 
 def test_saved_policy_loads_generates_and_was_trained(first_run, toy):
@@ -159,12 +189,15 @@ def test_saved_policy_loads_generates_and_was_trained(first_run, toy):
 
 
 def test_screen_shows_table_and_samples(first_run):
-    process, _, _ = first_run
+    process, _, arguments = first_run
     assert re.search(r"^ +before +after$", process.stdout, re.M)
     rows = {line.split()[0]: re.findall(r"-?\d+\.\d{3}", line) for line in process.stdout.splitlines() if line.strip()}
     for name in ("kl", "length", "eos_rate", "proxy"):
         assert len(rows[name]) == 4, name                              # two means, two standard errors
-    assert rows["loss"][0] == "0.693" and rows["loss"][1] != "0.693"
+    if arguments[0] == "dpo.py":
+        assert rows["loss"][0] == "0.693" and rows["loss"][1] != "0.693"
+    else:
+        assert re.search(r"^\d+ tokens/s generated, \d+% of the training time$", process.stdout, re.M)
     assert rows["kl"][0] == "0.000"
     assert "  before: " in process.stdout and "  after:  " in process.stdout
 
@@ -175,6 +208,47 @@ def test_second_run_into_the_same_out_is_refused_and_loses_nothing(first_run):
     process = command(*arguments)
     check_refused(process.returncode, process.stderr, "holds another run", "--resume", "another --out")
     assert fingerprints(out) == before
+
+
+@on_policy
+def test_resumed_run_differs_from_a_straight_one(here, toy, pairs, tmp_path, monkeypatch, script):
+    """Each with a cache of its own: the run that is cut trains its reward model, and finds it there when it goes on."""
+    base = ["--model", toy, "--data", pairs, *SMALL, "--epochs", 1, "--save_every", 2, "--eval_every", 1]
+    if script == "ppo.py":
+        base += ["--kl_target", 0.001, "--kl_horizon", 20]               # so that the KL coefficient is worth keeping
+    log = common.log
+
+    def kill(run, step, metrics):
+        log(run, step, metrics)
+        if step == 3:                                                    # two steps past the checkpoint
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache of straight")
+    assert here(*base, "--out", tmp_path / "straight", script=script)[0] == 0
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache of cut")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "log", kill)
+        here(*base, "--out", tmp_path / "cut", script=script)
+    assert lines_of(tmp_path / "cut" / "metrics.jsonl")[-1]["step"] == 4
+    status, screen = here(*base, "--out", tmp_path / "cut", "--resume", script=script)
+    assert status == 0, screen.err
+    straight, resumed = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("straight", "cut"))
+    assert resumed == straight and straight[-1]["step"] == 5
+    assert script == "remax.py" or len({row["objective/kl_coef"] for row in straight if "objective/kl" in row}) == 5
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("straight", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("batch", [8, 64], ids=["last batch is smaller", "batch is larger than the data"])
+@on_policy
+def test_learning_rate_does_not_fall_to_0(here, toy, pairs, tmp_path, monkeypatch, script, batch):
+    """36 prompts, and so fewer minibatches in the last batch than in a full one."""
+    runs, plain = [], common.finish
+    monkeypatch.setattr(common, "finish", lambda run: runs.append(run) or plain(run))
+    status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, "--epochs", 1,
+                          "--batch_size", batch, script=script)
+    assert status == 0, screen.err
+    assert runs[0].schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
 def hh_rows():
@@ -332,6 +406,130 @@ def test_reward_model_of_several_labels_needs_one_of_them(here, toy, pairs, tmp_
     assert lines_of(out / "metrics.jsonl")[0]["eval/proxy"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
 
 
+@pytest.fixture(scope="session")
+def reversed_toy(tmp_path_factory):
+    """As the toy, but with the vocabulary the other way round."""
+    return save_toy(tmp_path_factory.mktemp("reversed") / "model", characters(alphabet=LETTERS[::-1]))
+
+
+@pytest.fixture(scope="session")
+def prompts_only(tmp_path_factory):
+    rows = [{"prompt": f"say it {i}:"} for i in range(40)]
+    return write_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows)
+
+
+def save_reward(folder, tokenizer=None, **settings):
+    """A reward model with a wide enough head that texts get scores of their own."""
+    return save_toy(folder, tokenizer or characters(), LlamaForSequenceClassification, num_labels=1,
+                    initializer_range=0.3, **settings)
+
+
+BOTH = ["ppo.py", "remax.py"]
+
+
+@pytest.mark.parametrize("script, flags, parts", [
+    *[(script, ["--kl_coef", -0.1], ["--kl_coef", "must not be negative", "-0.1"]) for script in BOTH],
+    *[(script, ["--reward", "gold"], ["--reward gold", "only the embedded task"]) for script in BOTH],
+    *[(script, ["--reward", "none"], ["no reward", "--reward"]) for script in BOTH],
+    *[(script, ["--schedule", "constnat"], ["--schedule", "constnat"]) for script in BOTH],
+    ("ppo.py", ["--minibatch_size", 3], ["--batch_size 8", "--minibatch_size 3"]),
+    ("ppo.py", ["--minibatch_size", 16], ["--batch_size 8", "--minibatch_size 16"]),
+    ("ppo.py", ["--kl_target", 0], ["--kl_target", "above 0"]),
+    ("ppo.py", ["--ppo_epochs", 0], ["--ppo_epochs", "above 0"]),
+    ("remax.py", ["--reward_clip", 0], ["--reward_clip", "above 0"]),
+    ("remax.py", ["--variance_prompts", 1], ["--variance_prompts", "at least 2"])],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and str(value[0]).startswith("--") else None)
+def test_bad_settings_of_on_policy_methods_are_refused(here, toy, pairs, tmp_path, script, flags, parts):
+    status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, *flags, script=script)
+    if flags[0] == "--schedule":                                       # argparse's own words, after its usage
+        assert status == 2 and all(part in screen.err.splitlines()[-1] for part in parts)
+    else:
+        check_refused(status, screen.err, *parts)
+    check_does_not_block(tmp_path / "out")
+
+
+def test_value_model_that_reads_other_tokens_is_refused(here, toy, reversed_toy, pairs, tmp_path):
+    base = ["--model", toy, "--data", pairs, *SMALL, "--value_model"]
+    status, screen = here(*base, reversed_toy, "--out", tmp_path / "out", script="ppo.py")
+    check_refused(status, screen.err, "value model", str(reversed_toy), "another tokenizer")
+    check_does_not_block(tmp_path / "out")
+    status, screen = here(*base, save_toy(tmp_path / "same", characters()), "--out", tmp_path / "out", script="ppo.py")
+    assert status == 0, screen.err                                     # the same tokens under another name are welcome
+
+
+@on_policy
+def test_prompts_without_a_reward_are_refused(here, toy, prompts_only, tmp_path, script):
+    status, screen = here("--model", toy, "--data", prompts_only, "--out", tmp_path / "out", *SMALL, script=script)
+    check_refused(status, screen.err, "no reward to maximise", "--reward")
+    check_does_not_block(tmp_path / "out")
+
+
+@on_policy
+def test_prompts_with_a_reward_do_not_train(here, toy, prompts_only, tmp_path, script):
+    reward, out = save_reward(tmp_path / "reward"), tmp_path / "out"
+    status, screen = here("--model", toy, "--data", prompts_only, "--reward", reward, "--out", out, *SMALL,
+                          script=script)
+    assert status == 0, screen.err
+    check_samples_from_reference(out, 3)
+    check_generates(out)
+    assert re.search(r"^proxy +-?\d", screen.out, re.M) and "no pairs" not in screen.err
+
+
+@pytest.mark.parametrize("scale", [None, {"mean": 0.5, "std": 2.0}], ids=["before any step", "at the first step"])
+@on_policy
+def test_reward_of_nan_is_trained_on_or_its_prompt_is_not_named(here, toy, pairs, tmp_path, script, scale):
+    """A model with a scale of its own is first asked when the run has begun."""
+    def spoil(model):
+        model.score.weight.fill_(math.nan)
+
+    reward = save_reward(tmp_path / "reward", spoil=spoil, **({"reward_scale": scale} if scale else {}))
+    status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", tmp_path / "out", *SMALL,
+                          script=script)
+    lines = [line for line in screen.err.splitlines() if not line.startswith("warning: ")]
+    check_refused(status, "\n".join(lines), f"step {1 if scale else 0}", "the reward is nan", "'say it ")
+    if not scale:
+        check_does_not_block(tmp_path / "out")
+
+
+@pytest.mark.parametrize("cause", ["weights", "training"])
+@on_policy
+def test_policy_of_nan_ends_in_a_traceback(here, toy, pairs, tmp_path, script, cause):
+    """Sampling from it would raise deep inside; the run must say first what is wrong, as it does for DPO below."""
+    model = save_toy(tmp_path / "model", characters(), spoil=spoil_everything) if cause == "weights" else toy
+    flags = ["--reward", save_reward(tmp_path / "reward"), "--lr", 1e-3 if cause == "weights" else 1e10]
+    status, screen = here("--model", model, "--data", pairs, "--out", tmp_path / "out", *SMALL, *flags, script=script)
+    last = screen.err.splitlines()[-1]
+    assert status == 2 and last.startswith("error: "), last
+    assert re.search(r"step \d", last) and re.search(r"say it \d+:", last), last
+
+
+@on_policy
+def test_reward_model_with_another_tokenizer_reads_the_policys_ids(here, toy, pairs, tmp_path, monkeypatch, script):
+    """It must read text: the scores of a step are those that the model alone gives to the step's texts."""
+    tokenizer, out = characters(alphabet=LETTERS[::-1]), tmp_path / "out"
+    reward = save_reward(tmp_path / "reward", tokenizer, reward_scale={"mean": 0.5, "std": 2.0})
+    model, rollouts, plain = AutoModelForSequenceClassification.from_pretrained(reward), [], common.rollout
+
+    def spy(run, prompts, greedy=False):
+        batch, responses, ended = plain(run, prompts, greedy)
+        rollouts.append(list(zip(prompts, responses)))
+        return batch, responses, ended
+
+    def alone(prompt, response):
+        ids = tokenizer(prompt + response).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            return (model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item() - 0.5) / 2
+
+    monkeypatch.setattr(common, "rollout", spy)
+    status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", out, *SMALL, script=script)
+    assert status == 0, screen.err
+    names = ["objective/scores"] if script == "ppo.py" else ["objective/scores", "objective/baselines"]
+    logged = [row[name] for row in check_samples_from_reference(out, 3) for name in names]
+    want = [[alone(*row) for row in rows] for rows in rollouts]
+    assert logged == pytest.approx([sum(scores) / len(scores) for scores in want], abs=1e-4)
+    assert max(want[0]) - min(want[0]) > 0.1, "else any reading would do"
+
+
 # ------------------------------------------------------------------------------------- awkward models and long prompts
 
 @pytest.mark.parametrize("bos, pad", [("<bos>", None), (None, "<pad>"), ("<bos>", "<eos>"), (None, None)],
@@ -342,6 +540,40 @@ def test_tokenizers_without_pad_or_bos_run(here, pairs, tmp_path, bos, pad):
     assert status == 0, screen.err
     check_starts_as_reference(out)
     assert all(math.isfinite(v) for row in lines_of(out / "metrics.jsonl") for v in row.values())
+    check_generates(out)
+
+
+@pytest.mark.parametrize("bos, pad", [("<bos>", "<eos>"), (None, None)], ids=["PAD is EOS", "neither PAD nor BOS"])
+@on_policy
+def test_tokenizers_without_pad_or_bos_sample_and_train(here, pairs, tmp_path, script, bos, pad):
+    model, out = save_toy(tmp_path / "model", characters(bos, pad)), tmp_path / "out"
+    status, screen = here("--model", model, "--data", pairs, "--out", out, *SMALL, script=script)
+    assert status == 0, screen.err
+    check_samples_from_reference(out, 3)
+    check_generates(out)
+
+
+def set_eos_logit(sign):
+    """Every hidden state gets a large first entry, and the head reads it for EOS alone: a logit of about -60 or 60."""
+    def spoil(model):
+        model.model.embed_tokens.weight[:, 0] = 10
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[model.config.eos_token_id, 0] = sign * 10
+    return spoil
+
+
+@pytest.mark.parametrize("sign, rate, said", [(-1, 0, "0 of 8 responses end with EOS, 0 are empty"),
+                                              (1, 1, "8 of 8 responses end with EOS, 8 are empty")],
+                         ids=["never stops", "stops at once"])
+@on_policy
+def test_policy_that_never_stops_or_says_nothing_breaks_the_run(here, pairs, tmp_path, script, sign, rate, said):
+    model, out = save_toy(tmp_path / "model", characters(), spoil=set_eos_logit(sign)), tmp_path / "out"
+    status, screen = here("--model", model, "--data", pairs, "--reward", save_reward(tmp_path / "reward"), "--out", out,
+                          *SMALL, script=script)
+    assert status == 0, screen.err
+    warnings = [line for line in screen.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "step 1" in warnings[0] and said in warnings[0], warnings
+    assert all(row["eos_rate"] == rate for row in check_samples_from_reference(out, 3))
     check_generates(out)
 
 
@@ -419,6 +651,20 @@ def test_smollm2_trains_two_steps_and_loads_again(smollm2, tmp_path):
     check_generates(out)
 
 
+@on_policy
+def test_smollm2_trains_on_its_own_samples_and_loads_again(smollm2, tmp_path, script):
+    """The reward model is tiny and reads letters: one of SmolLM2's size would say no more about the methods."""
+    rows = [{"prompt": f"\n\nHuman: Name a {what}.\n\nAssistant:"} for what in ("fruit", "bird", "city", "tree", "hat")]
+    reward, out = save_reward(tmp_path / "reward"), tmp_path / "out"
+    process = command(script, "--model", smollm2, "--data", write_rows(tmp_path / "prompts.jsonl", rows), "--out", out,
+                      "--reward", reward, "--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 1,
+                      "--eval_samples", 1, "--epochs", 0.5, "--batch_size", 2, "--save_every", 0,
+                      *(["--ppo_epochs", 1] if script == "ppo.py" else []))
+    assert process.returncode == 0, process.stderr
+    check_samples_from_reference(out, 1)
+    check_generates(out)
+
+
 # ------------------------------------------------------------------------------- the embedded task: slow at first use
 
 @pytest.fixture(scope="module")
@@ -445,6 +691,21 @@ def test_dpo_on_the_embedded_task_shows_gold_proxy_kl_fluency(built, tmp_path):
         assert len(rows[name]) == 4, name
     assert rows["kl"][0] == "0.000"
     assert float(rows["fluency"][0]) > 0.5, "the start must be the SFT policy, not a random model"
+
+
+@pytest.mark.parametrize("script, reward", [("ppo.py", "proxy"), ("remax.py", "gold")])
+def test_on_policy_method_on_the_embedded_task_starts_off_the_sft_policy(built, tmp_path, script, reward):
+    """One rollout of 128 prompts; on the SFT policy the rewards have mean 0 and deviation 1."""
+    process = command(script, "--epochs", 0.25, "--eval_prompts", 8, "--eval_samples", 2, "--out", tmp_path / "out",
+                      *(["--reward", "gold"] if reward == "gold" else []))
+    assert process.returncode == 0, process.stderr
+    first, = check_samples_from_reference(tmp_path / "out", 1)
+    assert abs(first["objective/scores"]) < 0.4 and first["eos_rate"] > 0.9
+    rows = {line.split()[0]: re.findall(r"-?\d+\.\d{3}", line) for line in process.stdout.splitlines() if line.strip()}
+    for name in ("gold", "proxy", "judge", "kl", "fluency"):
+        assert len(rows[name]) == 4, name
+    assert rows["kl"][0] == "0.000" and float(rows["fluency"][0]) > 0.5
+    assert re.search(r"^\d+ tokens/s generated, \d+% of the training time$", process.stdout, re.M)
 
 
 def test_killed_build_goes_on_with_the_missing_judge(built, tmp_path):

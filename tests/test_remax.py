@@ -1,19 +1,20 @@
-"""remax.py: returns, loss, the gradient's variance, and training. Letters are the bug classes that a test would catch."""
+"""remax.py: returns, loss, the gradient's variance, and training. Letters are the bug classes a test would catch."""
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import remax
 from remax import gradient_variance, remax_loss, remax_returns
-from tasks import Task, UserError
+from tasks import Pair, Task, UserError
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
@@ -30,10 +31,8 @@ def close(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
 
 
-def close_dicts(actual, expected, tolerance=1e-9):
-    assert actual.keys() == expected.keys()
-    for name in actual:
-        assert actual[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+def near(expected, tolerance=1e-9):
+    return pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 # -------------------------------------------------------------------------------------------------- returns and loss
@@ -102,12 +101,11 @@ def test_Y_pads_enter_returns_loss_or_gradient(junk):
     close(dirty.grad, -clean / 4)
 
 
-@pytest.mark.parametrize("which", [(2,), (3,), (0, 1)])
-def test_returns_carry_gradient(which):
-    given = ragged()
-    for i in which:
+def test_returns_carry_gradient():
+    for i in range(4):
+        given = ragged()
         given[i].requires_grad_()
-    assert not remax_returns(*given, 0.3).requires_grad
+        assert not remax_returns(*given, 0.3).requires_grad
 
 
 def test_returns_or_loss_differ_from_numbers_of_the_official_code():
@@ -115,8 +113,8 @@ def test_returns_or_loss_differ_from_numbers_of_the_official_code():
     old, ref = tensor([[-1.637805, -1.029117, -3.857535]]), tensor([[-2.134728, -0.680365, -4.356645]])
     returns = remax_returns(ZERO - 0.4, ZERO - 0.1, old, ref, ONES, 0.1)
     close(returns, [[-0.3 - 0.0496923 + 0.0348752 - 0.049911, -0.3 + 0.0348752 - 0.049911, -0.3 - 0.049911]])
-    new, returns = tensor([[-1.507185, -1.071234, -3.785201]]), remax_returns(ZERO - 0.4, ZERO - 0.1, old, ref, ONES, 0.0)
-    close(remax_loss(new, returns, ONES), -1.909086)
+    returns = remax_returns(ZERO - 0.4, ZERO - 0.1, old, ref, ONES, 0.0)
+    close(remax_loss(tensor([[-1.507185, -1.071234, -3.785201]]), returns, ONES), -1.909086)
 
 
 def test_returns_or_loss_differ_from_a_fixture():
@@ -156,17 +154,6 @@ def all_logps(logits):
     return logits.log_softmax(1)[STATES, TOKENS] * MASK
 
 
-def greedy_response(logits):
-    y = ()
-    while len(y) < 3 and 0 not in y:
-        y += (logits[PREFIXES.index(y)].argmax().item(),)
-    return RESPONSES.index(y)
-
-
-def own_kl_only(rewards, baselines, logps, ref_logps, mask, kl_coef):
-    return (rewards - baselines - kl_coef * (logps - ref_logps).detach()) * mask
-
-
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3, 2.0])
 def test_W_H_estimator_is_biased_or_would_be_right_without_kl_to_go(kl_coef):
     logits, ref, rewards = rand(7, 3, seed=5).requires_grad_(), all_logps(rand(7, 3, seed=6)), 2 * rand(15, seed=7) + 1
@@ -177,16 +164,23 @@ def test_W_H_estimator_is_biased_or_would_be_right_without_kl_to_go(kl_coef):
     exact, = torch.autograd.grad(objective, logits, retain_graph=True)
 
     def expected(baseline, returns_of=remax_returns):
-        rows = [slice(i, i + 1) for i in range(15)]
-        losses = [remax_loss(logps[i], returns_of(rewards[i], baseline.view(1), logps[i], ref[i], MASK[i], kl_coef), MASK[i])
-                  for i in rows]
+        losses = []
+        for i in range(15):
+            row = logps[i:i + 1], ref[i:i + 1], MASK[i:i + 1]
+            losses.append(remax_loss(row[0], returns_of(rewards[i:i + 1], baseline.view(1), *row, kl_coef), row[2]))
         return -torch.autograd.grad((p.detach() * torch.stack(losses)).sum(), logits, retain_graph=True)[0]
 
-    greedy = rewards[greedy_response(logits)]
-    for baseline in (greedy, ZERO, ZERO - 3, ZERO + 50):
+    def own_kl_only(rewards, baselines, logps, ref_logps, mask, kl_coef):
+        return (rewards - baselines - kl_coef * (logps - ref_logps).detach()) * mask
+
+    greedy, best = (), logits.argmax(1).tolist()
+    while greedy in PREFIXES:
+        greedy += (best[PREFIXES.index(greedy)],)
+    greedy_reward = rewards[RESPONSES.index(greedy)]
+    for baseline in (greedy_reward, ZERO, ZERO - 3, ZERO + 50):
         close(expected(baseline), exact)
     assert exact.abs().max() > 0.1
-    assert torch.allclose(expected(greedy, own_kl_only), exact, atol=1e-3) == (kl_coef == 0)
+    assert torch.allclose(expected(greedy_reward, own_kl_only), exact, atol=1e-3) == (kl_coef == 0)
 
 
 def second_moment(p, r1, r2, baseline):
@@ -202,7 +196,7 @@ def test_W_bandit_differs_from_its_formula():
     for p, r1, r2 in itertools.product((0.1, 0.4, 0.6, 0.9), (1.0, 3.0, -2.0), (0.5, 0.1, -1.0)):
         baseline = r1 if p > 0.5 else r2
         gain = second_moment(p, r1, r2, baseline) - second_moment(p, r1, r2, 0.0)
-        assert gain == pytest.approx(p * (1 - p) * baseline * (baseline - 2 * ((1 - p) * r1 + p * r2)), abs=1e-9)
+        assert gain == near(p * (1 - p) * baseline * (baseline - 2 * ((1 - p) * r1 + p * r2)))
     assert second_moment(0.9, 1.0, 0.1, 1.0) / second_moment(0.9, 1.0, 0.1, 0.0) == pytest.approx(6.7, abs=0.05)
     for p in (0.51, 0.7, 0.9, 0.99):                        # the greedy arm is the better one, and half as good helps
         assert second_moment(p, 1.0, 0.5, 1.0) < second_moment(p, 1.0, 0.5, 0.0)
@@ -228,8 +222,8 @@ def test_variance_is_not_the_trace_of_the_covariance():
         gradients, rewards, greedy = rand(m, 2, size, seed=m), rand(m, 2, seed=1) + 1, rand(m, seed=2)
         expected = {name: rows.var(0, correction=1).sum().item()
                     for name, rows in estimates(gradients, rewards, greedy).items()}
-        close_dicts(gradient_variance(iter(gradients), rewards, greedy), expected)
-        close_dicts(gradient_variance(iter(gradients.float()), rewards.float(), greedy.float()), expected, 1e-4)
+        assert gradient_variance(iter(gradients), rewards, greedy) == near(expected)
+        assert gradient_variance(iter(gradients.float()), rewards.float(), greedy.float()) == near(expected, 1e-4)
     same = gradient_variance(rand(1, 2, 4).expand(6, 2, 4), tensor([[1.0, 2.0]]).expand(6, 2), tensor([0.5] * 6))
     assert all(abs(value) < 1e-9 for value in same.values())
 
@@ -238,9 +232,8 @@ def test_variance_changes_with_a_constant_added_to_every_reward():
     gradients, rewards, greedy = rand(9, 2, 4), rand(9, 2, seed=1), rand(9, seed=2)
     plain, up, down, far = (gradient_variance(gradients, rewards + c, greedy + c) for c in (0, 2, -2, 30))
     for name in ("ReMax", "batch mean", "leave-one-out"):
-        assert up[name] == pytest.approx(plain[name], abs=1e-9) and far[name] == pytest.approx(plain[name], abs=1e-9)
-    assert up["REINFORCE"] == pytest.approx(plain["REINFORCE +2"], abs=1e-9)
-    assert down["REINFORCE"] == pytest.approx(plain["REINFORCE -2"], abs=1e-9)
+        assert up[name] == near(plain[name]) and far[name] == near(plain[name])
+    assert up["REINFORCE"] == near(plain["REINFORCE +2"]) and down["REINFORCE"] == near(plain["REINFORCE -2"])
     assert far["REINFORCE"] > 100 * plain["REINFORCE"]
 
 
@@ -261,8 +254,8 @@ def test_W_estimators_have_different_expectations():
 
 
 @pytest.mark.parametrize("name, value", [
-    ("kl_coef", -0.1), ("gamma", 1.5), ("gamma", -0.1), ("gamma", math.nan), ("reward_clip", 0.0), ("reward_clip", -5.0),
-    ("reward_clip", math.nan), ("variance_prompts", 1), ("variance_prompts", -2), ("batch_size", 0)])
+    ("kl_coef", -0.1), ("gamma", 1.5), ("gamma", -0.1), ("gamma", math.nan), ("reward_clip", 0.0),
+    ("reward_clip", -5.0), ("reward_clip", math.nan), ("variance_prompts", 1), ("variance_prompts", -2)])
 def test_bad_option_passes_or_its_flag_is_not_named(name, value):
     with pytest.raises(UserError, match=f"--{name}"):
         remax.Config(**{name: value})
@@ -271,49 +264,50 @@ def test_bad_option_passes_or_its_flag_is_not_named(name, value):
 # ---------------------------------------------------------------------------------------------------------- training
 
 PROMPTS = ["ab", "h", "cdefg", "gg", "b", "efe", "abc"]
+TASK = Task("toy", {"train": PROMPTS, "test": ["d", "ee"]},
+            gold=lambda _, text, end: 10 + 3.0 * text.count("a") - len(text))
+
+
+def gold(prompts, texts):
+    return tensor([TASK.gold(*row, True) for row in zip(prompts, texts)])
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A directory with a random Llama over eight letters, EOS = PAD = 0, a reward model, and pairs.jsonl."""
+    """A directory with a random Llama over eight letters, EOS = PAD = 0."""
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
-    special = dict(eos_token="<eos>", pad_token="<eos>", model_max_length=64)
     path = tmp_path_factory.mktemp("toy")
-    for place, cls, kind in ((path, LlamaForCausalLM, {}), (path / "reward", LlamaForSequenceClassification, {"num_labels": 1})):
-        torch.manual_seed(0)
-        cls(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                        max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
-                        bos_token_id=None, **kind)).save_pretrained(place)
-        PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(place)
-    (path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=p + q, chosen="a", rejected="bb")) + "\n"
-                                              for p in "cdefgh" for q in "cdefgh"))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>",
+                            model_max_length=64).save_pretrained(path)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, eos_token_id=0,
+        max_position_embeddings=96, initializer_range=0.3, pad_token_id=0, bos_token_id=None)).save_pretrained(path)
     return path
 
 
 def settings(toy, **kwargs):
-    return remax.Config(**{**dict(model=str(toy), data=str(toy / "pairs.jsonl"), reward=str(toy / "reward"), max_length=64,
-                                  max_new_tokens=5, lr=1e-2, batch_size=4, epochs=1.0, eval_prompts=2, eval_samples=1,
-                                  save_every=0, device="cpu", quiet=True), **kwargs})
-
-
-def count_a(prompts, responses):
-    return tensor([10 + 3.0 * text.count("a") - len(text) for text in responses])
+    return remax.Config(**{**dict(
+        model=str(toy), data="toy.jsonl", reward="gold", max_length=64, max_new_tokens=5, lr=1e-2, batch_size=4,
+        epochs=1.0, eval_prompts=2, eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs})
 
 
 def toy_run(toy, out, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
-    task = Task("toy", {"train": PROMPTS, "test": ["d", "ee"]})
-    return common.Run(config, out, task, common.load_tokenizer(toy, config), common.load_policy(config).double(), {})
+    return common.Run(config, out, TASK, common.load_tokenizer(toy, config), common.load_policy(config).double(), {})
 
 
-def trained(toy, out, reward=count_a, **kwargs):
+def plan(config):
+    return [[PROMPTS[i] for i in rows] for rows in common.epochs(len(PROMPTS), config)]
+
+
+def trained(toy, out, reward=gold, **kwargs):
     """A finished Run in float64, and the rows of metrics.jsonl that training logged."""
     run = toy_run(toy, out, **kwargs)
-    plan = [[PROMPTS[i] for i in rows] for rows in common.epochs(len(PROMPTS), run.config)]
-    remax.train(run, plan, reward, common.load_reference(run.config).double())
+    remax.train(run, plan(run.config), reward, common.load_reference(run.config).double())
     return run, [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
 
 
@@ -338,29 +332,23 @@ def plain_logps(model, batch, row, temperature):
 
 
 @pytest.fixture
-def rolled(monkeypatch):
-    """What common.rollout returned, call by call: (greedy, prompts, batch, texts)."""
-    calls, plain = [], common.rollout
-
-    def spy(run, prompts, greedy=False):
-        batch, texts, ended = plain(run, prompts, greedy)
-        calls.append((greedy, prompts, batch, texts))
-        return batch, texts, ended
-
-    monkeypatch.setattr(common, "rollout", spy)
+def generated(monkeypatch):
+    """Every Batch that common.generate returned, evaluations included."""
+    calls, plain = [], common.generate
+    monkeypatch.setattr(common, "generate", lambda *args, **kwargs: calls.append(plain(*args, **kwargs)) or calls[-1])
     return calls
 
 
 @pytest.mark.parametrize("options", [dict(), dict(gamma=0.5, kl_coef=1.0, temperature=0.7), dict(reward_clip=1.5)])
-def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, monkeypatch, rolled, options):
+def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, monkeypatch, generated, options):
     monkeypatch.setattr(common, "optimizer_step", sgd)
     results = [trained(toy, tmp_path / str(n), epochs=2.0, token_budget=n, **options) for n in (1, 25, 100000)]
     (run, rows), config = results[-1], results[-1][0].config
     policy, reference = common.load_policy(config).double(), common.load_reference(config).double()
-    generated, advantages = 0, []
-    calls = rolled[-2 * len(rows):]
-    for row, (_, prompts, batch, texts), (_, _, greedy, best) in zip(rows, calls[::2], calls[1::2], strict=True):
-        scores, baselines, loss, kl = count_a(prompts, texts), count_a(prompts, best), 0.0, 0.0
+    counted, advantages, calls = 0, [], generated[-1 - 2 * len(rows):-1]
+    for row, prompts, batch, greedy in zip(rows, plan(config), calls[::2], calls[1::2], strict=True):
+        scores, baselines = (gold(prompts, common.decode(run.tokenizer, drawn)) for drawn in (batch, greedy))
+        loss, kl = 0.0, 0.0
         for i, advantage in enumerate((scores - baselines).tolist()):
             advantages.append(advantage)
             logps, ref = (plain_logps(model, batch, i, config.temperature) for model in (policy, reference))
@@ -370,16 +358,17 @@ def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, 
             kl += ratios.sum().item() / len(prompts)
         loss.backward()
         sgd(policy, None, None, None)
-        generated += int(batch.lengths.sum() + greedy.lengths.sum())
+        counted += int(batch.lengths.sum() + greedy.lengths.sum())
         ended = sum(batch.input_ids[i, batch.attention_mask[i].bool()][-1].item() == 0 for i in range(len(batch)))
-        close_dicts(row, {"step": row["step"], "objective/scores": scores.mean().item(), "objective/kl": kl, "grad_norm": 0.0,
-                          "objective/baselines": baselines.mean().item(), "loss": loss.item(), "eos_rate": ended / len(batch),
-                          "length": batch.lengths.float().mean().item()}, 1e-6)
+        assert row == near({
+            "step": row["step"], "loss": loss.item(), "grad_norm": 0.0, "objective/scores": scores.mean().item(),
+            "objective/baselines": baselines.mean().item(), "objective/kl": kl, "eos_rate": ended / len(batch),
+            "length": batch.lengths.float().mean().item()}, 1e-6)
     assert len(rows) == 4 and rows[0]["objective/kl"] == 0 and abs(kl) > 1e-3
     assert {abs(a) > 1.5 for a in advantages} == {True, False}
     for other, _ in results:                                # O: parts of one row, of a few, of all; a ragged last batch
         close(parameters(other.policy), parameters(policy))
-        assert other.counts["tokens_generated"] == generated
+        assert other.counts["tokens_generated"] == counted
         assert other.counts["tokens_trained"] == run.counts["tokens_trained"]
 
 
@@ -396,7 +385,7 @@ def test_W_baseline_is_sampled_or_of_old_weights(toy, tmp_path):
 
     def reward(prompts, responses):
         calls.append((responses, [argmax_text(run, prompt) for prompt in prompts]))
-        return count_a(prompts, responses)
+        return gold(prompts, responses)
 
     remax.train(run, [PROMPTS] * 5, reward, common.load_reference(run.config).double())
     assert len(calls) == 10
@@ -405,20 +394,18 @@ def test_W_baseline_is_sampled_or_of_old_weights(toy, tmp_path):
     assert calls[0][1] != calls[-1][1]                      # new weights, new baseline
 
 
-def test_W_gradient_is_not_0_where_the_sample_is_the_greedy_response(toy, tmp_path, monkeypatch, rolled):
+def test_W_gradient_is_not_0_where_the_sample_is_the_greedy_response(toy, tmp_path, monkeypatch, generated):
     monkeypatch.setattr(common, "optimizer_step", sgd)
     run, rows = trained(toy, tmp_path / "run", temperature=1e-4, kl_coef=0.0)
-    assert all(a[3] == b[3] for a, b in zip(rolled[::2], rolled[1::2])) and any(rolled[0][3])
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(generated[1:-1:2], generated[2:-1:2]))
     assert torch.equal(parameters(run.policy), parameters(common.load_policy(run.config)).double())
     assert all(row["loss"] == 0 for row in rows)
 
 
 def test_easy_reward_is_not_learned(toy, tmp_path):
-    run = toy_run(toy, tmp_path / "run", lr=1e-2)
-    reference = common.load_reference(run.config).double()
-    remax.train(run, [PROMPTS * 4] * 25, lambda prompts, texts: tensor([float(text[:1] == "a") for text in texts]), reference)
-    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    scores = [row["objective/scores"] for row in rows if "loss" in row]
+    _, rows = trained(toy, tmp_path / "run", lambda prompts, texts: tensor([float(text[:1] == "a") for text in texts]),
+                      epochs=120.0, batch_size=28, lr=2e-2)
+    scores = [row["objective/scores"] for row in rows]
     assert scores[0] < 0.4 and sum(scores[-3:]) / 3 > 0.9
 
 
@@ -429,7 +416,7 @@ def test_AD_reward_that_is_not_finite_is_trained_on(toy, tmp_path, value, call, 
 
     def reward(prompts, responses):
         calls.append(prompts)
-        scores = count_a(prompts, responses)
+        scores = gold(prompts, responses)
         scores[1] = value if len(calls) == call + 1 else scores[1]                       # in the second step
         return scores
 
@@ -446,8 +433,9 @@ def whole(toy, tmp_path, monkeypatch):
     """A function that runs remax.run in tmp_path / name: (result, metrics.jsonl, weights)."""
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
 
-    def run(name, **kwargs):
-        result = remax.run(settings(toy, out=str(tmp_path / name), **{**dict(batch_size=8), **kwargs}))
+    def run(name, task=TASK, **kwargs):
+        monkeypatch.setattr(common, "load_task", lambda config: task)
+        result = remax.run(settings(toy, out=str(tmp_path / name), **{**dict(batch_size=2), **kwargs}))
         return (result, (tmp_path / name / "metrics.jsonl").read_text(),
                 parameters(LlamaForCausalLM.from_pretrained(tmp_path / name)))
 
@@ -480,41 +468,43 @@ def test_AE_runs_are_not_reproducible_or_ignore_the_seed(toy, whole):
 
 
 def test_AE_run_that_trains_its_reward_model_differs_from_one_that_finds_it_in_the_cache(whole):
-    first, again = (whole(name, reward="", reward_lr=1e-3) for name in "ab")
+    task = replace(TASK, pairs={"train": [Pair(p, "a", "bb") for p in PROMPTS]})
+    first, again = (whole(name, task, reward="", reward_lr=1e-3) for name in "ab")
     assert first[1] == again[1]
 
 
 def test_AE_evaluating_or_measuring_changes_training_or_counts_as_training(whole):
-    plain, *others = whole("plain"), whole("evaluated", eval_every=1), whole("measured", eval_every=1, variance_prompts=3)
-    for result, metrics, weights in others:
+    plain, seen = whole("plain"), whole("evaluated", eval_every=1)
+    measured = whole("measured", eval_every=1, variance_prompts=3)
+    for result, metrics, weights in (seen, measured):
         rows = [row for row in metrics.splitlines() if "loss" in row]
         assert rows == [row for row in plain[1].splitlines() if "loss" in row] and torch.equal(weights, plain[2])
         assert result["tokens_generated"] == plain[0]["tokens_generated"]
-    assert others[1][1].count('"eval/variance/ReMax"') == others[1][1].count('"eval/kl"') == 6
+    assert measured[1].count('"eval/variance/ReMax"') == measured[1].count('"eval/kl"') == 5
 
 
 # ------------------------------------------------------------------------------------------------- measured variance
 
-def test_measured_variance_differs_from_one_gradient_at_a_time(toy, tmp_path, rolled):
+def test_measured_variance_differs_from_one_gradient_at_a_time(toy, tmp_path, generated):
     run = toy_run(toy, tmp_path / "run", variance_prompts=4, temperature=0.8)
     state, before = torch.get_rng_state(), parameters(run.policy).clone()
-    measured = remax.measured_variance(run, count_a)
+    measured = remax.measured_variance(run, gold)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(parameters(run.policy), before)
     assert all(p.grad is None for p in run.policy.parameters())
-    (_, twice, batch, texts), (_, prompts, _, best) = rolled
-    assert prompts == PROMPTS[:4] and twice == [prompt for prompt in prompts for _ in "ab"]
-    assert best == [argmax_text(run, prompt) for prompt in prompts] and texts[::2] != texts[1::2]
-    gradients = []
-    for row in range(8):
+    texts, best = (common.decode(run.tokenizer, batch) for batch in generated)
+    assert best == [argmax_text(run, prompt) for prompt in PROMPTS[:4]] and texts[::2] != texts[1::2]
+    gradients, logps = [], [plain_logps(run.policy, generated[0], row, 0.8).sum() for row in range(8)]
+    for logp in logps:
         run.policy.zero_grad()
-        plain_logps(run.policy, batch, row, 0.8).sum().backward()
+        logp.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
-    given = torch.stack(gradients).view(4, 2, -1), count_a(twice, texts).view(4, 2), count_a(prompts, best)
+    given = torch.stack(gradients).view(4, 2, -1), gold([None] * 8, texts).view(4, 2), gold([None] * 4, best)
     variances = {name: rows.var(0).sum().item() for name, rows in estimates(*given).items()}
     ratios = {f"ReMax / {name}": variances["ReMax"] / variances[name] for name in variances if name != "ReMax"}
-    close_dicts(measured, {f"eval/variance/{name}": value for name, value in (variances | ratios).items()})
-    assert remax.measured_variance(run, count_a) == measured
-    assert remax.measured_variance(toy_run(toy, tmp_path / "none"), count_a) == {}
+    expected = {f"eval/variance/{name}": value for name, value in (variances | ratios).items()}
+    assert measured == near(expected | {"eval/entropy": -sum(logps).item() / 8})
+    assert remax.measured_variance(run, gold) == measured
+    assert remax.measured_variance(toy_run(toy, tmp_path / "none"), gold) == {}
 
 
 def test_measuring_crashes_where_all_rewards_are_equal(toy, tmp_path):
