@@ -70,7 +70,7 @@ class Config(common.Config):
         super().__post_init__()
         if self.minibatch_size is None:
             self.minibatch_size = self.batch_size if self.batch_size % 2 else self.batch_size // 2
-        if self.kl_coef < 0:
+        if not self.kl_coef >= 0:
             raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting")
         if self.kl_target is not None and not self.kl_target > 0:
             raise UserError(f"--kl_target must be above 0, not {self.kl_target}: the KL is divided by it")
@@ -87,7 +87,7 @@ class Config(common.Config):
 
 
 # Tensors [B, T] have one entry per predicted token; mask is 1 on response tokens, EOS included. What stands outside the mask
-# never matters, whatever it is.
+# does not matter.
 
 def masked_mean(x, mask):
     """Mean of x where mask is 1, [B, T] -> scalar: every token weighs the same, in long responses and short. 0 if none."""
@@ -258,13 +258,18 @@ DPO_GRID = {f"DPO lr {lr:.2g}, beta {beta:g}, {n} epochs": {"method": "dpo", "lr
 EXPERIMENTS = {
     "over-optimisation": dict(
         question="What does the KL penalty buy, and when does the proxy stop meaning gold?",
-        arms={f"KL {kl:g}": {"epochs": 6, "eval_every": 2, "kl_coef": kl} for kl in (0.0, 0.02, 0.2, 2.0)},
+        arms={f"KL {kl:g}": {"epochs": 6, "eval_every": 2, "kl_coef": kl} for kl in (0.0, 0.02, 0.2, 2.0)} | {
+            "pushed": {"epochs": 12, "eval_every": 4, "kl_coef": 0.0, "lr": 3e-3}},      # KL 0, twice as long, thrice the lr
         claims=[
             dict(claim="without a penalty gold turns over (it falls in the second half of training)",
                  source="Gao et al., sec. 3", paper="plot only:", metric="eval/gold:second_half",
                  holds=[("KL 0", "<", 0.0)]),
             dict(claim="while the proxy keeps rising", source="Gao et al., sec. 3", paper="plot only:",
                  metric="eval/proxy:second_half", holds=[("KL 0", ">", 0.0)]),
+            dict(claim="pushed on, gold ends below its start", source="Gao et al., sec. 3", paper="plot only:",
+                 metric="eval/gold:change", holds=[("pushed", "<", 0.0)]),
+            dict(claim="at the highest proxy reward of all arms", source="ours", paper="-", metric="eval/proxy",
+                 holds=[("pushed", ">", f"KL {kl:g}") for kl in (0.0, 0.02, 0.2, 2.0)]),
             dict(claim="the penalty does not move the gold-KL frontier (at equal KL, within 0.1 of the unpenalised run)",
                  source="Gao et al., sec. 3.6", paper="plot only:", metric="eval/gold", at="eval/kl",
                  holds=[(f"KL {kl}", *side) for kl in (0.02, 0.2) for side in (("<", "KL 0", 0.1), (">", "KL 0", -0.1))]),

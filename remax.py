@@ -46,7 +46,7 @@ class Config(common.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kl_coef < 0:
+        if not self.kl_coef >= 0:
             raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting")
         if not 0 <= self.gamma <= 1:
             raise UserError(f"--gamma must be in [0, 1], not {self.gamma}")
