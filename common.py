@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
@@ -138,8 +138,8 @@ def load_rewards(config, task):
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
         return {}
-    settings = replace(config, lr=config.reward_lr, epochs=1, schedule="linear", warmup=0.1, batch_size=16,
-                       max_grad_norm=1.0)
+    settings = Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | dict(      # none of the method's own
+        lr=config.reward_lr, epochs=1, schedule="linear", warmup=0.1, batch_size=16, max_grad_norm=1.0))
     key = json.dumps([str(start), settings.lr, settings.seed, settings.max_length, pairs])
     path = CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not path.exists():
@@ -269,16 +269,17 @@ def count_cut_prompts(tokenizer, task):
              "(--max_length sets the limit)")
 
 
-def steps(run, plan, measure=dict, updates=1):
+def steps(run, plan, measure=dict, updates=None):
     """Yield (step, plan[step]), with a progress bar; evaluates before, on the way and after, and writes checkpoints.
 
-    `measure()` gives a method's own metrics for each evaluation; `updates` is how many optimizer steps it makes of a step.
+    `measure()` gives a method's own metrics for each evaluation; `updates` says how many optimizer steps the plan takes, if
+    not one each.
     Random numbers are drawn anew from the seed at every step, so evaluations on the way change nothing, and a resumed
     run goes on exactly where its checkpoint stands.
     """
     config = run.config
     run.trained = run.trained or run.policy
-    run.optimizer, run.schedule = optimizer_and_schedule(run.trained, config, len(plan) * updates)
+    run.optimizer, run.schedule = optimizer_and_schedule(run.trained, config, updates or len(plan))
     if config.resume:
         restore(run)
     write_json(run.out / "args.json", asdict(config))

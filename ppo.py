@@ -217,7 +217,7 @@ def train(run, plan, reward, reference, value_model):
     """Each step: one rollout, then ppo_epochs passes over it in minibatches. `plan` holds the prompts of every step."""
     config = run.config
     run.trained, run.state = torch.nn.ModuleList([run.policy, value_model]), {"kl_coef": config.kl_coef}
-    updates = config.ppo_epochs * (config.batch_size // config.minibatch_size)
+    updates = config.ppo_epochs * sum(-(-len(prompts) // config.minibatch_size) for prompts in plan)   # rounded up
     for step, prompts in common.steps(run, plan, updates=updates):                             # [5]
         old = collect(run, prompts, reward, reference, value_model)
         seen = []

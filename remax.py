@@ -22,6 +22,7 @@ Official code (liziniu/ReMax) differs: it credits a token with its own KL term a
 overwritten, not summed), discounts the last token's reward too, averages over tokens, and samples with top-p 0.9 while scoring
 the full distribution. This file follows the estimator above; the official gamma 0.99 and reward clip 5 are options.
 """
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Optional
 
@@ -56,6 +57,7 @@ class Config(common.Config):
             raise UserError("--variance_prompts must be 0 or at least 2")
 
 
+@torch.no_grad()
 def remax_returns(rewards, baseline_rewards, logps, ref_logps, mask, kl_coef, gamma=1.0):
     """What the log-prob of each sampled token is weighted with.
 
@@ -65,11 +67,12 @@ def remax_returns(rewards, baseline_rewards, logps, ref_logps, mask, kl_coef, ga
         go, the discounted sum of this and the later log-ratios.
     """
     mask = mask.bool()
-    kl = torch.where(mask, logps - ref_logps, 0).detach()
+    kl = torch.where(mask, logps - ref_logps, 0)
     returns, following = torch.zeros_like(kl), torch.zeros_like(kl[:, 0])
     ends = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)         # the last response token of each row
     for t in reversed(range(mask.shape[1])):
-        following = ends[:, t] * (rewards - baseline_rewards) - kl_coef * kl[:, t] + gamma * following
+        reward = torch.where(ends[:, t], rewards - baseline_rewards, 0)                      # comes with the last token
+        following = reward - kl_coef * kl[:, t] + gamma * following
         returns[:, t] = following * mask[:, t]
     return returns
 
@@ -80,7 +83,7 @@ def remax_loss(logps, returns, mask):
 
 
 def gradient_variance(gradients, rewards, greedy_rewards):
-    """Trace of the covariance of policy-gradient estimates from one prompt, for several baselines.
+    """Trace of the covariance of one prompt's estimate of the policy gradient, measured over M prompts; KL left out.
 
     Args: gradients: iterable over M prompts of [2, P], grad log pi of two samples; rewards [M, 2]; greedy_rewards [M].
     Returns: {estimator: variance}; N prompts have 1/N of it. All but "1 sample" spend two responses a prompt, ReMax one of
@@ -100,7 +103,7 @@ def gradient_variance(gradients, rewards, greedy_rewards):
 
 
 def measured_variance(run, reward):
-    """gradient_variance of the policy as it is now, on prompts of the training split."""
+    """gradient_variance of the policy as it is now on training prompts, and the entropy of a response in nats."""
     prompts = run.task.prompts["train"][:run.config.variance_prompts]
     if not prompts:
         return {}
@@ -122,7 +125,7 @@ def measured_variance(run, reward):
         torch.manual_seed(config.seed)
         (batch, rewards), (_, greedy_rewards) = sampled(2), sampled(1, greedy=True)
     variances = gradient_variance(gradients(), rewards.view(-1, 2), greedy_rewards)
-    ratios = {f"ReMax / {name}": variances["ReMax"] / variances[name] for name in variances if name != "ReMax"}
+    ratios = {f"ReMax / {name}": variances["ReMax"] / v if v else math.inf for name, v in variances.items() if name != "ReMax"}
     return {"eval/entropy": sum(entropy) / len(entropy)} | {
         f"eval/variance/{name}": value for name, value in (variances | ratios).items()}
 
@@ -137,7 +140,7 @@ def train(run, plan, reward, reference):
         common.check_finite(scores, step + 1, prompts, "the reward")
         common.check_finite(greedy_scores, step + 1, prompts, "the greedy response's reward")
         baselines = greedy_scores
-        if config.reward_clip is not None:                                                        # of the difference
+        if config.reward_clip is not None:                            # the clip is of the difference
             baselines = scores - (scores - greedy_scores).clamp(-config.reward_clip, config.reward_clip)
 
         loss, kl = 0.0, 0.0

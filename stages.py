@@ -110,7 +110,7 @@ def reward_to_maximise(run):
     prompts = [prompt for prompt in prompts for _ in range(4)]
     scores = reward(prompts, decode(run.tokenizer, samples))
     check_finite(scores, 0, prompts, "the reward")
-    if scores.std() == 0:
+    if scores.max() == scores.min():
         raise UserError(f"the reward is {scores[0]:.3g} for each of the policy's {len(scores)} first samples: no signal")
     reward.mean, reward.std = scores.mean().item(), scores.std().item()
     return reward

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 import common
 import dpo
 import lm
+import ppo
 import stages
 from common import Config
 from tasks import Demonstration, Pair, Task, UserError
@@ -253,6 +254,16 @@ def test_cached_reward_model_depends_on_which_run_came_first(toy, tmp_path, monk
     torch.testing.assert_close(after_another, alone)
 
 
+@pytest.mark.parametrize("own", [dict(), dict(batch_size=12, minibatch_size=6), dict(batch_size=64, minibatch_size=64)])
+def test_cached_reward_model_is_trained_with_the_batches_of_the_method(toy, tmp_path, monkeypatch, own):
+    """It has settings of its own, and a method's checks (does the minibatch divide the batch?) are not about them."""
+    prompts, texts, _ = zip(*PAIRS[-6:])
+    alone = common.load_rewards(settings(toy, reward="", reward_lr=1e-2), pair_task())["proxy"](prompts, texts)
+    monkeypatch.setattr(common, "CACHE", tmp_path / "other")
+    config = settings(toy, ppo.Config, **{**dict(reward="", reward_lr=1e-2, batch_size=128), **own})
+    torch.testing.assert_close(common.load_rewards(config, pair_task())["proxy"](prompts, texts), alone)
+
+
 def test_given_reward_model_is_not_used_or_not_scaled(toy, tmp_path):
     path = save(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
     prompts, texts, _ = zip(*PAIRS[:4])
@@ -278,7 +289,7 @@ def gold(monkeypatch):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """What reward_to_maximise asked generate for, and got: (prompts, n, temperature, max_new_tokens, texts) of each call."""
+    """What reward_to_maximise asked for and got: (prompts, n, temperature, max_new_tokens, texts) of each sampling."""
     calls, plain = [], stages.generate
 
     def spy(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40):
@@ -665,7 +676,7 @@ def test_AE_random_numbers_of_a_step_depend_on_what_was_drawn_before(toy, tmp_pa
 @pytest.mark.parametrize("updates", [1, 3])
 def test_learning_rate_misses_0_at_the_end(toy, tmp_path, updates):
     run, rates = started(toy, tmp_path, schedule="linear"), []
-    for _ in common.steps(run, range(4), updates=updates):
+    for _ in common.steps(run, range(4), updates=4 * updates):
         rates += random_updates(run, updates)
     n = 4 * updates
     assert rates == pytest.approx([1e-2 * (n - i) / n for i in range(n)])
@@ -676,7 +687,7 @@ def test_AF_second_network_or_state_is_lost_at_resume(toy, tmp_path):
     def train(run, updates=2, stop=None):
         run.state = {"kl_coef": 1.0, "other": 7.0}          # as a method sets it before its steps
         before = []
-        for step, _ in common.steps(two_networks(run), range(5), updates=updates):
+        for step, _ in common.steps(two_networks(run), range(5), updates=5 * updates):
             before.append((parameters(run.trained), dict(run.state)))
             random_updates(run, updates)
             run.state["kl_coef"] *= 1.5
@@ -703,6 +714,14 @@ def test_AF_second_network_or_state_is_lost_at_resume(toy, tmp_path):
     assert resumed.trained[0] is resumed.policy             # the network that samples is the one that was restored
     assert resumed.counts["tokens_trained"] == straight.counts["tokens_trained"] == 50
     assert resumed.schedule.get_last_lr() == [0]
+
+
+def test_second_network_is_not_updated(toy, tmp_path):
+    run = two_networks(started(toy, tmp_path))
+    before = [parameters(network) for network in run.trained]
+    for _ in common.steps(run, range(2)):
+        random_updates(run)
+    assert all((parameters(network) != start).all() for network, start in zip(run.trained, before))
 
 
 def test_one_network_is_not_what_is_trained_and_saved(toy, tmp_path):

@@ -93,7 +93,7 @@ def check_starts_as_reference(out):
 
 
 def check_samples_from_reference(out, steps):
-    """The KL of the first evaluation and of the first step's samples is 0, and all is finite. Returns the steps' rows."""
+    """The KL of the first evaluation and of the first step's samples is 0; all is finite. Returns the steps' rows."""
     rows = lines_of(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, *range(1, steps + 1), steps]
     assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-4) and rows[1]["objective/kl"] == pytest.approx(0, abs=1e-4)
@@ -173,7 +173,7 @@ def test_first_samples_are_not_the_references_or_a_metric_is_nan(first_run):
     _, out, arguments = first_run
     rows = check_samples_from_reference(out, 3)
     names = {"ppo.py": {"loss/policy", "loss/value", "val/explained_variance", "policy/clipfrac", "policy/approxkl"},
-             "remax.py": {"loss", "objective/baselines", "length"}}[arguments[0]]
+             "remax.py": {"loss", "objective/greedy_scores"}}[arguments[0]]
     assert all(row.keys() >= names | {"objective/scores", "objective/kl", "grad_norm", "eos_rate"} for row in rows)
     assert all(row["grad_norm"] > 0 for row in rows)
     assert len({row["objective/scores"] for row in rows}) == 3, "each step scores samples of its own"
@@ -239,14 +239,15 @@ def test_resumed_run_differs_from_a_straight_one(here, toy, pairs, tmp_path, mon
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("batch", [8, 64], ids=["last batch is smaller", "batch is larger than the data"])
-@on_policy
-def test_learning_rate_does_not_fall_to_0(here, toy, pairs, tmp_path, monkeypatch, script, batch):
-    """36 prompts, and so fewer minibatches in the last batch than in a full one."""
+@pytest.mark.parametrize("script, flags", [("ppo.py", ["--minibatch_size", 2]), ("remax.py", []),
+                                           ("ppo.py", ["--batch_size", 64, "--minibatch_size", 16])],
+                         ids=["ppo", "remax", "ppo, batch larger than the data"])
+def test_learning_rate_does_not_fall_to_0(here, toy, pairs, tmp_path, monkeypatch, script, flags):
+    """36 prompts: for PPO the last batch has fewer minibatches than a full one."""
     runs, plain = [], common.finish
     monkeypatch.setattr(common, "finish", lambda run: runs.append(run) or plain(run))
-    status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, "--epochs", 1,
-                          "--batch_size", batch, script=script)
+    status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, "--epochs", 1, *flags,
+                          script=script)
     assert status == 0, screen.err
     assert runs[0].schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
@@ -460,7 +461,9 @@ def test_value_model_that_reads_other_tokens_is_refused(here, toy, reversed_toy,
 @on_policy
 def test_prompts_without_a_reward_are_refused(here, toy, prompts_only, tmp_path, script):
     status, screen = here("--model", toy, "--data", prompts_only, "--out", tmp_path / "out", *SMALL, script=script)
-    check_refused(status, screen.err, "no reward to maximise", "--reward")
+    warning, error = screen.err.splitlines()
+    assert warning.startswith("warning: no pairs to train a reward model from")
+    check_refused(status, error, "no reward to maximise", "--reward")
     check_does_not_block(tmp_path / "out")
 
 
@@ -523,7 +526,7 @@ def test_reward_model_with_another_tokenizer_reads_the_policys_ids(here, toy, pa
     monkeypatch.setattr(common, "rollout", spy)
     status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", out, *SMALL, script=script)
     assert status == 0, screen.err
-    names = ["objective/scores"] if script == "ppo.py" else ["objective/scores", "objective/baselines"]
+    names = ["objective/scores"] if script == "ppo.py" else ["objective/scores", "objective/greedy_scores"]
     logged = [row[name] for row in check_samples_from_reference(out, 3) for name in names]
     want = [[alone(*row) for row in rows] for rows in rollouts]
     assert logged == pytest.approx([sum(scores) / len(scores) for scores in want], abs=1e-4)
