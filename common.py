@@ -83,13 +83,9 @@ class Config:
         for name in ("lr", "epochs", "max_new_tokens", "max_length"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
-        for name in ("lr", "batch_size", "token_budget", "temperature", "max_new_tokens", "eval_prompts",
-                     "eval_samples", "seeds"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("epochs", "limit", "seed", "eval_every", "save_every", "warmup"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
+        self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
+                   "max_new_tokens", "eval_prompts", "eval_samples", "seeds")
+        self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every", "save_every", "warmup")
         if self.max_new_tokens > self.max_length // 4:
             raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
                             f"{self.max_length}; prompts may take the other three: raise --max_length")
@@ -97,6 +93,12 @@ class Config:
             raise UserError("--resume needs --out: the directory of the run to go on with")
         if self.model != "tiny" and self.data == "reviews":
             raise UserError(f"--model {self.model} needs --data: a .jsonl file or a hub data set id")
+
+    def check(self, good, must, *names):
+        """UserError for the first of the named options that is given and not good."""
+        for name in names:
+            if getattr(self, name) is not None and not good(getattr(self, name)):
+                raise UserError(f"--{name} must {must}, not {getattr(self, name)}")
 
 
 # --------------------------------------------------------------------------------------------------- task and rewards

@@ -70,18 +70,12 @@ class Config(common.Config):
         super().__post_init__()
         if self.minibatch_size is None:
             self.minibatch_size = self.batch_size if self.batch_size % 2 else self.batch_size // 2
-        if not self.kl_coef >= 0:
-            raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting")
-        if self.kl_target is not None and not self.kl_target > 0:
-            raise UserError(f"--kl_target must be above 0, not {self.kl_target}: the KL is divided by it")
+        self.check(lambda value: value >= 0, "not be negative (it would pay the policy for drifting)", "kl_coef")
+        self.check(lambda value: value > 0, "be above 0 (the KL is divided by it)", "kl_target")
+        self.check(lambda value: value > 0, "be above 0", "minibatch_size", "ppo_epochs", "kl_horizon", "clip", "value_clip")
+        self.check(lambda value: 0 <= value <= 1, "be in [0, 1]", "gamma", "lam")
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError("--kl_target multiplies --kl_coef: it cannot start from --kl_coef 0")
-        for name in ("minibatch_size", "ppo_epochs", "kl_horizon", "clip", "value_clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} must be in [0, 1], not {getattr(self, name)}")
         if self.batch_size % self.minibatch_size:
             raise UserError(f"--batch_size {self.batch_size} is not a multiple of --minibatch_size {self.minibatch_size}")
 

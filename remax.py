@@ -47,14 +47,10 @@ class Config(common.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.kl_coef >= 0:
-            raise UserError(f"--kl_coef must not be negative, not {self.kl_coef}: it would pay the policy for drifting")
-        if not 0 <= self.gamma <= 1:
-            raise UserError(f"--gamma must be in [0, 1], not {self.gamma}")
-        if self.reward_clip is not None and not self.reward_clip > 0:
-            raise UserError(f"--reward_clip must be above 0, not {self.reward_clip}")
-        if self.variance_prompts < 0 or self.variance_prompts == 1:
-            raise UserError("--variance_prompts must be 0 or at least 2")
+        self.check(lambda value: value >= 0, "not be negative (it would pay the policy for drifting)", "kl_coef")
+        self.check(lambda value: 0 <= value <= 1, "be in [0, 1]", "gamma")
+        self.check(lambda value: value > 0, "be above 0", "reward_clip")
+        self.check(lambda value: value == 0 or value > 1, "be 0 or at least 2", "variance_prompts")
 
 
 @torch.no_grad()
