@@ -577,7 +577,7 @@ def draw_bars(ax, panel, arms, palette):
     if not log:
         ax.axvline(0, color="black", linewidth=0.8)
     if len(panel["y"]) > 1:
-        ax.legend(fontsize=9, framealpha=0.7)
+        ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)      # below: bars leave no room
 
 
 def draw(method_name, results, collected, path):
@@ -604,7 +604,7 @@ def draw(method_name, results, collected, path):
                 names = ", ".join(COLUMNS.get(y, y.removeprefix("eval/")) for y in panel["y"])
                 ax.set_title(panel.get("title", ""), fontsize=11)
                 if panel.get("kind") == "bars":
-                    ax.set_xlabel(names)
+                    ax.set_xlabel(names if len(panel["y"]) == 1 else "")
                     draw_bars(ax, panel, arms, palette)
                 else:
                     ax.set_ylabel(names)
