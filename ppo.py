@@ -13,11 +13,12 @@ Eq. 11 and 12). A batch of samples then serves several updates; a clip ends the 
 
     L = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),   ratio_t = pi(y_t) / pi_old(y_t)           (L^CLIP)
 
-    python ppo.py                    # TIME
-    python ppo.py --reproduce        # REPRODUCE
+    python ppo.py                    # 20 s on two cores (two minutes more at first): gold 0.18 to 0.93, KL 4.2 nats
+    python ppo.py --reproduce        # over-optimisation, frontier, sensitivity: 27 arms, 11 to 15 minutes a seed
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
-What to look at: LOOK
+What to look at: `objective/scores` rises and `objective/kl` with it. Then run `--kl_coef 0 --lr 3e-3 --epochs 12`: the proxy
+climbs on while gold and grammar collapse. That is reward hacking.
 
 Details that make or break it, marked [n] where they happen; lm.py and common.py see to 2, 3, 4 and 6:
  [1] reward and value model read prompt and response    [9] the value model's head starts at 0

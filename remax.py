@@ -10,11 +10,11 @@ the reward of the policy's own greedy response, at the price of one more respons
 The baseline does not depend on the tokens sampled, so g is unbiased. The KL penalty is a reward of each token, and a token is
 credited with its own and with all that follow (KL to go).
 
-    python remax.py                  # TIME
-    python remax.py --reproduce      # REPRODUCE
+    python remax.py                  # 20 s on two cores (two minutes more at first): gold 0.18 to 0.74, KL 5.1 nats
+    python remax.py --reproduce      # the gradient's variance, and against PPO: 6 arms, 4 minutes a seed
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
-What to look at: LOOK
+What to look at: `objective/greedy_scores` runs ahead of `objective/scores`, and the gradient vanishes as the two meet.
 
 Compared with ppo.py: the same rollout, reward and KL penalty; no value model, one update for each rollout, the sum over a
 response's tokens where PPO has the mean over all tokens, and no whitening.
