@@ -177,7 +177,7 @@ EXPERIMENTS = {
         arms={"SFT": {"epochs": 0, "variance_prompts": 256},
               "trained": {"variance_prompts": 256},
               "collapsed": {"epochs": 16, "kl_coef": 0.0, "variance_prompts": 256}},
-        columns=VARIANCES | {"eval/entropy": "entropy", "eval/gold": "gold", "eval/fluency": "fluency"},
+        columns=VARIANCES | {"eval/entropy": "entropy", "eval/fluency": "fluency"},
         claims=[
             dict(claim="less variance than REINFORCE with one sample each", source="ReMax", paper="no number checked:",
                  metric="eval/variance/ReMax / REINFORCE, 1 sample", holds=[(stage, "<", 1.0) for stage in STAGES]),

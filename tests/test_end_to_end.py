@@ -735,17 +735,18 @@ needs_results = pytest.mark.skipif(not (ROOT / "results" / "dpo.json").exists(),
 
 
 @needs_results
-def test_report_of_the_committed_results(tmp_path):
+@pytest.mark.parametrize("method", [dpo, ppo, remax], ids=lambda method: method.__name__)
+def test_report_of_the_committed_results(tmp_path, method):
     """Run on a copy: the figure must not be drawn anew into the repository."""
     (tmp_path / "results").mkdir()
-    shutil.copy(ROOT / "results" / "dpo.json", tmp_path / "results")
-    process = command(ROOT / "compare.py", "dpo", "--report", cwd=tmp_path)
+    shutil.copy(ROOT / "results" / f"{method.__name__}.json", tmp_path / "results")
+    process = command(ROOT / "compare.py", method.__name__, "--report", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     on_one_line = " ".join(process.stdout.split())
-    for title, experiment in dpo.EXPERIMENTS.items():
+    for title, experiment in method.EXPERIMENTS.items():
         assert f"{title}: {experiment['question']}" in on_one_line
         for arm in experiment["arms"]:
-            assert re.search(rf"^{re.escape(arm)} +-?\d", process.stdout, re.M), f"{arm} has no figures"
+            assert re.search(rf"^{re.escape(arm.split()[0])}.* ±\d", process.stdout, re.M), f"{arm} has no figures"
     assert re.search("reproduced|inconclusive", process.stdout) and "not run" not in process.stdout
 
 

@@ -429,7 +429,7 @@ def test_G_ratio_is_not_1_before_the_first_update_or_without_one(toy, tmp_path, 
     spy(monkeypatch, ppo, "update", lambda metrics, *_: seen.append(metrics))
     spy(monkeypatch, common, "optimizer_step", lambda *args: rates.extend(args[3].get_last_lr()))
     trained(toy, tmp_path, [PROMPTS[:4], PROMPTS[:2]], lr=lr, token_budget=1, temperature=0.7)
-    assert len(seen) == 6 and len(off) == 12                # two passes over two minibatches, then over one; of two parts
+    assert len(seen) == 6 and len(off) == 12                # passes over two minibatches, then over one; of two parts
     for i, metrics in enumerate(seen):
         furthest, approxkl = max(off[2 * i:2 * i + 2]), metrics["policy/approxkl"]
         if lr == 1e-30 or i in (0, 4):
