@@ -14,7 +14,7 @@ Eq. 11 and 12). A batch of samples then serves several updates; a clip ends the 
     L = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),   ratio_t = pi(y_t) / pi_old(y_t)           (L^CLIP)
 
     python ppo.py                    # 20 s on two cores (two minutes more at first): gold 0.18 to 0.93, KL 4.2 nats
-    python ppo.py --reproduce        # over-optimisation, frontier, sensitivity: 27 arms, 11 to 15 minutes a seed
+    python ppo.py --reproduce        # over-optimisation, frontier, sensitivity: 27 arms, 20 minutes a seed on one core
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
 What to look at: `objective/scores` rises and `objective/kl` with it. Then run `--kl_coef 0 --lr 3e-3 --epochs 12`: the proxy
@@ -37,6 +37,7 @@ and knows no EOS. Whitening and losses are means over all tokens, so long respon
 one position after EOS; here it is on EOS.
 """
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar, Literal, Optional
 
 import torch
@@ -143,22 +144,12 @@ def adapted_kl_coef(kl_coef, kl, target, episodes, horizon):
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * episodes / horizon)
 
 
-@dataclass
-class Experience:
-    """A rollout and what the networks said of it before any update. scores and ended are [B], the other tensors [B, T]."""
-    batch: common.Batch
-    scores: torch.Tensor
-    ended: torch.Tensor
-    mask: torch.Tensor
-    logps: torch.Tensor
-    ref_logps: torch.Tensor
-    values: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
-
-
 def collect(run, prompts, reward, reference, value_model):
-    """Sample a response to each prompt, score it, and work out rewards and advantages of its tokens."""
+    """Sample a response to each prompt, score it, and work out rewards and advantages of its tokens.
+
+    Returns: batch, scores [B] and ended [B] of the rollout; mask, logps, ref_logps, values, advantages and returns [B, T],
+        as the networks have them before any update.
+    """
     config, policy, device = run.config, run.policy, run.policy.device
 
     def of_all(function):                                          # in parts, so that no more than one part is in memory
@@ -179,7 +170,8 @@ def collect(run, prompts, reward, reference, value_model):
         rewards = masked_whiten(rewards, mask, shift_mean=False)                               # [12] keeps the mean
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)                 # [13]
     advantages = masked_whiten(advantages, mask)                                               # [12] not the returns
-    return Experience(batch, scores, ended, mask, logps, ref_logps, values, advantages, returns)
+    return SimpleNamespace(batch=batch, scores=scores, ended=ended, mask=mask, logps=logps, ref_logps=ref_logps,
+                           values=values, advantages=advantages, returns=returns)
 
 
 def update(run, old, rows, value_model, first):

@@ -11,7 +11,7 @@ The baseline does not depend on the tokens sampled, so g is unbiased. The KL pen
 credited with its own and with all that follow (KL to go).
 
     python remax.py                  # 20 s on two cores (two minutes more at first): gold 0.18 to 0.74, KL 5.1 nats
-    python remax.py --reproduce      # the gradient's variance, and against PPO: 6 arms, 4 minutes a seed
+    python remax.py --reproduce      # the gradient's variance, and against PPO: 6 arms, 4 minutes a seed on one core
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
 What to look at: `objective/greedy_scores` runs ahead of `objective/scores`, and the gradient vanishes as the two meet.
@@ -121,7 +121,8 @@ def measured_variance(run, reward):
         torch.manual_seed(config.seed)
         (batch, rewards), (_, greedy_rewards) = sampled(2), sampled(1, greedy=True)
     variances = gradient_variance(gradients(), rewards.view(-1, 2), greedy_rewards)
-    ratios = {f"ReMax / {name}": variances["ReMax"] / v if v else math.inf for name, v in variances.items() if name != "ReMax"}
+    ratios = {f"ReMax / {name}": variances["ReMax"] / variance if variance else math.inf
+              for name, variance in variances.items() if name != "ReMax"}
     return {"eval/entropy": sum(entropy) / len(entropy)} | {
         f"eval/variance/{name}": value for name, value in (variances | ratios).items()}
 

@@ -44,7 +44,8 @@ def check_finite(values, step, prompts, name="loss"):
     """Stop the run, naming step and example, when one of the values [n] is not finite."""
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr, or mend the data or the reward")
+            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr, or mend the data or "
+                            "the reward")
 
 
 def fit(model, tokenizer, rows, losses_of, config, title):

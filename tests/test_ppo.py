@@ -6,8 +6,8 @@ import copy
 import itertools
 import json
 import math
-from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -470,7 +470,7 @@ def test_Z_policy_and_value_loss_reach_into_each_others_network(toy, tmp_path, m
     monkeypatch.setattr(common, "optimizer_step", note)
     old = ppo.collect(run, PROMPTS, count_a, reference, value_model)
     for change in (dict(), dict(advantages=0 * old.advantages), dict(returns=old.values)):
-        ppo.update(run, replace(old, **change), torch.arange(7), value_model, first=True)
+        ppo.update(run, SimpleNamespace(**(vars(old) | change)), torch.arange(7), value_model, first=True)
     both, only_value, only_policy = norms
     assert only_value == [0, both[1]] and only_policy == [both[0], 0] and min(both) > 0.01
 
@@ -492,7 +492,7 @@ def test_logged_numbers_differ_from_their_definitions(toy, tmp_path, monkeypatch
     spy(monkeypatch, ppo, "update", lambda metrics, *_: seen.append(metrics))
     run, [row] = trained(toy, tmp_path, [PROMPTS], temperature=0.7, lr=3e-2, clip=0.3, value_clip=0.1)
     [(old, untouched)] = kept
-    assert all(torch.equal(getattr(old, f.name), getattr(untouched, f.name)) for f in fields(old) if f.name != "batch")
+    assert all(torch.equal(value, getattr(untouched, name)) for name, value in vars(old).items() if name != "batch")
     where = old.mask.bool()
     errors, returns, logps = (x[where] for x in (old.returns - old.values, old.returns, old.logps))
     expected = {"objective/scores": old.scores.mean(), "objective/kl": (logps - old.ref_logps[where]).sum() / 7,
