@@ -235,7 +235,9 @@ def start(config):
     rewards = load_rewards(config, task)
     policy, tokenizer = load_policy(config), load_tokenizer(policy_path(config), config)
     count_cut_prompts(tokenizer, task)
-    return Run(config, out, task, tokenizer, policy, rewards, began=began)
+    run = Run(config, out, task, tokenizer, policy, rewards, began=began)
+    check_policy(run)
+    return run
 
 
 def output_directory(config):
@@ -317,7 +319,7 @@ def record(run, measure):
 
 def check_policy(run):
     """A policy that has become nan would crash the sampling: say so here, in one line."""
-    prompt = run.task.prompts["train"][0]
+    prompt = (run.task.prompts["train"] + run.task.prompts["test"])[0]
     with torch.no_grad():
         probe = sequence_logps(run.policy, encode(run.tokenizer, [prompt], [""]).to(run.policy.device))
     check_finite(probe, run.step, [prompt], "the policy's log-prob")
