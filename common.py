@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal, Optional
+from typing import ClassVar, Literal, Optional, get_args, get_origin
 
 import torch
 import transformers
@@ -24,8 +24,9 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser
 from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, gather_logps, generate, in_parts,
                 kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
                 pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn)
-from stages import (check_finite, epochs, fit, optimizer_and_schedule, optimizer_step, reward_model_losses,
-                    reward_to_maximise, train_reward_model, train_sft)
+from stages import (candidate_reward, candidates, check_finite, check_policy, epochs, fit, given_answers, minimise,
+                    optimizer_and_schedule, optimizer_step, plan_of, response_logps, reward_model_losses, reward_to_maximise,
+                    rollout, sample_rankings, score_metrics, scored, train_reward_model, train_sft)
 from tasks import Pair, Ranking, Task, UserError
 
 transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
@@ -69,6 +70,9 @@ class Config:
     eval_samples: int = option(4, "samples per test prompt")
     eval_every: int = option(0, "evaluate every so many steps (0: only before and after)")
     save_every: int = option(200, "write a checkpoint for --resume every so many steps (0: never)")
+    reward_noise: Literal["none", "prompt", "response"] = option(
+        "none", "add noise of one standard deviation to the reward that is maximised: one draw per prompt, or per response")
+    label_noise: float = option(0.0, "embedded task: share of the proxy's and the pairs' labels that are turned round")
     seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 autocast on CUDA, else float32")
@@ -79,12 +83,16 @@ class Config:
     quiet: bool = option(False, "no tables and no samples on the screen")
 
     def __post_init__(self):
+        for f in fields(self):                                      # the command line checks these itself
+            if get_origin(f.type) is Literal:
+                self.check(lambda value: value in get_args(f.type), f"be one of {', '.join(get_args(f.type))}", f.name)
         kind = "tiny" if self.model == "tiny" else "real"
         for name in ("lr", "epochs", "max_new_tokens", "max_length"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
         self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
                    "max_new_tokens", "eval_prompts", "eval_samples", "seeds")
+        self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
         self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every", "save_every", "warmup")
         if self.max_new_tokens > self.max_length // 4:
             raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
@@ -135,7 +143,7 @@ def load_rewards(config, task):
         return {"proxy": load_reward_model(config.reward, config)}
     if config.data == "reviews":
         from tasks import build
-        return {name: load_reward_model(build.models(config) / name, config) for name in ("proxy", "judge")}
+        return {name: load_reward_model(path, config) for name, path in build.reward_models(config).items()}
     pairs, start = task.pairs.get("train"), policy_path(config)
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
@@ -169,7 +177,7 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None):
         metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts}. gold, fluency if the task has
             them; proxy, judge; kl = nats per sequence against the initial policy, the k1 estimate on the policy's own
             samples; win_rate against `start` by gold, else proxy (a tie counts half); length in tokens with EOS;
-            eos_rate; distinct_2 = different word pairs over all word pairs.
+            and win_rate_<name> by the other rewards; eos_rate; distinct_2 = different word pairs over all word pairs.
         samples: {"prompts", "responses", and each reward's scores}, lists of eval_prompts * eval_samples.
     """
     n = config.eval_samples
@@ -189,9 +197,10 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None):
     for name in ("gold", *rewards):
         if name in values:
             samples[name] = values[name].tolist()
-            if start and "win_rate" not in values:
+            if start:
                 before = torch.tensor(start[name])
-                values["win_rate"] = (values[name] > before) + 0.5 * (values[name] == before)
+                wins = (values[name] > before) + 0.5 * (values[name] == before)
+                values["win_rate" if "win_rate" not in values else f"win_rate_{name}"] = wins
     metrics = {}
     for name, value in values.items():
         metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(value.view(-1, n))
@@ -213,7 +222,7 @@ class Run:
     policy: torch.nn.Module
     rewards: dict[str, RewardModel]
     trained: Optional[torch.nn.Module] = None                  # what the optimizer updates, if that is more than the policy
-    state: dict[str, float] = field(default_factory=dict)      # a method's own numbers that --resume must restore
+    state: dict = field(default_factory=dict)                  # a method's numbers, rows and tensors that --resume must restore
     optimizer: Optional[torch.optim.Optimizer] = None
     schedule: Optional[object] = None
     bar: Optional[tqdm] = None
@@ -237,6 +246,7 @@ def start(config):
     count_cut_prompts(tokenizer, task)
     run = Run(config, out, task, tokenizer, policy, rewards, began=began)
     check_policy(run)
+    torch.manual_seed(config.seed)                             # whatever was trained or loaded from the cache until here
     return run
 
 
@@ -317,30 +327,6 @@ def record(run, measure):
                                 "seconds_training": round(run.counts["seconds_training"], 2)})
 
 
-def check_policy(run):
-    """A policy that has become nan would crash the sampling: say so here, in one line."""
-    prompt = (run.task.prompts["train"] + run.task.prompts["test"])[0]
-    with torch.no_grad():
-        probe = sequence_logps(run.policy, encode(run.tokenizer, [prompt], [""]).to(run.policy.device))
-    check_finite(probe, run.step, [prompt], "the policy's log-prob")
-
-
-def rollout(run, prompts, greedy=False):
-    """The policy's own responses to the prompts as it is now: (Batch on the CPU, texts, did each end with EOS? [N])."""
-    config, began = run.config, time.time()
-    check_policy(run)
-    batch = generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy, config.max_new_tokens)
-    run.counts["seconds_generating"] += time.time() - began
-    run.counts["tokens_generated"] += int(batch.lengths.sum())
-    responses, ended = decode(run.tokenizer, batch), finished(run.tokenizer, batch)
-    empty = sum(not text.strip() for text in responses)
-    if (not ended.any() or empty == len(responses)) and not run.warned:
-        run.warned = True
-        warn(f"step {run.step + 1}: {int(ended.sum())} of {len(responses)} responses end with EOS, {empty} are empty (said "
-             f"once); --max_new_tokens is {config.max_new_tokens}")
-    return batch, responses, ended
-
-
 def log(run, step, metrics):
     """One line of metrics.jsonl, and the progress bar's; tensors become numbers."""
     metrics = {name: float(value) for name, value in metrics.items()}
@@ -365,7 +351,8 @@ def checkpoint_run(run):
 
 
 def restore(run):
-    state = torch.load(run.out / "state.pt", weights_only=True, map_location="cpu")
+    with torch.serialization.safe_globals([Pair, Ranking]):
+        state = torch.load(run.out / "state.pt", weights_only=True, map_location="cpu")
     for name in ("trained", "optimizer", "schedule"):
         getattr(run, name).load_state_dict(state[name])
     for name in PLAIN:

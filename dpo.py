@@ -29,7 +29,7 @@ Left out: IPO and the reference-free loss. The curriculum's schedule could not b
 """
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,23 +44,17 @@ class Config(common.Config):
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}   # tiny: tuned likewise; real: the official code's
     beta: float = option(0.1, "strength of the KL constraint: larger stays closer to the reference (paper: 0.1 to 0.5)")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (conservative DPO)")
-    loss: str = option("dpo", "'dpo', or 'sft' on the chosen answers alone: the paper's Preferred-FT baseline")
+    loss: Literal["dpo", "sft"] = option("dpo", "'dpo', or 'sft' on the chosen answers alone: the paper's Preferred-FT baseline")
     pairs: str = option("", "'A>B': answers of system A against those of B; default: the data's own pairs")
     hard_pairs: str = option("", "'A>C': a second kind of pairs, closer together, for a data curriculum")
-    curriculum: str = option("easy_to_hard", "order of --pairs and --hard_pairs: easy_to_hard, hard_to_easy or mixed")
+    curriculum: Literal["easy_to_hard", "hard_to_easy", "mixed"] = option("easy_to_hard", "order of --pairs and --hard_pairs")
     eval_pairs: int = option(512, "held-out pairs scored at each evaluation")
     max_grad_norm: float = option(10.0, "gradients are clipped to this norm (official code: 10)")
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.beta > 0:
-            raise UserError(f"--beta must be above 0, not {self.beta}: at 0 nothing holds the policy to its reference")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
-        if self.loss not in ("dpo", "sft"):
-            raise UserError(f"--loss must be dpo or sft, not {self.loss}")
-        if self.curriculum not in ("easy_to_hard", "hard_to_easy", "mixed"):
-            raise UserError(f"--curriculum must be easy_to_hard, hard_to_easy or mixed, not {self.curriculum}")
+        self.check(lambda value: value > 0, "be above 0 (at 0 nothing holds the policy to its reference)", "beta")
+        self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_smoothing")
         if self.hard_pairs and not self.pairs:
             raise UserError("--hard_pairs needs --pairs: the easy kind to start from")
 
@@ -128,21 +122,6 @@ def held_out_pairs(config, task):
     return pairs[:config.eval_pairs]
 
 
-def pair_batches(run, pairs):
-    """Token-budget batches of pairs: (rows [n], Batch [2n, T]), chosen and rejected answers by turns."""
-    return common.batches(run.tokenizer, [p.prompt for p in pairs], [[p.chosen, p.rejected] for p in pairs],
-                          run.config.token_budget, run.policy.device)
-
-
-@torch.no_grad()
-def pair_logps(run, pairs):
-    """log pi(y|x) of chosen and rejected answers under the policy as it is now: [N, 2] on its device."""
-    logps = torch.zeros(len(pairs), 2, device=run.policy.device)
-    for rows, batch in pair_batches(run, pairs):
-        logps[rows] = common.sequence_logps(run.policy, batch).view(-1, 2)
-    return logps
-
-
 def losses_and_metrics(config, logps, ref_logps):
     """Losses [n] of pairs from policy and reference log-probs [n, 2], and what to log of each pair, [n] per name."""
     losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.T, *ref_logps.T, config.beta, config.label_smoothing)
@@ -160,26 +139,21 @@ def train(run, plan, held_out):
     config = run.config
     pairs = list(dict.fromkeys(pair for step in plan for pair in step))
     # Before the first step the policy is the reference, so one pass gives all that is ever needed of it.
-    ref_logps = dict(zip(pairs, pair_logps(run, pairs)))
-    held_out_ref_logps = pair_logps(run, held_out)                                              # [N, 2]
+    ref_logps = dict(zip(pairs, common.response_logps(run, pairs)[0]))
+    held_out_ref_logps, _ = common.response_logps(run, held_out)                                # [N, 2]
 
     def measure():
-        _, metrics = losses_and_metrics(config, pair_logps(run, held_out), held_out_ref_logps)
-        return {f"eval/{name}": values.mean().item() for name, values in metrics.items()} if held_out else {}
+        if not held_out:
+            return {}
+        _, metrics = losses_and_metrics(config, common.response_logps(run, held_out)[0], held_out_ref_logps)
+        return {f"eval/{name}": values.mean().item() for name, values in metrics.items()}
+
+    def losses_of(pairs, batch):
+        logps = common.sequence_logps(run.policy, batch).view(-1, 2)                            # [n, 2]
+        return losses_and_metrics(config, logps, torch.stack([ref_logps[pair] for pair in pairs]))
 
     for step, pairs in common.steps(run, plan, measure):
-        seen = []
-        for rows, batch in pair_batches(run, pairs):
-            logps = common.sequence_logps(run.policy, batch).view(-1, 2)                        # [n, 2]
-            ref = torch.stack([ref_logps[pairs[i]] for i in rows])                              # [n, 2]
-            losses, metrics = losses_and_metrics(config, logps, ref)
-            common.check_finite(losses, step + 1, [pairs[i].prompt for i in rows])
-            (losses.sum() / len(pairs)).backward()                  # the mean over the step's pairs, in parts
-            run.counts["tokens_trained"] += int(batch.attention_mask.sum())
-            seen.append(metrics)
-        norm = common.optimizer_step(run.policy, run.optimizer, run.schedule, config)
-        means = {name: torch.cat([metrics[name] for metrics in seen]).mean() for name in seen[0]}
-        common.log(run, step, means | {"grad_norm": norm})
+        common.log(run, step, common.minimise(run, step, pairs, losses_of))
 
 
 def run(config):

@@ -89,15 +89,17 @@ def prompt_ids(tokenizer, prompts):
     return rows
 
 
-def encode(tokenizer, prompts, responses):
+def encode(tokenizer, prompts, responses, ended=None):
     """Tokenise prompts and responses [B] into a Batch; every response ends with one EOS unless the context cuts it.
 
-    A response that is cut (to tokenizer.model_max_length less its prompt, never less than a quarter) has no EOS.
+    A response that is cut (to tokenizer.model_max_length less its prompt, never less than a quarter) has no EOS; nor has
+    one that was sampled and cut off, where `ended` [B] says so.
     """
     eos, rows = tokenizer.eos_token_id, []
     answers = tokenizer(list(responses), add_special_tokens=False).input_ids
-    for prompt, answer in zip(prompt_ids(tokenizer, prompts), answers, strict=True):
-        if answer[-1:] != [eos]:
+    ended = [True] * len(answers) if ended is None else ended
+    for prompt, answer, whole in zip(prompt_ids(tokenizer, prompts), answers, ended, strict=True):
+        if (whole or not answer) and answer[-1:] != [eos]:
             answer = answer + [eos]
         rows.append((prompt, answer[:tokenizer.model_max_length - len(prompt)]))
     return pack(rows, tokenizer.pad_token_id)
@@ -126,28 +128,32 @@ def finished(tokenizer, batch):
     return batch.input_ids[torch.arange(len(batch)), batch.last] == tokenizer.eos_token_id
 
 
-def batches(tokenizer, prompts, responses, budget, device="cpu"):
+def batches(tokenizer, prompts, responses, budget, device="cpu", ended=None):
     """Yield (indices [n], Batch [n*k, T]) that fit a budget of padded tokens, items of like length together.
 
-    responses [N][k]: k texts for each of N prompts. The rows of one prompt stay together: `.view(n, k)` splits them.
+    responses [N][k]: k texts for each of N prompts; ended [N][k] as in encode. The rows of one prompt stay together:
+    `.view(n, k)` splits them. Where k differs between prompts, each batch holds prompts of one k.
     """
     if not prompts:
         return
-    k = len(responses[0])
     answers = iter(tokenizer([r for group in responses for r in group], add_special_tokens=False).input_ids)
     room = tokenizer.model_max_length
-    sizes = [(len(p), min(max(len(next(answers)) + 1 for _ in range(k)), room - len(p)))
-             for p in prompt_ids(tokenizer, prompts)]
+    sizes = [(len(texts), len(p), min(max(len(next(answers)) + 1 for _ in texts), room - len(p)))
+             for texts, p in zip(responses, prompt_ids(tokenizer, prompts))]
+    ended = ended or [()] * len(prompts)
     group, before, after = [], 0, 0                                  # columns the group needs for prompts, responses
-    for i in sorted(range(len(prompts)), key=lambda i: sum(sizes[i])) + [None]:
+    for i in sorted(range(len(prompts)), key=lambda i: (sizes[i][0], sum(sizes[i]))) + [None]:
         if i is not None:
-            before, after = max(before, sizes[i][0]), max(after, sizes[i][1])
-        if group and (i is None or (len(group) + 1) * k * (before + after) > budget):
-            batch = encode(tokenizer, [prompts[j] for j in group for _ in range(k)],
-                           [text for j in group for text in responses[j]])
+            k, *columns = sizes[i]
+            before, after = max(before, columns[0]), max(after, columns[1])
+        if group and (i is None or k != len(responses[group[0]]) or (len(group) + 1) * k * (before + after) > budget):
+            batch = encode(tokenizer, [prompts[j] for j in group for _ in responses[j]],
+                           [text for j in group for text in responses[j]],
+                           [whole for j in group for whole in ended[j] or [True] * len(responses[j])])
             yield group, batch.to(device)
-            group, (before, after) = [], sizes[i] if i is not None else (0, 0)
-        group.append(i)
+            group, (before, after) = [], columns
+        if i is not None:
+            group.append(i)
 
 
 # -------------------------------------------------------------------------------------------------- log-probabilities

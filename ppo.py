@@ -227,8 +227,7 @@ def train(run, plan, reward, reference, value_model):
 def run(config):
     """One training run; returns the metrics after it, and the trace of evaluations."""
     run = common.start(config)
-    prompts = run.task.prompts["train"]
-    plan = [[prompts[i] for i in rows] for rows in common.epochs(len(prompts), config)]
+    plan = common.plan_of(run.task.prompts["train"], config)
     value_model = common.load_value_model(config.value_model or common.policy_path(config), config, run.tokenizer)   # [9]
     train(run, plan, common.reward_to_maximise(run), common.load_reference(config), value_model)
     return common.finish(run)

@@ -162,8 +162,7 @@ def train(run, plan, reward, reference):
 def run(config):
     """One training run; returns the metrics after it, and the trace of evaluations."""
     run = common.start(config)
-    prompts = run.task.prompts["train"]
-    plan = [[prompts[i] for i in rows] for rows in common.epochs(len(prompts), config)]
+    plan = common.plan_of(run.task.prompts["train"], config)
     train(run, plan, common.reward_to_maximise(run), common.load_reference(config))
     return common.finish(run)
 

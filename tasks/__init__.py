@@ -2,6 +2,7 @@
 
 `tasks/reviews.py` makes one out of nothing, with a gold reward; `tasks/preferences.py` reads one from a file.
 """
+import random
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
@@ -11,17 +12,27 @@ class UserError(ValueError):
 
 
 class Pair(NamedTuple):
+    """`ended`: did chosen and rejected end by themselves? A sample that was cut off must not be taught to end there."""
     prompt: str
     chosen: str
     rejected: str
+    ended: tuple[bool, ...] = (True, True)
+
+    @property
+    def responses(self):
+        return [self.chosen, self.rejected]
 
 
 class Ranking(NamedTuple):
-    """Several responses to one prompt. Higher scores are better; `systems` names the writers where they are known."""
+    """Several responses to one prompt. Higher scores are better; `systems` names the writers where they are known.
+
+    `ended` says which responses end by themselves (see Pair); empty: all of them.
+    """
     prompt: str
     responses: list[str]
     scores: list[float]
     systems: list[str] = []
+    ended: list[bool] = []
 
 
 class Demonstration(NamedTuple):
@@ -32,9 +43,12 @@ class Demonstration(NamedTuple):
 
 @dataclass
 class Task:
-    """Every dict maps a split ("train", "test") to rows; no prompt stands in both splits.
+    """Every dict but `pool` maps a split ("train", "test") to rows; no prompt stands in both splits.
 
-    `gold(prompt, response, stopped) -> float`, `fluent(response) -> bool` and `attributes(prompt, response) ->
+    `pool` maps train prompts to samples of the initial policy, where they are at hand. pairs["off_policy"]: train pairs of a
+    writer that no policy learned from.
+
+    `annotate(prompt, a, b, rng)` says whether an annotator prefers a to b. `gold(prompt, response, stopped) -> float`, `fluent(response) -> bool` and `attributes(prompt, response) ->
     {name: level}` exist only where text can be judged exactly; elsewhere they are None.
     """
     name: str
@@ -42,6 +56,8 @@ class Task:
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     rankings: dict[str, list[Ranking]] = field(default_factory=dict)
     demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
+    pool: dict[str, list[str]] = field(default_factory=dict)
+    annotate: Callable[[str, str, str, random.Random], bool] | None = None
     gold: Callable[[str, str, bool], float] | None = None
     fluent: Callable[[str], bool] | None = None
     attributes: Callable[[str, str], dict[str, int]] | None = None

@@ -58,7 +58,7 @@ def home(config):
 @functools.cache
 def code_hash():
     """Of the code that makes the models: another grammar or recipe is built anew, into a directory of its own."""
-    makers = (reviews, tiny_tokenizer, tiny_model, stage, models, sample, annotated, common.fit, common.epochs,
+    makers = (reviews, tiny_tokenizer, tiny_model, stage, models, rate, sample, annotated, common.fit, common.epochs,
               common.optimizer_and_schedule, common.train_sft, common.reward_model_losses, common.train_reward_model)
     code = "".join(map(inspect.getsource, makers)) + repr((DEMONSTRATIONS, POOL, PAIRS, TEST))
     return hashlib.sha256(code.encode()).hexdigest()[:12]
@@ -96,18 +96,24 @@ def models(config):
     rows = json.loads((path / "samples.json").read_text())
 
     for name in ("proxy", "judge"):
-        if not (path / name).exists():
-            torch.manual_seed(config.seed)
-            tokenizer = common.load_tokenizer(path / "sft", config)
-            model = common.load(AutoModelForSequenceClassification, path / "sft", config, num_labels=1)
-            settings = stage(config, lr=3e-3, batch_size=32, epochs=4, schedule="cosine")
-            common.train_reward_model(model, tokenizer, annotated(rows["shown"], name, config.seed), settings)
-            scores = common.RewardModel(model, tokenizer)(*texts(rows["pool"]))
-            model.config.reward_scale = {"mean": scores.mean().item(), "std": scores.std().item()}
-            common.save_model(model, tokenizer, path / name)
+        rate(path / name, annotated(rows["shown"], name, config.seed), rows["pool"], config)
         print(f"  {name} {time.time() - began:.0f} s")
     common.write_json(path / "vitals.json", {**vitals(path, rows, config), "seconds": round(time.time() - began)})
     return path
+
+
+def rate(path, pairs, pool, config):
+    """Train a reward model from the SFT policy beside `path` and save it there; its scores of the pool have mean 0, deviation 1."""
+    if path.exists():
+        return
+    torch.manual_seed(config.seed)
+    tokenizer = common.load_tokenizer(path.parent / "sft", config)
+    model = common.load(AutoModelForSequenceClassification, path.parent / "sft", config, num_labels=1)
+    settings = stage(config, lr=3e-3, batch_size=32, epochs=4, schedule="cosine")
+    common.train_reward_model(model, tokenizer, pairs, settings)
+    scores = common.RewardModel(model, tokenizer)(*texts(pool))
+    model.config.reward_scale = {"mean": scores.mean().item(), "std": scores.std().item()}
+    common.save_model(model, tokenizer, path)
 
 
 def sample(policy, tokenizer, prompts, n, config):
@@ -150,12 +156,37 @@ def load_task(config):
         responses = [reviews.write(name, prompt, rng) for name in writers] + list(reviews.style_pair(prompt, rng))
         scores = [reviews.gold(prompt, response) for response in responses]
         rankings.append(Ranking(prompt, responses, scores, writers + ["chatty", "dry"]))
+
+    def annotate(prompt, a, b, rng):
+        return reviews.annotate(reviews.gold(prompt, a), reviews.gold(prompt, b), rng) != (rng.random() < config.label_noise)
+
+    rng, off_policy = random.Random(f"off policy {config.seed}"), []
+    for row in rows["pool"]:
+        for _ in range(PAIRS):
+            a, b = (reviews.write("off_policy", row["prompt"], rng) for _ in range(2))
+            off_policy.append(Pair(row["prompt"], *((a, b) if annotate(row["prompt"], a, b, rng) else (b, a))))
     return Task("reviews", prompts={"train": [row["prompt"] for row in rows["pool"]],
                                     "test": [row["prompt"] for row in rows["test"]]},
-                pairs={"train": annotated(rows["shown"], "proxy", config.seed),
-                       "test": annotated(rows["test"], "test", config.seed)},
-                rankings={"train": rankings, "test": []}, gold=reviews.gold, fluent=reviews.fluent,
-                attributes=reviews.attributes)
+                pairs={"train": with_noise(annotated(rows["shown"], "proxy", config.seed), config),
+                       "test": annotated(rows["test"], "test", config.seed), "off_policy": off_policy},
+                rankings={"train": rankings, "test": []}, pool={row["prompt"]: row["responses"] for row in rows["pool"]},
+                annotate=annotate, gold=reviews.gold, fluent=reviews.fluent, attributes=reviews.attributes)
+
+
+def with_noise(pairs, config):
+    """The pairs with a share of their labels turned round: --label_noise on top of what annotators get wrong anyway."""
+    rng = random.Random(f"label noise {config.seed}")
+    return [Pair(p.prompt, p.rejected, p.chosen) if rng.random() < config.label_noise else p for p in pairs]
+
+
+def reward_models(config):
+    """{"proxy", "judge": directory}. With label noise the proxy is trained on the noisy pairs, and kept in the cache too."""
+    path = models(config)
+    if not config.label_noise:
+        return {"proxy": path / "proxy", "judge": path / "judge"}
+    rows, noisy = json.loads((path / "samples.json").read_text()), path / f"proxy-{config.label_noise:g}"
+    rate(noisy, with_noise(annotated(rows["shown"], "proxy", config.seed), config), rows["pool"], stage(config))
+    return {"proxy": noisy, "judge": path / "judge"}
 
 
 def score_pool(path, rows, config, name="proxy"):

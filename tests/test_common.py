@@ -462,20 +462,21 @@ def test_AJ_reference_shares_storage_or_can_be_trained(toy):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """common's time, which passes only where a test says so: clock.now += seconds."""
+    """The time, which passes only where a test says so: clock.now += seconds."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: clock.now))
+    for module in (common, stages):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock.now))
     return clock
 
 
 def slow(monkeypatch, clock, name, seconds):
-    plain = getattr(common, name)
+    plain = getattr(stages, name)
 
     def slowly(*args, **kwargs):
         clock.now += seconds
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(common, name, slowly)
+    monkeypatch.setattr(stages, name, slowly)
 
 
 def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
@@ -526,7 +527,7 @@ def test_policy_that_never_stops_or_says_nothing_goes_unnoticed(toy, tmp_path, m
         run = started(toy, tmp_path / name)
         capsys.readouterr()
         for run.step, texts in enumerate(answers):
-            monkeypatch.setattr(common, "generate", lambda *_, **__: cut_off(run.tokenizer, texts))
+            monkeypatch.setattr(stages, "generate", lambda *_, **__: cut_off(run.tokenizer, texts))
             _, got, ended = common.rollout(run, ["a"] * 3)
             assert got == [text.rstrip("-") for text in texts]
             assert ended.tolist() == [not text.endswith("-") for text in texts]

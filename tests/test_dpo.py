@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import dpo
+import stages
 from dpo import curriculum, dpo_loss, pairs_between
 from tasks import Pair, Ranking, Task, UserError
 
@@ -345,11 +346,11 @@ def test_AJ_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
     run, _ = trained(toy, tmp_path / "run", pairs=PAIRS[:1], held_out=PAIRS[:1], epochs=4.0, batch_size=1)
     reference = common.load_reference(run.config)
     expected = [common.sequence_logps(reference, common.encode(run.tokenizer, [PAIRS[0].prompt], [text])).item()
-                for text in PAIRS[0][1:]]
+                for text in PAIRS[0].responses]
     assert len(seen["ref"]) == 6                            # four steps, two evaluations
     for ref in seen["ref"]:
         close(ref.double(), [expected], 1e-5)
-    assert not torch.allclose(dpo.pair_logps(run, PAIRS[:1]).double(), tensor([expected]), atol=0.1)
+    assert not torch.allclose(common.response_logps(run, PAIRS[:1])[0].double(), tensor([expected]), atol=0.1)
 
 
 def test_AG_training_prefers_the_rejected_answer(toy, tmp_path):
@@ -364,15 +365,15 @@ def test_AG_training_prefers_the_rejected_answer(toy, tmp_path):
 
 
 def test_O_batches_are_not_split_or_the_ragged_last_one_is_lost(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "optimizer_step", sgd)
-    sizes, plain = [], dpo.pair_batches
+    monkeypatch.setattr(stages, "optimizer_step", sgd)
+    sizes, plain = [], stages.row_batches
 
     def spy(run, pairs):
         for rows, batch in plain(run, pairs):
             sizes.append(len(rows))
             yield rows, batch
 
-    monkeypatch.setattr(dpo, "pair_batches", spy)
+    monkeypatch.setattr(stages, "row_batches", spy)
     parts = {}
     for budget in (30, 100000):
         sizes.clear()
@@ -384,7 +385,7 @@ def test_O_batches_are_not_split_or_the_ragged_last_one_is_lost(toy, tmp_path, m
 
 
 def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "optimizer_step", sgd)
+    monkeypatch.setattr(stages, "optimizer_step", sgd)
     runs = [trained(toy, tmp_path / str(budget), token_budget=budget)[0] for budget in (30, 100000)]
     config = runs[0].config
     policy, reference = common.load_policy(config), common.load_reference(config)
