@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import Pair, option
+from common import Ranking, option
 
 
 @dataclass
@@ -119,7 +119,7 @@ def ranked_pairs(indices, rewards, tournament=False):
 
 
 def collect_pairs(run):
-    """The preference pairs of --source: list of Pair."""
+    """The preference pairs of --source: rows of two responses, the winner first."""
     config, rng, pairs, short = run.config, random.Random(f"pairs {run.config.seed}"), [], 0
     if config.source == "direct":
         return direct_pairs(run.task, config.num_samples // 2)
@@ -134,7 +134,8 @@ def collect_pairs(run):
         else:
             kept = order[:n]
         for w, l in ranked_pairs(kept, row.scores, config.pairs == "tournament"):
-            pairs.append(Pair(row.prompt, row.responses[w], row.responses[l], (row.ended[w], row.ended[l])))
+            pairs.append(Ranking(row.prompt, (row.responses[w], row.responses[l]), (row.scores[w], row.scores[l]),
+                                 ended=(row.ended[w], row.ended[l])))
     if short:
         common.warn(f"{short} of {len(rankings)} prompts have fewer than --num_samples {config.num_samples} different candidates: "
                     "all of them are kept")

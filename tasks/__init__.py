@@ -4,7 +4,7 @@
 """
 import random
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 
 class UserError(ValueError):
@@ -12,27 +12,29 @@ class UserError(ValueError):
 
 
 class Pair(NamedTuple):
-    """`ended`: did chosen and rejected end by themselves? A sample that was cut off must not be taught to end there."""
     prompt: str
     chosen: str
     rejected: str
-    ended: tuple[bool, ...] = (True, True)
 
     @property
     def responses(self):
         return [self.chosen, self.rejected]
 
+    @property
+    def ended(self):
+        return ()                                                    # as in Ranking: both
+
 
 class Ranking(NamedTuple):
     """Several responses to one prompt. Higher scores are better; `systems` names the writers where they are known.
 
-    `ended` says which responses end by themselves (see Pair); empty: all of them.
+    `ended` says which responses end by themselves, empty: all. A sample that was cut off must not be taught to end there.
     """
     prompt: str
-    responses: list[str]
-    scores: list[float]
-    systems: list[str] = []
-    ended: list[bool] = []
+    responses: Sequence[str]
+    scores: Sequence[float]
+    systems: Sequence[str] = ()
+    ended: Sequence[bool] = ()
 
 
 class Demonstration(NamedTuple):

@@ -1,5 +1,6 @@
-"""Fixtures that several test files share."""
+"""Fixtures and helpers that several test files share; the helpers are imported from here."""
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,63 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+def cases(name):
+    """Inputs and expected values of independent implementations; skips where they are not at hand."""
+    path = SHARED / "fixtures" / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"needs shared/fixtures/{name}.json")
+    found = json.loads(path.read_text())
+    assert found
+    return found
+
+
+def sgd(model, optimizer, schedule, config):
+    """Stands in for stages.optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+    return 0.0
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A directory with a random Llama over eight letters, EOS = PAD = 0."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    path = tmp_path_factory.mktemp("toy")
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", model_max_length=64).save_pretrained(path)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                 max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
+                                 bos_token_id=None)).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import dpo
 import stages
+from conftest import cases, close, parameters, sgd, tensor
 from dpo import curriculum, dpo_loss, pairs_between
 from tasks import Pair, Ranking, Task, UserError
 
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
 # From eric-mitchell/direct-preference-optimization (f8b8c0f): dpo-03, the first row of dpo-06, and dpo-05.
 LITERALS = [
@@ -27,17 +25,9 @@ LITERALS = [
 ]
 
 
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def random_logps(n=3, seed=0):
     """Four log-prob vectors [n]: policy and reference, chosen and rejected by turns, as dpo_loss takes them."""
     return list(-30 * torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 5)
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loss
@@ -51,12 +41,9 @@ def test_loss_or_rewards_differ_from_the_official_code(case):
 
 
 def test_loss_rewards_or_gradients_differ_from_a_fixture():
-    if not (FIXTURES / "dpo.json").exists():
-        pytest.skip("needs shared/fixtures/dpo.json")
-    cases = [c for c in json.loads((FIXTURES / "dpo.json").read_text())
-             if c["inputs"]["loss_type"] == "sigmoid" and not c["inputs"]["reference_free"]]
-    assert cases
-    for case in cases:
+    sigmoid = [c for c in cases("dpo") if c["inputs"]["loss_type"] == "sigmoid" and not c["inputs"]["reference_free"]]
+    assert sigmoid
+    for case in sigmoid:
         given, expected = case["inputs"], case["expected"]
         logps = [tensor(given[f"{who}_{which}_logps"]).requires_grad_(who == "policy")
                  for who in ("policy", "reference") for which in ("chosen", "rejected")]
@@ -282,21 +269,6 @@ def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A directory with a random Llama over eight letters, EOS = PAD = 0."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    path = tmp_path_factory.mktemp("toy")
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", model_max_length=64).save_pretrained(path)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                 max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
-                                 bos_token_id=None)).save_pretrained(path)
-    return path
-
-
 PAIRS = [Pair("ab", "cd", "efgha"), Pair("h", "a", "b"), Pair("cdefg", "abcabc", "h"), Pair("gg", "hh", "aaaaaaa"),
          Pair("b", "cccc", "dd"), Pair("ef", "gh", "hg"), Pair("abc", "d", "ee")]
 
@@ -312,19 +284,6 @@ def trained(toy, out, pairs=PAIRS, held_out=(Pair("d", "abc", "cba"), Pair("ee",
     dpo.train(run, dpo.training_plan(config, data), list(held_out))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return run, [row for row in rows if "loss" in row]
-
-
-def sgd(policy, optimizer, schedule, config):
-    """Stands in for optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter -= 0.01 * parameter.grad
-            parameter.grad = None
-    return 0.0
-
-
-def parameters(run):
-    return torch.cat([p.detach().flatten() for p in run.policy.parameters()])
 
 
 def test_AJ_first_loss_is_not_ln_2_or_stays_there(toy, tmp_path):
@@ -401,16 +360,16 @@ def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, monkeypatch)
     start = torch.cat([p.detach().flatten() for p in reference.parameters()])
     assert (expected - start).abs().max() > 1e-3
     for run in runs:
-        assert (parameters(run) - expected).abs().max() < 1e-6
+        assert (parameters(run.policy) - expected).abs().max() < 1e-6
 
 
 def test_sft_learns_from_the_rejected_answer(toy, tmp_path):
     others = [pair._replace(rejected="bdfh") for pair in PAIRS]
     (a, rows), (b, _) = (trained(toy, tmp_path / str(i), pairs=pairs, loss="sft") for i, pairs in enumerate((PAIRS, others)))
-    assert (parameters(a) - parameters(b)).abs().max() < 1e-6
+    assert (parameters(a.policy) - parameters(b.policy)).abs().max() < 1e-6
     assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"], abs=1e-4)
     c, _ = trained(toy, tmp_path / "c", pairs=[pair._replace(chosen="bdfh") for pair in PAIRS], loss="sft")
-    assert (parameters(a) - parameters(c)).abs().max() > 1e-3
+    assert (parameters(a.policy) - parameters(c.policy)).abs().max() > 1e-3
 
 
 def test_run_without_held_out_pairs_crashes(toy, tmp_path):

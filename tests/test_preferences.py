@@ -353,7 +353,7 @@ def test_split_moves_with_nothing_but_the_prompt(tmp_path):
     swapped = load_rows(tmp_path, *[pair(i, f"bad {i}", f"good {i}") for i in range(300)])
     assert swapped.prompts == task.prompts
     # AG: the labels swap with the fields, and the order of the fields in the file means nothing.
-    assert swapped.pairs == {split: [Pair(p, r, c) for p, c, r, _ in pairs] for split, pairs in task.pairs.items()}
+    assert swapped.pairs == {split: [Pair(p, r, c) for p, c, r in pairs] for split, pairs in task.pairs.items()}
     assert load_rows(tmp_path, *[dict(reversed(row.items())) for row in rows]) == task
     backwards = load_rows(tmp_path, *rows[::-1])
     assert backwards.prompts == {split: prompts[::-1] for split, prompts in task.prompts.items()}
@@ -444,7 +444,7 @@ def test_real_hh(capsys):
     task = load(path, skip_bad_rows=True)
     assert capsys.readouterr().err == "left out 7 of 1733 rows: 4 no shared prompt, 3 empty response\n"
     assert task.name == "hh_harmless" and len(rows_of(task.pairs)) == 1726
-    for prompt, chosen, rejected, _ in rows_of(task.pairs):
+    for prompt, chosen, rejected in rows_of(task.pairs):
         assert prompt.startswith("\n\nHuman:") and prompt.endswith("\n\nAssistant:")
         assert "\n\nAssistant:" not in chosen + rejected
 
@@ -459,4 +459,4 @@ def test_real_rankings():
     clear = [pair for pair in rows_of(task.pairs) if pair.prompt in scores]
     assert len(clear) > 4000
     assert all(scores[prompt][chosen] > scores[prompt][rejected] for prompt, chosen, rejected in clear)
-    assert all(chosen != rejected for _, chosen, rejected, _ in rows_of(task.pairs))
+    assert all(chosen != rejected for _, chosen, rejected in rows_of(task.pairs))
