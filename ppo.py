@@ -157,7 +157,7 @@ def collect(run, prompts, reward, reference, value_model):
 
     batch, responses, ended = common.rollout(run, prompts)                                     # [4] until EOS
     mask = batch.response_mask[:, 1:].to(device)                                               # [2]
-    scores = reward(prompts, responses)                                                        # [1] [6]
+    scores = reward(prompts, responses).float()                                                # [1] [6]
     common.check_finite(scores, run.step + 1, prompts, "the reward")
 
     logps = of_all(lambda part: common.token_logps(policy, part, config.temperature))          # [8]

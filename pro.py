@@ -164,7 +164,7 @@ EXPERIMENTS = {
         question="Is the list worth more than its pairs, or than its best, on the same samples with the same scores?",
         arms={"PRO": {}, "RRHF": {"method": "rrhf", "sources": "D", "candidates": 5},
               "DPO": {"method": "rso", "source": "sft", "candidates": 5, "num_samples": 5, "pairs": "tournament"},
-              "SFT on the best": {"method": "raft", "rounds": 1, "candidates": 5, "prompts": 0}},
+              "SFT on the best": {"method": "rrhf", "sources": "D", "candidates": 5, "rank_weight": 0.0}},
         columns=COLUMNS,
         claims=[
             dict(claim="PRO beats SFT on the best", source="Table 1", paper="68.0 over 63.8 (HH and ChatGPT)",

@@ -133,7 +133,7 @@ def train(run, plan, reward, reference):
     for step, prompts in common.steps(run, plan, lambda: measured_variance(run, reward)):
         batch, responses, ended = common.rollout(run, prompts)
         _, greedy_responses, _ = common.rollout(run, prompts, greedy=True)                         # by the same weights
-        scores, greedy_scores = reward(prompts, responses), reward(prompts, greedy_responses)     # [B]
+        scores, greedy_scores = reward(prompts, responses).float(), reward(prompts, greedy_responses).float()     # [B]
         common.check_finite(scores, step + 1, prompts, "the reward")
         common.check_finite(greedy_scores, step + 1, prompts, "the greedy response's reward")
         baselines = greedy_scores
