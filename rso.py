@@ -181,6 +181,7 @@ def run(config):
 
 LOSSES = {"sigmoid-norm": "sigmoid_norm", "hinge": "hinge", "hinge-norm": "hinge_norm"}
 SOURCES = ["direct", "sft", "rso"]
+ONE_ROUND = {"method": "raft", "rounds": 1, "candidates": 16, "prompts": 0, "lr": 1e-3, "epochs": 3}      # tuned likewise
 NOISE = 0.25                                      # on top of the annotators' own errors
 
 
@@ -199,8 +200,7 @@ EXPERIMENTS = {
     "losses and sources": dict(
         question="Does the source of the pairs matter more than the loss, and is the estimated optimal policy the best source?",
         arms={f"{name}, {source}": {"loss": loss, "source": source} for name, loss in LOSSES.items() for source in SOURCES} | {
-            "RAFT": {"method": "raft", "rounds": 1, "candidates": 16, "prompts": 0},
-            "ReST": {"method": "raft", "rounds": 1, "candidates": 16, "prompts": 0, "ranking": "global", "share": 0.25}},
+            "RAFT": ONE_ROUND, "ReST": ONE_ROUND | {"ranking": "global", "share": 0.25}},
         columns={"eval/win_rate_proxy": "win rate, proxy", "eval/win_rate_judge": "win rate, judge", "eval/win_rate": "win rate, gold",
                  "eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency", "eval/length": "length"},
         claims=[
