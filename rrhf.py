@@ -40,7 +40,7 @@ class Config(common.Config):
     epochs: Optional[float] = option(None, "passes over the prompts, in every round; the default depends on the model")
     sources: Literal["P", "D", "DP"] = option("DP", "candidates: P the data's own answers, D samples of the policy, DP both")
     candidates: int = option(4, "samples of the policy for each prompt (paper: 4, beside 2 of the data's)")
-    systems: str = option("off_policy,weak", "'A,B': whose answers are the data's own, where the data names its writers")
+    systems: Optional[str] = option(None, "'A,B': the writers whose answers count in P (default: off_policy,weak; of a file all)")
     rounds: int = option(1, "sample the candidates anew from the trained policy so many times less one (paper: IP-2, IP-3)")
     rank_weight: float = option(1.0, "weight of the ranking loss (paper: 1; 10 and 100 were worse)")
     sft_weight: float = option(1.0, "weight of the SFT loss on the best candidate (paper: 1)")
@@ -51,6 +51,8 @@ class Config(common.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.systems is None:
+            self.systems = "off_policy,weak" if self.data == "reviews" else ""
         self.check(lambda value: value >= 0, "not be negative", "rank_weight", "sft_weight", "length_penalty")
         self.check(lambda value: value > 0, "be above 0", "rounds", "candidates", "eval_pairs")
         self.check(lambda value: self.sources != "D" or value > 1, "be at least 2 with --sources D: one has no rank", "candidates")

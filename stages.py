@@ -261,8 +261,9 @@ def given_answers(task, sources, systems=""):
             given.append(Ranking(row.prompt, [row.responses[i] for i in keep], [row.scores[i] for i in keep],
                                  ended=[True] * len(keep)))
     if "P" in sources and not given:
-        raise UserError(f"the data has no answers of its own{' by ' + systems if systems else ''} to rank: --sources D samples "
-                        "them from the policy")
+        names = ", ".join(sorted({name for row in task.rankings.get("train", []) for name in row.systems})) or "no writers"
+        raise UserError(f"the data has no answers of its own{' by ' + systems if systems else ''} to rank (it names {names}): "
+                        "--sources D samples them from the policy")
     return given
 
 
