@@ -116,7 +116,8 @@ def train(run, reward):
 def best_of_n_learner(run, reward):
     """Proxy reward of the training candidates, their mean and the mean of each prompt's best, and how far the policy's own
     (on test prompts) lies from the latter. {} before there are candidates, or where something else scored them."""
-    if "rankings" not in run.state or "after" not in run.samples or reward is not run.rewards.get("proxy"):
+    by_proxy = reward and reward is run.rewards.get("proxy")
+    if not by_proxy or "rankings" not in run.state or "after" not in run.samples:
         return {}
     scores = [row.scores for row in run.state["rankings"]]
     mean, best = (sum(map(f, scores)) / len(scores) for f in (lambda row: sum(row) / len(row), max))
