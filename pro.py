@@ -23,7 +23,8 @@ Compared with rrhf.py: the same score and the same candidates; a softmax over th
 the size of the reward gaps counts, not only their signs. The gaps are in units of the reward's standard deviation.
 Official code (AlibabaResearch/DAMO-ConvAI, PRO) differs: it adds 1e-10 inside the logarithm and takes no log-sum-exp, so it can
 overflow; it appends no EOS, and scores one padding token after all but the longest response; its default SFT weight is 2, its
-script's 0.05. The temperature multiplies scores that are negative: a loser with a small gap is drawn towards 0, so *up*.
+script's 0.05. In either, the gaps multiply scores that are negative: a small gap brings a loser's logit near 0, above the winner's,
+so that near-ties weigh most in the softmax.
 Left out: bootstrapping (a fresh sample that joins the ranking), which lost more than it gained in the paper.
 """
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ EXPERIMENTS = {
                 dict(kind="bars", y=["eval/fluency"], title="fluency")],
     ),
     "against others": dict(
-        question="Is the list worth more than its pairs, or than its best, on the same samples with the same scores?",
+        question="On the same samples, is the list worth more than its pairs or its best?",
         arms={"PRO": {}, "RRHF": {"method": "rrhf", "sources": "D", "candidates": 5},
               "DPO": {"method": "rso", "source": "sft", "candidates": 5, "num_samples": 5, "pairs": "tournament"},
               "SFT on the best": {"method": "rrhf", "sources": "D", "candidates": 5, "rank_weight": 0.0}},
