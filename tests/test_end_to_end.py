@@ -3,8 +3,10 @@
 Processes cost seconds each, so most bad input goes to the same entry point, common.main, inside this one. The tests of the
 embedded task come last: they build its models where the cache lacks them.
 """
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +28,12 @@ import common
 import compare
 import dpo
 import ppo
+import pro
+import raft
 import remax
+import rrhf
+import rso
+import stages
 from tasks import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +41,12 @@ LN2 = 0.6931
 LETTERS = string.ascii_letters + string.digits + " .,:<>\n"
 SMALL = ["--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 2, "--eval_samples", 1, "--epochs", 0.5,
          "--batch_size", 8, "--lr", 1e-3]
+METHODS = {f"{method.__name__}.py": method for method in (dpo, ppo, remax, rrhf, pro, rso, raft)}
 on_policy = pytest.mark.parametrize("script", ["ppo.py", "remax.py"])
+# What learns from scored candidates, with so few of them that SMALL takes three steps on the 36 train prompts of pairs.jsonl.
+FEW = {"rrhf.py": ["--candidates", 2], "pro.py": ["--candidates", 3], "rso.py": ["--candidates", 4, "--num_samples", 2],
+       "raft.py": ["--candidates", 2, "--rounds", 1]}
+on_candidates = pytest.mark.parametrize("script", FEW)
 
 
 def command(*arguments, cwd=ROOT, **environment):
@@ -101,6 +114,15 @@ def check_samples_from_reference(out, steps):
     return rows[1:-1]
 
 
+def check_trains(out, steps=3):
+    """The policy starts as the initial one, and all is finite. Returns the steps' rows."""
+    rows = lines_of(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, *range(1, steps + 1), steps]
+    assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["eval/kl"] != 0
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    return rows[1:-1]
+
+
 def check_generates(out):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     prompt = tokenizer("say", return_tensors="pt").input_ids
@@ -124,28 +146,42 @@ def here(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
 
     def run(*arguments, script="dpo.py"):
-        method = {"dpo.py": dpo, "ppo.py": ppo, "remax.py": remax}[script]
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
-        try:
-            common.main(method.Config, method.run, method.EXPERIMENTS)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, capsys.readouterr()
+        return main(monkeypatch, script, *arguments), capsys.readouterr()
     return run
+
+
+def main(monkeypatch, script, *arguments):
+    """Exit status of a command line that is run in this process."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    try:
+        common.main(METHODS[script].Config, METHODS[script].run, METHODS[script].EXPERIMENTS)
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
 
-@pytest.fixture(scope="module", params=["dpo.py", "ppo.py", "remax.py"])
+@pytest.fixture(scope="module", params=METHODS)
 def first_run(request, toy, pairs, tmp_path_factory):
-    """One run as a process, with a reward model trained from the pairs: (process, its --out, its whole command)."""
-    folder = tmp_path_factory.mktemp("first")
-    arguments = [request.param, "--model", toy, "--data", pairs, "--out", folder / "out", *SMALL]
-    return command(*arguments, ALIGNMENT_CACHE=str(folder / "cache")), folder / "out", arguments
+    """One run as a process, with a reward model trained from the pairs: (process, its --out, its whole command).
+
+    Of the methods in FEW it is run in this process, to save seconds; the embedded task below runs them as processes.
+    """
+    folder, few = tmp_path_factory.mktemp("first"), FEW.get(request.param)
+    arguments = [request.param, "--model", toy, "--data", pairs, "--out", folder / "out", *SMALL, *(few or [])]
+    if not few:
+        return command(*arguments, ALIGNMENT_CACHE=str(folder / "cache")), folder / "out", arguments
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(common, "CACHE", folder / "cache")
+        status = main(patch, *arguments)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue()), folder / "out", arguments
 
 
+first_run_as_process = pytest.mark.parametrize("first_run", ["dpo.py", "ppo.py", "remax.py"], indirect=True)
+first_run_on_candidates = pytest.mark.parametrize("first_run", FEW, indirect=True)
 first_dpo_run = pytest.mark.parametrize("first_run", ["dpo.py"], indirect=True)
 first_on_policy_run = pytest.mark.parametrize("first_run", ["ppo.py", "remax.py"], indirect=True)
 
@@ -157,7 +193,8 @@ def test_run_writes_every_file(first_run):
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "args.json",
                      "metrics.jsonl", "samples.txt"}
     assert not [name for name in names if name.endswith(".part")]
-    own, default = ("beta", 0.1) if arguments[0] == "dpo.py" else ("kl_coef", 0.05)
+    own, default = {"dpo.py": ("beta", 0.1), "ppo.py": ("kl_coef", 0.05), "remax.py": ("kl_coef", 0.05), "rrhf.py": ("sources", "DP"),
+                    "pro.py": ("sft_weight", 0.05), "rso.py": ("beta", 0.5), "raft.py": ("ranking", "local")}[arguments[0]]
     assert json.loads((out / "args.json").read_text())[own] == default
     assert [row["step"] for row in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 3]
     assert len(re.findall("^  after: ", (out / "samples.txt").read_text(), re.M)) == 2
@@ -179,6 +216,30 @@ def test_first_samples_are_not_the_references_or_a_metric_is_nan(first_run):
     assert len({row["objective/scores"] for row in rows}) == 3, "each step scores samples of its own"
 
 
+@first_run_on_candidates
+def test_step_on_candidates_lacks_a_metric_or_the_sft_policy_is_not_the_start(first_run):
+    """The toy policy is nearly uniform: a token costs ln V nats, and the samples have nearly all of the 8 tokens."""
+    process, out, arguments = first_run
+    script, rows = arguments[0], check_trains(out)
+    names = {"rrhf.py": {"loss/rank", "loss/sft", "rewards/best"}, "pro.py": {"loss/rank", "loss/sft", "scores/best", "scores/worst"},
+             "rso.py": {"rewards/margins", "rewards/accuracies", "logps/chosen"}, "raft.py": {"round/mean", "round/best"}}[script]
+    assert all(row.keys() >= names | {"loss", "grad_norm"} and row["grad_norm"] > 0 for row in rows)
+    first, token = rows[0], math.log(len(characters()))
+    if script in ("rrhf.py", "pro.py"):                                  # Eq. 5 of both: 1, and 0.05 (3-1)^2
+        assert first["loss"] == pytest.approx(first["loss/rank"] + (1 if script == "rrhf.py" else 0.2) * first["loss/sft"], rel=1e-4)
+    if script == "pro.py":
+        assert -first["scores/best"] == pytest.approx(token, rel=0.05) and -first["scores/worst"] == pytest.approx(token, rel=0.05)
+    elif script == "rso.py":
+        assert first["loss"] == pytest.approx(LN2, abs=1e-4) and first["rewards/accuracies"] == 0.5
+        assert rows[-1]["rewards/margins"] != 0
+    elif script == "raft.py":
+        assert 6 * token < first["loss"] < 8.5 * token and first["round/best"] > first["round/mean"]
+    if script in ("rrhf.py", "pro.py"):
+        evaluated = [row for row in lines_of(out / "metrics.jsonl") if "eval/kl" in row]
+        assert [0 <= row["eval/score_accuracy"] <= 1 for row in evaluated] == [True, True]
+        assert evaluated[0]["eval/nll"] == pytest.approx(token, rel=0.05)
+
+
 def test_saved_policy_loads_generates_and_was_trained(first_run, toy):
     _, out, _ = first_run
     after, before = check_generates(out).state_dict(), AutoModelForCausalLM.from_pretrained(toy).state_dict()
@@ -198,10 +259,13 @@ def test_screen_shows_table_and_samples(first_run):
         assert rows["loss"][0] == "0.693" and rows["loss"][1] != "0.693"
     else:
         assert re.search(r"^\d+ tokens/s generated, \d+% of the training time$", process.stdout, re.M)
+    if arguments[0] in ("rrhf.py", "raft.py"):
+        assert len(rows["to_best"]) == 1, "the policy beside its candidates, after training only"
     assert rows["kl"][0] == "0.000"
     assert "  before: " in process.stdout and "  after:  " in process.stdout
 
 
+@first_run_as_process
 def test_second_run_into_the_same_out_is_refused_and_loses_nothing(first_run):
     _, out, arguments = first_run
     before = fingerprints(out)
@@ -210,12 +274,15 @@ def test_second_run_into_the_same_out_is_refused_and_loses_nothing(first_run):
     assert fingerprints(out) == before
 
 
-@on_policy
-def test_resumed_run_differs_from_a_straight_one(here, toy, pairs, tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("script, steps, flags", [
+    ("ppo.py", 5, ["--kl_target", 0.001, "--kl_horizon", 20]),           # so that the KL coefficient is worth keeping
+    ("remax.py", 5, []), ("pro.py", 5, FEW["pro.py"]), ("rso.py", 5, FEW["rso.py"]),
+    ("rrhf.py", 6, [*FEW["rrhf.py"], "--rounds", 2, "--epochs", 0.5]),   # cut in the first round, which has three steps
+    ("raft.py", 6, [*FEW["raft.py"], "--rounds", 2, "--epochs", 0.5, "--pool", "all", "--restart", True, "--kl_coef", 0.1])],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_resumed_run_differs_from_a_straight_one(here, toy, pairs, tmp_path, monkeypatch, script, steps, flags):
     """Each with a cache of its own: the run that is cut trains its reward model, and finds it there when it goes on."""
-    base = ["--model", toy, "--data", pairs, *SMALL, "--epochs", 1, "--save_every", 2, "--eval_every", 1]
-    if script == "ppo.py":
-        base += ["--kl_target", 0.001, "--kl_horizon", 20]               # so that the KL coefficient is worth keeping
+    base = ["--model", toy, "--data", pairs, *SMALL, "--epochs", 1, "--save_every", 2, "--eval_every", 1, *flags]
     log = common.log
 
     def kill(run, step, metrics):
@@ -233,17 +300,21 @@ def test_resumed_run_differs_from_a_straight_one(here, toy, pairs, tmp_path, mon
     status, screen = here(*base, "--out", tmp_path / "cut", "--resume", script=script)
     assert status == 0, screen.err
     straight, resumed = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("straight", "cut"))
-    assert resumed == straight and straight[-1]["step"] == 5
-    assert script == "remax.py" or len({row["objective/kl_coef"] for row in straight if "objective/kl" in row}) == 5
+    assert resumed == straight and straight[-1]["step"] == steps
+    assert script != "ppo.py" or len({row["objective/kl_coef"] for row in straight if "objective/kl" in row}) == 5
+    assert script != "raft.py" or len({row["round/mean"] for row in straight if "round/mean" in row}) == 2
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("straight", "cut")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("script, flags", [("ppo.py", ["--minibatch_size", 2]), ("remax.py", []),
-                                           ("ppo.py", ["--batch_size", 64, "--minibatch_size", 16])],
-                         ids=["ppo", "remax", "ppo, batch larger than the data"])
+                                           ("ppo.py", ["--batch_size", 64, "--minibatch_size", 16]),
+                                           ("rrhf.py", [*FEW["rrhf.py"], "--rounds", 2]),
+                                           ("raft.py", [*FEW["raft.py"], "--rounds", 2, "--schedule", "linear"]),
+                                           ("rso.py", [*FEW["rso.py"], "--schedule", "cosine"])],
+                         ids=["ppo", "remax", "ppo, batch larger than the data", "rrhf", "raft", "rso"])
 def test_learning_rate_does_not_fall_to_0(here, toy, pairs, tmp_path, monkeypatch, script, flags):
-    """36 prompts: for PPO the last batch has fewer minibatches than a full one."""
+    """36 prompts: for PPO the last batch has fewer minibatches than a full one; of rounds, only the last ends at 0."""
     runs, plain = [], common.finish
     monkeypatch.setattr(common, "finish", lambda run: runs.append(run) or plain(run))
     status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, "--epochs", 1, *flags,
@@ -267,6 +338,12 @@ def chat_rows():
              "rejected": [{"role": "assistant", "content": f"no {i}"}]} for i in range(20)]
 
 
+def chat_toy(folder):
+    tokenizer = characters()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
+    return save_toy(folder, tokenizer)
+
+
 @pytest.mark.parametrize("rows, name, flags, prompt", [
     (hh_rows(), "hh.jsonl", [], r"\n\nHuman: hi \d+\n\nAssistant:\n"),
     (ranked_rows(), "ranked.jsonl", ["--pairs", "strong>weak"], r"say \d+:\n"),
@@ -275,14 +352,47 @@ def chat_rows():
     (pair_rows(20), "zipped.jsonl.gz", [], r"say it \d+:\n"),
 ], ids=["HH", "systems", "curriculum", "chat", "gzip"])
 def test_every_form_of_data_trains(here, tmp_path, rows, name, flags, prompt):
-    tokenizer = characters()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
-    model, out = save_toy(tmp_path / "model", tokenizer), tmp_path / "out"
+    model, out = chat_toy(tmp_path / "model"), tmp_path / "out"
     status, screen = here("--model", model, "--data", write_rows(tmp_path / name, rows), "--out", out, "--reward", "none",
                           *SMALL, *flags)
     assert status == 0, screen.err
     check_starts_as_reference(out)
     assert re.match(prompt, (out / "samples.txt").read_text())
+
+
+@pytest.mark.parametrize("rows, prompt", [(hh_rows(), r"\n\nHuman: hi \d+\n\nAssistant:\n"), (ranked_rows(), r"say \d+:\n"),
+                                          (chat_rows(), r"<user>hi \d+<a>\n")], ids=["HH", "ranking", "chat"])
+@pytest.mark.parametrize("script, flags", [("rrhf.py", ["--sources", "P"]), ("pro.py", ["--sources", "P"]), ("rso.py", ["--source", "direct"])],
+                         ids=["rrhf", "pro", "rso"])
+def test_data_of_its_own_needs_a_reward_or_does_not_train(here, tmp_path, script, flags, rows, prompt):
+    """Scored answers and pairs speak for themselves: no reward model, and nothing is sampled but for evaluation."""
+    model, out = chat_toy(tmp_path / "model"), tmp_path / "out"
+    status, screen = here("--model", model, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--out", out, "--reward", "none",
+                          *SMALL, "--batch_size", 3, *flags, script=script)
+    assert status == 0, screen.err
+    check_trains(out, lines_of(out / "metrics.jsonl")[-1]["step"])
+    assert re.match(prompt, (out / "samples.txt").read_text()) and "tokens/s generated" not in screen.out
+    assert not [line for line in screen.err.splitlines() if "--reward" in line]
+
+
+@pytest.mark.parametrize("script", ["rrhf.py", "pro.py"])
+def test_systems_or_scores_of_rankings_are_ignored(here, toy, tmp_path, script):
+    """What is imitated is the best by score, of the named writers: " yes i" costs a token more than " hm i" or " no i"."""
+    upside_down = [row | {"scores": row["scores"][::-1]} for row in ranked_rows()]
+    data, loss = [write_rows(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((ranked_rows(), upside_down))], {}
+    for i, systems in ((0, ""), (1, ""), (0, "medium,weak"), (0, "weak,strong"), (0, "weak,nobody")):
+        out = tmp_path / f"{i} {systems}"
+        status, screen = here("--model", toy, "--data", data[i], "--out", out, "--reward", "none", *SMALL, "--sources", "P", "--systems",
+                              systems, script=script)
+        assert status == 0, screen.err
+        assert ("3" in screen.err and "have one response only" in screen.err) == (systems == "weak,nobody")
+        loss[i, systems] = lines_of(out / "metrics.jsonl")[1]["loss/sft"]
+    token = pytest.approx(math.log(len(characters())), rel=0.1)
+    assert [loss[0, ""] - loss[key] for key in ((1, ""), (0, "medium,weak"), (0, "weak,nobody"))] == [token] * 3
+    assert loss[0, "weak,strong"] == pytest.approx(loss[0, ""], rel=1e-5)
+    status, screen = here("--model", toy, "--data", data[0], "--out", tmp_path / "out", "--reward", "none", *SMALL, "--sources", "P",
+                          "--systems", "nobody", script=script)
+    check_refused(status, screen.err, "no answers of its own by nobody", "medium, strong, weak")
 
 
 def test_systems_are_taken_as_named(here, toy, tmp_path):
@@ -449,6 +559,30 @@ def test_bad_settings_of_on_policy_methods_are_refused(here, toy, pairs, tmp_pat
     check_does_not_block(tmp_path / "out")
 
 
+@pytest.mark.parametrize("script, flags, parts", [
+    *[(script, ["--reward", "gold"], ["--reward gold", "only the embedded task"]) for script in FEW],
+    *[(script, ["--reward", "none"], ["no reward to maximise", "--reward"]) for script in FEW],
+    *[(script, ["--label_noise", 0.5], ["--label_noise must be in [0, 0.5)"]) for script in FEW],
+    ("rrhf.py", ["--reward_noise", "word"], ["--reward_noise", "word"]), ("rso.py", ["--loss", "dpo"], ["--loss", "dpo"]),
+    ("rrhf.py", ["--sources", "D", "--candidates", 1], ["--candidates must be at least 2 with --sources D"]),
+    ("rrhf.py", ["--rounds", 0], ["--rounds", "above 0"]), ("rrhf.py", ["--length_penalty", -1], ["--length_penalty", "not be negative"]),
+    ("pro.py", ["--candidates", 1], ["--candidates must be at least 2 with --sources D"]),
+    ("pro.py", ["--terms", -1], ["--terms", "not be negative"]), ("pro.py", ["--sft_weight", -1], ["--sft_weight", "not be negative"]),
+    ("rso.py", ["--candidates", 3, "--num_samples", 4], ["--candidates must be at least --num_samples 4, not 3"]),
+    ("rso.py", ["--num_samples", 1], ["--num_samples", "at least 2"]), ("rso.py", ["--beta", -0.1], ["--beta", "not be negative"]),
+    ("rso.py", ["--gamma", 0], ["--gamma", "above 0"]), ("raft.py", ["--candidates", 0], ["--candidates", "above 0"]),
+    ("raft.py", ["--share", 0.5], ["--share is for --ranking global"]), ("raft.py", ["--share", 1.5], ["--share", "[0, 1]"]),
+    ("raft.py", ["--kl_coef", -1], ["--kl_coef", "not be negative"]), ("raft.py", ["--refresh", True], ["--refresh needs annotators"])],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and str(value[0]).startswith("--") else None)
+def test_bad_settings_of_methods_on_candidates_are_refused(here, toy, pairs, tmp_path, script, flags, parts):
+    status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, *flags, script=script)
+    if flags[0] in ("--reward_noise", "--loss"):                       # argparse's own words, after its usage
+        assert status == 2 and all(part in screen.err.splitlines()[-1] for part in parts)
+    else:
+        check_refused(status, screen.err, *parts)
+    check_does_not_block(tmp_path / "out")
+
+
 def test_value_model_that_reads_other_tokens_is_refused(here, toy, reversed_toy, pairs, tmp_path):
     base = ["--model", toy, "--data", pairs, *SMALL, "--value_model"]
     status, screen = here(*base, reversed_toy, "--out", tmp_path / "out", script="ppo.py")
@@ -458,7 +592,7 @@ def test_value_model_that_reads_other_tokens_is_refused(here, toy, reversed_toy,
     assert status == 0, screen.err                                     # the same tokens under another name are welcome
 
 
-@on_policy
+@pytest.mark.parametrize("script", ["ppo.py", "remax.py", "rso.py", "raft.py"])
 def test_prompts_without_a_reward_are_refused(here, toy, prompts_only, tmp_path, script):
     status, screen = here("--model", toy, "--data", prompts_only, "--out", tmp_path / "out", *SMALL, script=script)
     warning, error = screen.err.splitlines()
@@ -478,6 +612,22 @@ def test_prompts_with_a_reward_do_not_train(here, toy, prompts_only, tmp_path, s
     assert re.search(r"^proxy +-?\d", screen.out, re.M) and "no pairs" not in screen.err
 
 
+@on_candidates
+def test_prompts_with_a_reward_do_not_make_candidates(here, toy, prompts_only, tmp_path, script):
+    reward, out, base = save_reward(tmp_path / "reward"), tmp_path / "out", ["--model", toy, "--data", prompts_only, *SMALL, *FEW[script]]
+    flags = ["--sources", "D"] if script in ("rrhf.py", "pro.py") else []
+    status, screen = here(*base, "--reward", reward, "--out", out, *flags, script=script)
+    assert status == 0, screen.err
+    check_trains(out)
+    if flags:                                                          # and answers of its own it has not
+        status, screen = here(*base, "--reward", reward, "--out", tmp_path / "P", "--sources", "P", script=script)
+        check_refused(status, screen.err, "the data has no answers of its own", "--sources D")
+        check_does_not_block(tmp_path / "P")
+    elif script == "rso.py":
+        status, screen = here(*base, "--reward", reward, "--out", tmp_path / "P", "--source", "direct", script=script)
+        check_refused(status, screen.err, "no pairs to train on")
+
+
 @pytest.mark.parametrize("scale", [None, {"mean": 0.5, "std": 2.0}], ids=["before any step", "at the first step"])
 @on_policy
 def test_reward_of_nan_is_trained_on_or_its_prompt_is_not_named(here, toy, pairs, tmp_path, script, scale):
@@ -494,13 +644,27 @@ def test_reward_of_nan_is_trained_on_or_its_prompt_is_not_named(here, toy, pairs
         check_does_not_block(tmp_path / "out")
 
 
+@on_candidates
+def test_score_of_nan_ranks_candidates(here, toy, pairs, tmp_path, script):
+    """The model has a scale of its own, so it is first asked for the candidates: before any step of training."""
+    def spoil(model):
+        model.score.weight.fill_(math.nan)
+
+    reward = save_reward(tmp_path / "reward", spoil=spoil, reward_scale={"mean": 0.5, "std": 2.0})
+    status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", tmp_path / "out", *SMALL, *FEW[script],
+                          script=script)
+    lines = [line for line in screen.err.splitlines() if not line.startswith("warning: ")]
+    check_refused(status, "\n".join(lines), "step 0", "the reward is nan", "'say it ")
+
+
 @pytest.mark.parametrize("cause", ["weights", "training"])
-@on_policy
+@pytest.mark.parametrize("script", ["ppo.py", "remax.py", *FEW])
 def test_policy_of_nan_ends_in_a_traceback(here, toy, pairs, tmp_path, script, cause):
     """Sampling from it would raise deep inside; the run must say first what is wrong, as it does for DPO below."""
     model = save_toy(tmp_path / "model", characters(), spoil=spoil_everything) if cause == "weights" else toy
     flags = ["--reward", save_reward(tmp_path / "reward"), "--lr", 1e-3 if cause == "weights" else 1e10]
-    status, screen = here("--model", model, "--data", pairs, "--out", tmp_path / "out", *SMALL, *flags, script=script)
+    status, screen = here("--model", model, "--data", pairs, "--out", tmp_path / "out", *SMALL, *FEW.get(script, []), *flags,
+                          script=script)
     last = screen.err.splitlines()[-1]
     assert status == 2 and last.startswith("error: "), last
     assert re.search(r"step \d", last) and re.search(r"say it \d+:", last), last
@@ -533,6 +697,44 @@ def test_reward_model_with_another_tokenizer_reads_the_policys_ids(here, toy, pa
     assert max(want[0]) - min(want[0]) > 0.1, "else any reading would do"
 
 
+def test_candidates_scores_are_of_other_texts_or_tokens(here, toy, pairs, tmp_path, monkeypatch):
+    """A reward model that reads other tokens than the policy: it must read text, and each prompt's best be its own."""
+    tokenizer, out, plain, rollouts = characters(alphabet=LETTERS[::-1]), tmp_path / "out", stages.rollout, []
+    reward = save_reward(tmp_path / "reward", tokenizer, reward_scale={"mean": 0.5, "std": 2.0})
+    model = AutoModelForSequenceClassification.from_pretrained(reward)
+
+    def spy(run, prompts):
+        rollouts.append((prompts, *plain(run, prompts)))
+        return rollouts[-1][1:]
+
+    monkeypatch.setattr(stages, "rollout", spy)
+    status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", out, *SMALL, *FEW["raft.py"], "--rounds", 2,
+                          script="raft.py")
+    assert status == 0, screen.err
+    logged = [row for row in check_trains(out, 6)][::3]
+    assert len(rollouts) == 2
+    for row, (prompts, _, texts, _) in zip(logged, rollouts):
+        ids = [torch.tensor([tokenizer(prompt + text).input_ids + [tokenizer.eos_token_id]]) for prompt, text in zip(prompts, texts)]
+        with torch.no_grad():
+            scores = torch.stack([model.score(model.model(each).last_hidden_state[0, -1])[0] for each in ids]).view(36, 2) / 2 - 0.25
+        assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 36
+        assert [row["round/mean"], row["round/best"]] == pytest.approx([scores.mean().item(), scores.amax(1).mean().item()], abs=1e-4)
+
+
+@pytest.mark.parametrize("script", ["ppo.py", "remax.py", *FEW])
+def test_noise_in_the_reward_stops_the_run_or_changes_nothing(here, toy, pairs, tmp_path, script):
+    """One draw a prompt is float64, and turns no candidates of a prompt round: local ranking does not see it."""
+    reward, rows = save_reward(tmp_path / "reward"), {}
+    for noise in ("none", "prompt", "response"):
+        status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", tmp_path / noise, *SMALL, "--epochs", 0.25,
+                              "--reward_noise", noise, *FEW.get(script, []), script=script)
+        assert status == 0, screen.err
+        rows[noise] = [row["loss/policy" if script == "ppo.py" else "loss"] for row in lines_of(tmp_path / noise / "metrics.jsonl")
+                       if "grad_norm" in row]
+    assert rows["response"] != rows["none"]
+    assert (rows["prompt"] == rows["none"]) == (script not in ("ppo.py", "pro.py", "remax.py")) or script in ("pro.py", "remax.py")
+
+
 # ------------------------------------------------------------------------------------- awkward models and long prompts
 
 @pytest.mark.parametrize("bos, pad", [("<bos>", None), (None, "<pad>"), ("<bos>", "<eos>"), (None, None)],
@@ -553,6 +755,16 @@ def test_tokenizers_without_pad_or_bos_sample_and_train(here, pairs, tmp_path, s
     status, screen = here("--model", model, "--data", pairs, "--out", out, *SMALL, script=script)
     assert status == 0, screen.err
     check_samples_from_reference(out, 3)
+    check_generates(out)
+
+
+@pytest.mark.parametrize("bos, pad", [("<bos>", "<eos>"), (None, None)], ids=["PAD is EOS", "neither PAD nor BOS"])
+@on_candidates
+def test_tokenizers_without_pad_or_bos_rank_candidates(here, pairs, tmp_path, script, bos, pad):
+    model, out = save_toy(tmp_path / "model", characters(bos, pad)), tmp_path / "out"
+    status, screen = here("--model", model, "--data", pairs, "--out", out, *SMALL, *FEW[script], script=script)
+    assert status == 0, screen.err
+    check_trains(out)
     check_generates(out)
 
 
@@ -578,6 +790,39 @@ def test_policy_that_never_stops_or_says_nothing_breaks_the_run(here, pairs, tmp
     assert len(warnings) == 1 and "step 1" in warnings[0] and said in warnings[0], warnings
     assert all(row["eos_rate"] == rate for row in check_samples_from_reference(out, 3))
     check_generates(out)
+
+
+@on_candidates
+def test_policy_that_never_stops_breaks_candidates_or_is_taught_to_stop(here, pairs, tmp_path, monkeypatch, script):
+    """Each sample is cut off, so EOS (60 nats away) must not be among what is trained: losses stay those of letters."""
+    model, out = save_toy(tmp_path / "model", characters(), spoil=set_eos_logit(-1)), tmp_path / "out"
+    flags = ["--sources", "D"] if script in ("rrhf.py", "pro.py") else []
+    status, screen = here("--model", model, "--data", pairs, "--reward", save_reward(tmp_path / "reward"), "--out", out, *SMALL,
+                          *FEW[script], *flags, script=script)
+    assert status == 0, screen.err
+    warnings = [line for line in screen.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "step 1: 0 of" in warnings[0] and "responses end with EOS, 0 are empty" in warnings[0], warnings
+    first, whole = check_trains(out)[0], 8 * math.log(len(characters()) - 1)
+    name = {"raft.py": "loss", "rso.py": "logps/chosen"}.get(script, "loss/sft")
+    assert abs(first[name]) == pytest.approx(whole, rel=0.1)
+    check_generates(out)
+
+
+@on_candidates
+def test_policy_that_says_nothing_breaks_candidates(here, pairs, tmp_path, script):
+    """Every sample is empty, so a prompt has one candidate: nothing to rank, and for RSO no pair."""
+    model, out = save_toy(tmp_path / "model", characters(), spoil=set_eos_logit(1)), tmp_path / "out"
+    flags = ["--sources", "D"] if script in ("rrhf.py", "pro.py") else []
+    status, screen = here("--model", model, "--data", pairs, "--reward", save_reward(tmp_path / "reward"), "--out", out, *SMALL,
+                          *FEW[script], *flags, script=script)
+    said = [line for line in screen.err.splitlines() if line.startswith("warning: ")]
+    assert "are empty (said once)" in said[0] and len(said) == {"raft.py": 1, "rso.py": 3}.get(script, 2)
+    assert script == "raft.py" or "of 36 rankings, 36 have one response only" in said[1]
+    if script == "rso.py":
+        check_refused(status, screen.err.splitlines()[-1], "no pairs to train on")
+    else:
+        assert status == 0, screen.err
+        assert all(math.isfinite(value) for row in lines_of(out / "metrics.jsonl") for value in row.values())
 
 
 def test_prompt_longer_than_the_context_is_counted_and_keeps_its_answer(here, toy, tmp_path):
@@ -668,6 +913,20 @@ def test_smollm2_trains_on_its_own_samples_and_loads_again(smollm2, tmp_path, sc
     check_generates(out)
 
 
+@pytest.mark.parametrize("script, flags", [("pro.py", ["--sources", "P"]), ("raft.py", ["--candidates", 2, "--rounds", 1])], ids=["pro", "raft"])
+def test_smollm2_ranks_candidates_and_loads_again(smollm2, tmp_path, script, flags):
+    """PRO on ranked answers of the data, RAFT on SmolLM2's own samples by a tiny reward model."""
+    rows = [{"prompt": f"\n\nHuman: Name a {what}.\n\nAssistant:", "responses": [f" {good}.", " Well, no.", " Car."], "scores": [2, 1, 0]}
+            for what, good in (("fruit", "Apple"), ("bird", "Owl"), ("city", "Rome"), ("tree", "Oak"), ("hat", "Cap"))]
+    reward, out = save_reward(tmp_path / "reward"), tmp_path / "out"
+    process = command(script, "--model", smollm2, "--data", write_rows(tmp_path / "ranked.jsonl", rows), "--out", out, "--reward",
+                      reward, "--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 1, "--eval_samples", 1, "--epochs", 0.5,
+                      "--batch_size", 2, "--save_every", 0, *flags)
+    assert process.returncode == 0, process.stderr
+    check_trains(out, 1)
+    check_generates(out)
+
+
 # ------------------------------------------------------------------------------- the embedded task: slow at first use
 
 @pytest.fixture(scope="module")
@@ -709,6 +968,25 @@ def test_on_policy_method_on_the_embedded_task_starts_off_the_sft_policy(built, 
         assert len(rows[name]) == 4, name
     assert rows["kl"][0] == "0.000" and float(rows["fluency"][0]) > 0.5
     assert re.search(r"^\d+ tokens/s generated, \d+% of the training time$", process.stdout, re.M)
+
+
+@pytest.mark.parametrize("script, steps, flags", [
+    ("rrhf.py", 2, ["--epochs", 0.25, "--sources", "D", "--eval_pairs", 32]), ("rso.py", 2, ["--epochs", 0.125]),
+    ("pro.py", 2, ["--epochs", 0.25, "--eval_pairs", 32, "--label_noise", 0]),
+    ("raft.py", 2, ["--rounds", 2, "--prompts", 32, "--epochs", 1, "--candidates", 4, "--refresh", True, "--rare", "villain"])],
+    ids=["rrhf", "rso", "pro", "raft"])
+def test_method_on_candidates_on_the_embedded_task_starts_off_the_sft_policy(built, tmp_path, script, steps, flags):
+    """The candidates are the pool of the SFT policy; only a trained policy samples its own."""
+    process = command(script, "--eval_prompts", 8, "--eval_samples", 2, "--out", tmp_path / "out", *flags)
+    assert process.returncode == 0 and not process.stderr.strip(), process.stderr
+    check_trains(tmp_path / "out", steps)
+    rows = {line.split()[0]: re.findall(r"-?\d+\.\d{3}", line) for line in process.stdout.splitlines() if line.strip()}
+    for name in ("gold", "proxy", "judge", "kl", "fluency"):
+        assert len(rows[name]) == 4, name
+    assert all(len(rows[name]) == 2 for name in ("win_rate", "win_rate_proxy", "win_rate_judge"))
+    assert rows["kl"][0] == "0.000" and float(rows["fluency"][0]) > 0.5
+    assert ("tokens/s generated" in process.stdout) == (script == "raft.py")
+    assert script != "raft.py" or len(rows["rare_gold"]) == 2
 
 
 def test_killed_build_goes_on_with_the_missing_judge(built, tmp_path):
