@@ -260,13 +260,14 @@ EXPERIMENTS = {
     "Llama 2": dict(
         question="Do versions climb, does the pool of all rounds keep a rare skill, and does PPO add to the last version?",
         arms={"last round": ROUNDS, "all rounds": ROUNDS | {"pool": "all"},
+              "all rounds, first version": ROUNDS | {"pool": "all", "rounds": 1},
               "all rounds, reward model frozen": ROUNDS | {"pool": "all", "refresh": False},
               "then PPO": {"method": "ppo", "start": "all rounds"}, "PPO alone": {"method": "ppo"}},
         columns={"eval/gold": "gold", "eval/rare_gold": "gold, rare sub-task", "eval/proxy": "proxy", "eval/judge": "judge",
                  "eval/kl": "KL", "eval/fluency": "fluency", "eval/distinct_2": "distinct-2"},
         claims=[
-            dict(claim="versions climb: gold still rises in the second half of the rounds", source="Figure 11", paper="plot only:",
-                 metric="eval/gold:second_half", holds=[("all rounds", ">", 0.0)]),
+            dict(claim="versions climb: the fifth beats the first", source="Figure 11", paper="plot only:",
+                 metric="eval/gold", holds=[("all rounds", ">", "all rounds, first version")]),
             dict(claim="a pool of the last round alone forgets a rare sub-task", source="sec. 3.2.3", paper="no number:",
                  metric="eval/rare_gold", holds=[("all rounds", ">", "last round")]),
             dict(claim="a reward model refreshed by new labels helps", source="sec. 3.2.1", paper="no number:", metric="eval/gold",
