@@ -139,6 +139,8 @@ def collect(run, reward, reference, turn):
 def train(run, reward, reference):
     """Rounds of equally many steps. Each samples, selects, and fine-tunes on the pool."""
     config = run.config
+    if config.rounds > 1 and not prompts_of_round(config, run.task, 1):
+        raise UserError(f"--rare {config.rare}: every train prompt contains it, so the second round has none")
     run.state |= {"pool": [], "labels": run.task.pairs.get("train", [])}
     n = len(prompts_of_round(config, run.task, 0))                     # kept in a round
     n = max(1, round(config.share * n * config.candidates)) if config.share else n

@@ -233,8 +233,7 @@ def distinct(ranking):
 
 
 def scored(rankings, reward, step=0):
-    """The rankings with the reward's scores in place of their own, each response once. UserError for a score that is nan."""
-    rankings = [distinct(ranking) for ranking in rankings]
+    """The rankings with the reward's scores in place of their own. UserError for a score that is not finite."""
     prompts = [ranking.prompt for ranking in rankings for _ in ranking.responses]
     scores = reward(prompts, [text for ranking in rankings for text in ranking.responses])
     check_finite(scores, step, prompts, "the reward")
@@ -277,7 +276,8 @@ def candidates(run, reward, given, n):
     if given and n:
         rankings = [Ranking(row.prompt, row.responses + more.responses, [], ended=row.ended + more.ended)
                     for row, more in zip(rankings, given)]
-    rankings = scored(rankings, reward, run.step) if reward else [distinct(row) for row in rankings]
+    rankings = [distinct(row) for row in rankings]
+    rankings = scored(rankings, reward, run.step) if reward else rankings
     report_flaws(rankings)
     return rankings
 
