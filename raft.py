@@ -85,7 +85,8 @@ def select(rankings, ranking="local", share=0.0):
     local: the best of each prompt. global: of all samples, the best `share`; 0: as many as there are prompts.
     """
     if ranking == "local":
-        return [take(row, row.scores.index(max(row.scores))) for row in rankings]
+        best = best_of_k(torch.tensor([row.scores for row in rankings], dtype=torch.float64))
+        return [take(row, i) for row, i in zip(rankings, best.tolist())]
     samples = [(score, -i, row, j) for i, row in enumerate(rankings) for j, score in enumerate(row.scores)]
     keep = max(1, round(share * len(samples))) if share else len(rankings)
     return [take(row, j) for _, _, row, j in sorted(samples, key=lambda sample: sample[:2], reverse=True)[:keep]]

@@ -89,12 +89,13 @@ def chosen(rows):
 
 
 def test_V_local_and_global_rankings_by_hand_differ():
-    rows = [ranking("a", [0.0, 2.0, 2.0], [True, False, True]), ranking("b", [9.0, 7.0, 8.0]), ranking("c", [-1.0])]
+    rows = [ranking("a", [0.0, 2.0, 2.0], [True, False, True]), ranking("b", [9.0, 7.0, 8.0]),
+            ranking("c", [-1.0, -2.0, -3.0])]
     assert chosen(select(rows)) == ["a1", "b0", "c0"]               # of equals the first, each prompt from its own
     assert select(rows)[0] == Ranking("a", ["a1"], [2.0], (), [False])
     assert chosen(select(rows, "global")) == ["b0", "b2", "b1"]     # as many as prompts
-    assert chosen(select(rows, "global", 4 / 7)) == ["b0", "b2", "b1", "a1"]
-    assert chosen(select(rows, "global", 1.0)) == ["b0", "b2", "b1", "a1", "a2", "a0", "c0"]
+    assert chosen(select(rows, "global", 4 / 9)) == ["b0", "b2", "b1", "a1"]
+    assert chosen(select(rows, "global", 1.0)) == ["b0", "b2", "b1", "a1", "a2", "a0", "c0", "c1", "c2"]
     assert chosen(select(rows, "global", 1e-9)) == ["b0"]
     ties = [ranking("a", [1.0, 1.0]), ranking("b", [1.0, 1.0])]
     assert chosen(select(ties, "global")) == ["a0", "a1"] and chosen(select(ties, "global", 0.75)) == ["a0", "a1", "b0"]
@@ -256,10 +257,10 @@ def test_V_kl_in_the_ranking_is_not_reward_less_kl_coef_times_the_log_ratio(toy,
 def test_round_mean_or_best_or_what_is_recovered_of_them_are_wrong(toy, tmp_path, monkeypatch):
     run = begun(toy, tmp_path / "run")
     assert raft.against_best(run, letters) == {}
-    collected(run, [ranking("a", ())._replace(responses=["b", "d"], ended=[True] * 2, systems=()),
+    collected(run, [ranking("a", ())._replace(responses=["b", "d", "d"], ended=[True] * 3, systems=()),
                     ranking("b", ())._replace(responses=["a", "h", "b"], ended=[True] * 3, systems=())], monkeypatch)
     mean, best = run.state["rewards"]
-    assert (mean, best) == pytest.approx(((2 + 8 / 3) / 2, (3 + 7) / 2))                 # the mean of each prompt's mean
+    assert (mean, best) == pytest.approx(((7 / 3 + 8 / 3) / 2, (3 + 7) / 2))                 # "d" came twice, and counts twice
     run.samples["after"] = {"proxy": [3.0, 5.0]}
     measured = raft.against_best(run, letters)
     assert measured["eval/recovered"] == pytest.approx((4 - mean) / (best - mean)) and measured["eval/to_best"] == 4 - best
