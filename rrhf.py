@@ -65,7 +65,7 @@ def rank_loss(scores, rewards):
     """
     check_shapes(scores, rewards)
     worse = rewards[:, :, None] < rewards[:, None, :]                                       # [B, i, j]: r_i < r_j
-    return torch.where(worse, (scores[:, :, None] - scores[:, None, :]).clamp(min=0), 0).sum((1, 2))
+    return torch.where(worse, (scores[:, :, None] - scores[:, None, :]).relu(), 0).sum((1, 2))
 
 
 def rrhf_loss(logps, lengths, rewards, length_penalty=1.0, rank_weight=1.0, sft_weight=1.0):

@@ -244,7 +244,8 @@ def scored(rankings, reward, step=0):
 def candidate_reward(run, sources):
     """What scores the candidates: the reward to maximise. None where the data's own scores do, because its answers stand
     alone (sources P) and no reward is named; the embedded task's scores are gold, which no method may see."""
-    own = sources == "P" and not run.task.gold and run.config.reward in ("", "none")
+    config = run.config
+    own = sources == "P" and not run.task.gold and config.reward in ("", "none") and config.reward_noise == "none"
     return None if own else reward_to_maximise(run)
 
 
