@@ -11,8 +11,8 @@ ranks them. The policy ranks them too, by its log-prob per token, and learns to 
 
 No value model, no reference model, no sampling while training. Only the order of the rewards counts.
 
-    python rrhf.py                   # SECONDS on two cores (two minutes more at first): RESULT
-    python rrhf.py --reproduce       # the terms of the loss, where the candidates come from
+    python rrhf.py                   # 17 s on two cores (two minutes more at first): gold 0.18 to 0.56, KL 1.4 nats
+    python rrhf.py --reproduce       # the terms of the loss, sources of candidates: 9 arms, 4 minutes a seed on one core
     python rrhf.py --model HuggingFaceTB/SmolLM2-135M-Instruct --sources P --data ranked.jsonl
 
 What to look at: `loss/rank` is small beside `loss/sft`: for the best response a token's weight is 1 in L_ft and at most

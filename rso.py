@@ -13,8 +13,8 @@ which makes them samples of pi_r, pairs them, and lets the reward model say who 
     hinge:        max(0, 1 - gamma [log pi(w) - log pi(l)])                                  (Eq. 9; SLiC's, no reference)
     hinge-norm:   max(0, 1 - gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])              (Eq. 10)
 
-    python rso.py                    # SECONDS on two cores (two minutes more at first): RESULT
-    python rso.py --reproduce        # losses x sources, gold against beta under two levels of label noise
+    python rso.py                    # 11 s on two cores (two minutes more at first): gold 0.18 to 0.46, KL 4.9 nats
+    python rso.py --reproduce        # losses x sources, gold against beta and label noise: 23 arms, 8 minutes a seed
     python rso.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
 What to look at: `--source direct` (the data's pairs), `sft` (random samples) and `rso`: the pairs change, the loss does not. beta is
@@ -198,7 +198,7 @@ def on_every_loss(left, right):
 
 EXPERIMENTS = {
     "losses and sources": dict(
-        question="Does the source of the pairs matter more than the loss, and is the estimated optimal policy the best source?",
+        question="Does the source of the pairs matter more than the loss?",
         arms={f"{name}, {source}": {"loss": loss, "source": source} for name, loss in LOSSES.items() for source in SOURCES} | {
             "RAFT": ONE_ROUND, "ReST": ONE_ROUND | {"ranking": "global", "share": 0.25}},
         columns={"eval/win_rate_proxy": "win rate, proxy", "eval/win_rate_judge": "win rate, judge", "eval/win_rate": "win rate, gold",
@@ -227,7 +227,7 @@ EXPERIMENTS = {
                 dict(kind="bars", y=["eval/kl"], title="KL")],
     ),
     "beta": dict(
-        question="Is there a best beta between the top and a random choice, and does it depend on the noise of the labels?",
+        question="Is there a best beta, and does noise in the labels move it?",
         arms=over_beta("") | over_beta(", noisy labels", label_noise=NOISE) | {
             "8 of 64, equal pairs": {"candidates": 64, "num_samples": 8, "epochs": 1.0},
             "tournament, equal pairs": {"pairs": "tournament", "epochs": 4 / 3}},

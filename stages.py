@@ -201,6 +201,8 @@ def rollout(run, prompts, greedy=False):
     check_policy(run)
     batch = generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy, config.max_new_tokens)
     run.counts["seconds_generating"] += time.time() - began
+    if run.bar is None:                                              # before the first step; after that steps() keeps the time
+        run.counts["seconds_training"] += time.time() - began
     run.counts["tokens_generated"] += int(batch.lengths.sum())
     responses, ended = decode(run.tokenizer, batch), finished(run.tokenizer, batch)
     empty = sum(not text.strip() for text in responses)

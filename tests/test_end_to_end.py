@@ -43,10 +43,15 @@ SMALL = ["--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 2, "--eval
          "--batch_size", 8, "--lr", 1e-3]
 METHODS = {f"{method.__name__}.py": method for method in (dpo, ppo, remax, rrhf, pro, rso, raft)}
 on_policy = pytest.mark.parametrize("script", ["ppo.py", "remax.py"])
-# What learns from scored candidates, with so few of them that SMALL takes three steps on the 36 train prompts of pairs.jsonl.
+# What learns from scored candidates, with so few of them that SMALL takes three steps on the 35 train prompts of pairs.jsonl.
 FEW = {"rrhf.py": ["--candidates", 2], "pro.py": ["--candidates", 3], "rso.py": ["--candidates", 4, "--num_samples", 2],
        "raft.py": ["--candidates", 2, "--rounds", 1]}
 on_candidates = pytest.mark.parametrize("script", FEW)
+
+
+def sampled(script):
+    """Options by which the policy's own samples are the only candidates."""
+    return FEW[script] + (["--sources", "D"] if script in ("rrhf.py", "pro.py") else [])
 
 
 def command(*arguments, cwd=ROOT, **environment):
@@ -193,8 +198,9 @@ def test_run_writes_every_file(first_run):
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "args.json",
                      "metrics.jsonl", "samples.txt"}
     assert not [name for name in names if name.endswith(".part")]
-    own, default = {"dpo.py": ("beta", 0.1), "ppo.py": ("kl_coef", 0.05), "remax.py": ("kl_coef", 0.05), "rrhf.py": ("sources", "DP"),
-                    "pro.py": ("sft_weight", 0.05), "rso.py": ("beta", 0.5), "raft.py": ("ranking", "local")}[arguments[0]]
+    own, default = {"dpo.py": ("beta", 0.1), "ppo.py": ("kl_coef", 0.05), "remax.py": ("kl_coef", 0.05),
+                    "rrhf.py": ("sources", "DP"), "pro.py": ("sft_weight", 0.05), "rso.py": ("beta", 0.5),
+                    "raft.py": ("ranking", "local")}[arguments[0]]
     assert json.loads((out / "args.json").read_text())[own] == default
     assert [row["step"] for row in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 3]
     assert len(re.findall("^  after: ", (out / "samples.txt").read_text(), re.M)) == 2
@@ -219,22 +225,22 @@ def test_first_samples_are_not_the_references_or_a_metric_is_nan(first_run):
 @first_run_on_candidates
 def test_step_on_candidates_lacks_a_metric_or_the_sft_policy_is_not_the_start(first_run):
     """The toy policy is nearly uniform: a token costs ln V nats, and the samples have nearly all of the 8 tokens."""
-    process, out, arguments = first_run
+    _, out, arguments = first_run
     script, rows = arguments[0], check_trains(out)
-    names = {"rrhf.py": {"loss/rank", "loss/sft", "rewards/best"}, "pro.py": {"loss/rank", "loss/sft", "scores/best", "scores/worst"},
-             "rso.py": {"rewards/margins", "rewards/accuracies", "logps/chosen"}, "raft.py": {"round/mean", "round/best"}}[script]
-    assert all(row.keys() >= names | {"loss", "grad_norm"} and row["grad_norm"] > 0 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
     first, token = rows[0], math.log(len(characters()))
-    if script in ("rrhf.py", "pro.py"):                                  # Eq. 5 of both: 1, and 0.05 (3-1)^2
-        assert first["loss"] == pytest.approx(first["loss/rank"] + (1 if script == "rrhf.py" else 0.2) * first["loss/sft"], rel=1e-4)
-    if script == "pro.py":
-        assert -first["scores/best"] == pytest.approx(token, rel=0.05) and -first["scores/worst"] == pytest.approx(token, rel=0.05)
-    elif script == "rso.py":
+    if script == "rso.py":
         assert first["loss"] == pytest.approx(LN2, abs=1e-4) and first["rewards/accuracies"] == 0.5
         assert rows[-1]["rewards/margins"] != 0
     elif script == "raft.py":
         assert 6 * token < first["loss"] < 8.5 * token and first["round/best"] > first["round/mean"]
-    if script in ("rrhf.py", "pro.py"):
+    else:
+        weight = 1 if script == "rrhf.py" else 0.05 * (3 - 1) ** 2                                     # Eq. 5 of both
+        assert first["loss"] == pytest.approx(first["loss/rank"] + weight * first["loss/sft"], rel=1e-4)
+        if script == "pro.py":
+            assert [-first["scores/best"], -first["scores/worst"]] == pytest.approx([token] * 2, rel=0.05)
+        else:
+            assert first["rewards/best"] > 0, "the best of four, by a reward whose mean is 0"
         evaluated = [row for row in lines_of(out / "metrics.jsonl") if "eval/kl" in row]
         assert [0 <= row["eval/score_accuracy"] <= 1 for row in evaluated] == [True, True]
         assert evaluated[0]["eval/nll"] == pytest.approx(token, rel=0.05)
@@ -362,8 +368,8 @@ def test_every_form_of_data_trains(here, tmp_path, rows, name, flags, prompt):
 
 @pytest.mark.parametrize("rows, prompt", [(hh_rows(), r"\n\nHuman: hi \d+\n\nAssistant:\n"), (ranked_rows(), r"say \d+:\n"),
                                           (chat_rows(), r"<user>hi \d+<a>\n")], ids=["HH", "ranking", "chat"])
-@pytest.mark.parametrize("script, flags", [("rrhf.py", ["--sources", "P"]), ("pro.py", ["--sources", "P"]), ("rso.py", ["--source", "direct"])],
-                         ids=["rrhf", "pro", "rso"])
+@pytest.mark.parametrize("script, flags", [("rrhf.py", ["--sources", "P"]), ("pro.py", ["--sources", "P"]),
+                                           ("rso.py", ["--source", "direct"])], ids=["rrhf", "pro", "rso"])
 def test_data_of_its_own_needs_a_reward_or_does_not_train(here, tmp_path, script, flags, rows, prompt):
     """Scored answers and pairs speak for themselves: no reward model, and nothing is sampled but for evaluation."""
     model, out = chat_toy(tmp_path / "model"), tmp_path / "out"
@@ -382,16 +388,16 @@ def test_systems_or_scores_of_rankings_are_ignored(here, toy, tmp_path, script):
     data, loss = [write_rows(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((ranked_rows(), upside_down))], {}
     for i, systems in ((0, ""), (1, ""), (0, "medium,weak"), (0, "weak,strong"), (0, "weak,nobody")):
         out = tmp_path / f"{i} {systems}"
-        status, screen = here("--model", toy, "--data", data[i], "--out", out, "--reward", "none", *SMALL, "--sources", "P", "--systems",
-                              systems, script=script)
+        status, screen = here("--model", toy, "--data", data[i], "--out", out, "--reward", "none", *SMALL, "--sources", "P",
+                              "--systems", systems, script=script)
         assert status == 0, screen.err
-        assert ("3" in screen.err and "have one response only" in screen.err) == (systems == "weak,nobody")
+        assert ("have one response only" in screen.err) == (systems == "weak,nobody")
         loss[i, systems] = lines_of(out / "metrics.jsonl")[1]["loss/sft"]
     token = pytest.approx(math.log(len(characters())), rel=0.1)
     assert [loss[0, ""] - loss[key] for key in ((1, ""), (0, "medium,weak"), (0, "weak,nobody"))] == [token] * 3
     assert loss[0, "weak,strong"] == pytest.approx(loss[0, ""], rel=1e-5)
-    status, screen = here("--model", toy, "--data", data[0], "--out", tmp_path / "out", "--reward", "none", *SMALL, "--sources", "P",
-                          "--systems", "nobody", script=script)
+    status, screen = here("--model", toy, "--data", data[0], "--out", tmp_path / "out", "--reward", "none", *SMALL,
+                          "--sources", "P", "--systems", "nobody", script=script)
     check_refused(status, screen.err, "no answers of its own by nobody", "medium, strong, weak")
 
 
@@ -565,14 +571,19 @@ def test_bad_settings_of_on_policy_methods_are_refused(here, toy, pairs, tmp_pat
     *[(script, ["--label_noise", 0.5], ["--label_noise must be in [0, 0.5)"]) for script in FEW],
     ("rrhf.py", ["--reward_noise", "word"], ["--reward_noise", "word"]), ("rso.py", ["--loss", "dpo"], ["--loss", "dpo"]),
     ("rrhf.py", ["--sources", "D", "--candidates", 1], ["--candidates must be at least 2 with --sources D"]),
-    ("rrhf.py", ["--rounds", 0], ["--rounds", "above 0"]), ("rrhf.py", ["--length_penalty", -1], ["--length_penalty", "not be negative"]),
-    ("pro.py", ["--candidates", 1], ["--candidates must be at least 2 with --sources D"]),
-    ("pro.py", ["--terms", -1], ["--terms", "not be negative"]), ("pro.py", ["--sft_weight", -1], ["--sft_weight", "not be negative"]),
+    ("rrhf.py", ["--rounds", 0], ["--rounds", "above 0"]),
+    ("rrhf.py", ["--length_penalty", -1], ["--length_penalty", "not be negative"]),
+    ("pro.py", ["--sources", "D", "--candidates", 1], ["--candidates must be at least 2 with --sources D"]),
+    ("pro.py", ["--terms", -1], ["--terms", "not be negative"]),
+    ("pro.py", ["--sft_weight", -1], ["--sft_weight", "not be negative"]),
     ("rso.py", ["--candidates", 3, "--num_samples", 4], ["--candidates must be at least --num_samples 4, not 3"]),
-    ("rso.py", ["--num_samples", 1], ["--num_samples", "at least 2"]), ("rso.py", ["--beta", -0.1], ["--beta", "not be negative"]),
-    ("rso.py", ["--gamma", 0], ["--gamma", "above 0"]), ("raft.py", ["--candidates", 0], ["--candidates", "above 0"]),
-    ("raft.py", ["--share", 0.5], ["--share is for --ranking global"]), ("raft.py", ["--share", 1.5], ["--share", "[0, 1]"]),
-    ("raft.py", ["--kl_coef", -1], ["--kl_coef", "not be negative"]), ("raft.py", ["--refresh", True], ["--refresh needs annotators"])],
+    ("rso.py", ["--num_samples", 1], ["--num_samples", "at least 2"]),
+    ("rso.py", ["--beta", -0.1], ["--beta", "not be negative"]), ("rso.py", ["--gamma", 0], ["--gamma", "above 0"]),
+    ("raft.py", ["--candidates", 0], ["--candidates", "above 0"]), ("raft.py", ["--share", 1.5], ["--share", "[0, 1]"]),
+    ("raft.py", ["--share", 0.5], ["--share is for --ranking global"]),
+    ("raft.py", ["--kl_coef", -1], ["--kl_coef", "not be negative"]),
+    ("raft.py", ["--rare", "say"], ["--rare say", "every train prompt"]),
+    ("raft.py", ["--refresh", True], ["--refresh needs annotators"])],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and str(value[0]).startswith("--") else None)
 def test_bad_settings_of_methods_on_candidates_are_refused(here, toy, pairs, tmp_path, script, flags, parts):
     status, screen = here("--model", toy, "--data", pairs, "--out", tmp_path / "out", *SMALL, *flags, script=script)
@@ -614,18 +625,16 @@ def test_prompts_with_a_reward_do_not_train(here, toy, prompts_only, tmp_path, s
 
 @on_candidates
 def test_prompts_with_a_reward_do_not_make_candidates(here, toy, prompts_only, tmp_path, script):
-    reward, out, base = save_reward(tmp_path / "reward"), tmp_path / "out", ["--model", toy, "--data", prompts_only, *SMALL, *FEW[script]]
-    flags = ["--sources", "D"] if script in ("rrhf.py", "pro.py") else []
-    status, screen = here(*base, "--reward", reward, "--out", out, *flags, script=script)
+    base = ["--model", toy, "--data", prompts_only, "--reward", save_reward(tmp_path / "reward"), *SMALL]
+    status, screen = here(*base, "--out", tmp_path / "out", *sampled(script), script=script)
     assert status == 0, screen.err
-    check_trains(out)
-    if flags:                                                          # and answers of its own it has not
-        status, screen = here(*base, "--reward", reward, "--out", tmp_path / "P", "--sources", "P", script=script)
-        check_refused(status, screen.err, "the data has no answers of its own", "--sources D")
-        check_does_not_block(tmp_path / "P")
-    elif script == "rso.py":
-        status, screen = here(*base, "--reward", reward, "--out", tmp_path / "P", "--source", "direct", script=script)
-        check_refused(status, screen.err, "no pairs to train on")
+    check_trains(tmp_path / "out")
+    flag, value, said = ("--source", "direct", "no pairs to train on") if script == "rso.py" else (
+        "--sources", "P", "the data has no answers of its own")
+    if script != "raft.py":                                            # answers of its own it has not
+        status, screen = here(*base, "--out", tmp_path / "own", *FEW[script], flag, value, script=script)
+        check_refused(status, screen.err, said)
+        check_does_not_block(tmp_path / "own")
 
 
 @pytest.mark.parametrize("scale", [None, {"mean": 0.5, "std": 2.0}], ids=["before any step", "at the first step"])
@@ -708,31 +717,33 @@ def test_candidates_scores_are_of_other_texts_or_tokens(here, toy, pairs, tmp_pa
         return rollouts[-1][1:]
 
     monkeypatch.setattr(stages, "rollout", spy)
-    status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", out, *SMALL, *FEW["raft.py"], "--rounds", 2,
-                          script="raft.py")
+    status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", out, *SMALL, "--candidates", 2,
+                          "--rounds", 2, script="raft.py")
     assert status == 0, screen.err
-    logged = [row for row in check_trains(out, 6)][::3]
-    assert len(rollouts) == 2
-    for row, (prompts, _, texts, _) in zip(logged, rollouts):
-        ids = [torch.tensor([tokenizer(prompt + text).input_ids + [tokenizer.eos_token_id]]) for prompt, text in zip(prompts, texts)]
+    for row, (prompts, _, texts, _) in zip(check_trains(out, 6)[::3], rollouts, strict=True):
+        ids = [tokenizer(prompt + text).input_ids + [tokenizer.eos_token_id] for prompt, text in zip(prompts, texts)]
         with torch.no_grad():
-            scores = torch.stack([model.score(model.model(each).last_hidden_state[0, -1])[0] for each in ids]).view(36, 2) / 2 - 0.25
-        assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 36
-        assert [row["round/mean"], row["round/best"]] == pytest.approx([scores.mean().item(), scores.amax(1).mean().item()], abs=1e-4)
+            scores = torch.cat([model.score(model.model(torch.tensor([each])).last_hidden_state[0, -1]) for each in ids])
+        scores = (scores.view(-1, 2) - 0.5) / 2
+        assert prompts[::2] == prompts[1::2] and len(set(prompts)) == len(scores)
+        assert row["round/mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
+        assert row["round/best"] == pytest.approx(scores.amax(1).mean().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("script", ["ppo.py", "remax.py", *FEW])
 def test_noise_in_the_reward_stops_the_run_or_changes_nothing(here, toy, pairs, tmp_path, script):
-    """One draw a prompt is float64, and turns no candidates of a prompt round: local ranking does not see it."""
-    reward, rows = save_reward(tmp_path / "reward"), {}
+    """One draw a prompt turns no candidates of a prompt round, so what only ranks them does not see it."""
+    reward, norms = save_reward(tmp_path / "reward"), {}
     for noise in ("none", "prompt", "response"):
-        status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", tmp_path / noise, *SMALL, "--epochs", 0.25,
-                              "--reward_noise", noise, *FEW.get(script, []), script=script)
+        status, screen = here("--model", toy, "--data", pairs, "--reward", reward, "--out", tmp_path / noise, *SMALL,
+                              "--epochs", 0.25, "--reward_noise", noise, *FEW.get(script, []), script=script)
         assert status == 0, screen.err
-        rows[noise] = [row["loss/policy" if script == "ppo.py" else "loss"] for row in lines_of(tmp_path / noise / "metrics.jsonl")
-                       if "grad_norm" in row]
-    assert rows["response"] != rows["none"]
-    assert (rows["prompt"] == rows["none"]) == (script not in ("ppo.py", "pro.py", "remax.py")) or script in ("pro.py", "remax.py")
+        norms[noise] = [row["grad_norm"] for row in lines_of(tmp_path / noise / "metrics.jsonl") if "grad_norm" in row]
+    assert norms["response"] != norms["none"]
+    if script in ("rrhf.py", "rso.py", "raft.py"):
+        assert norms["prompt"] == norms["none"]
+    if script == "ppo.py":
+        assert norms["prompt"] != norms["none"]
 
 
 # ------------------------------------------------------------------------------------- awkward models and long prompts
@@ -796,9 +807,8 @@ def test_policy_that_never_stops_or_says_nothing_breaks_the_run(here, pairs, tmp
 def test_policy_that_never_stops_breaks_candidates_or_is_taught_to_stop(here, pairs, tmp_path, monkeypatch, script):
     """Each sample is cut off, so EOS (60 nats away) must not be among what is trained: losses stay those of letters."""
     model, out = save_toy(tmp_path / "model", characters(), spoil=set_eos_logit(-1)), tmp_path / "out"
-    flags = ["--sources", "D"] if script in ("rrhf.py", "pro.py") else []
     status, screen = here("--model", model, "--data", pairs, "--reward", save_reward(tmp_path / "reward"), "--out", out, *SMALL,
-                          *FEW[script], *flags, script=script)
+                          *sampled(script), script=script)
     assert status == 0, screen.err
     warnings = [line for line in screen.err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "step 1: 0 of" in warnings[0] and "responses end with EOS, 0 are empty" in warnings[0], warnings
@@ -812,12 +822,11 @@ def test_policy_that_never_stops_breaks_candidates_or_is_taught_to_stop(here, pa
 def test_policy_that_says_nothing_breaks_candidates(here, pairs, tmp_path, script):
     """Every sample is empty, so a prompt has one candidate: nothing to rank, and for RSO no pair."""
     model, out = save_toy(tmp_path / "model", characters(), spoil=set_eos_logit(1)), tmp_path / "out"
-    flags = ["--sources", "D"] if script in ("rrhf.py", "pro.py") else []
     status, screen = here("--model", model, "--data", pairs, "--reward", save_reward(tmp_path / "reward"), "--out", out, *SMALL,
-                          *FEW[script], *flags, script=script)
+                          *sampled(script), script=script)
     said = [line for line in screen.err.splitlines() if line.startswith("warning: ")]
     assert "are empty (said once)" in said[0] and len(said) == {"raft.py": 1, "rso.py": 3}.get(script, 2)
-    assert script == "raft.py" or "of 36 rankings, 36 have one response only" in said[1]
+    assert script == "raft.py" or "of 35 rankings, 35 have one response only" in said[1]
     if script == "rso.py":
         check_refused(status, screen.err.splitlines()[-1], "no pairs to train on")
     else:
@@ -913,15 +922,15 @@ def test_smollm2_trains_on_its_own_samples_and_loads_again(smollm2, tmp_path, sc
     check_generates(out)
 
 
-@pytest.mark.parametrize("script, flags", [("pro.py", ["--sources", "P"]), ("raft.py", ["--candidates", 2, "--rounds", 1])], ids=["pro", "raft"])
+@pytest.mark.parametrize("script, flags", [("pro.py", ["--sources", "P"]), ("raft.py", FEW["raft.py"])], ids=["pro", "raft"])
 def test_smollm2_ranks_candidates_and_loads_again(smollm2, tmp_path, script, flags):
     """PRO on ranked answers of the data, RAFT on SmolLM2's own samples by a tiny reward model."""
-    rows = [{"prompt": f"\n\nHuman: Name a {what}.\n\nAssistant:", "responses": [f" {good}.", " Well, no.", " Car."], "scores": [2, 1, 0]}
-            for what, good in (("fruit", "Apple"), ("bird", "Owl"), ("city", "Rome"), ("tree", "Oak"), ("hat", "Cap"))]
+    rows = [{"prompt": f"\n\nHuman: Name a {what}.\n\nAssistant:", "responses": [" Well.", " No.", " Car."], "scores": [2, 1, 0]}
+            for what in ("fruit", "bird", "city", "tree", "hat")]
     reward, out = save_reward(tmp_path / "reward"), tmp_path / "out"
-    process = command(script, "--model", smollm2, "--data", write_rows(tmp_path / "ranked.jsonl", rows), "--out", out, "--reward",
-                      reward, "--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 1, "--eval_samples", 1, "--epochs", 0.5,
-                      "--batch_size", 2, "--save_every", 0, *flags)
+    process = command(script, "--model", smollm2, "--data", write_rows(tmp_path / "ranked.jsonl", rows), "--out", out,
+                      "--reward", reward, "--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 1, "--eval_samples", 1,
+                      "--epochs", 0.5, "--batch_size", 2, "--save_every", 0, *flags)
     assert process.returncode == 0, process.stderr
     check_trains(out, 1)
     check_generates(out)
@@ -1013,7 +1022,7 @@ needs_results = pytest.mark.skipif(not (ROOT / "results" / "dpo.json").exists(),
 
 
 @needs_results
-@pytest.mark.parametrize("method", [dpo, ppo, remax], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [dpo, ppo, pro, raft, remax, rrhf, rso], ids=lambda method: method.__name__)
 def test_report_of_the_committed_results(tmp_path, method):
     """Run on a copy: the figure must not be drawn anew into the repository."""
     (tmp_path / "results").mkdir()
