@@ -13,15 +13,16 @@ The gain of a round is bounded: E max_K r <= E r + sqrt(B^2/2 log K) for rewards
 go on paying. Best of n itself is log n - (n-1)/n nats from the policy at most. A penalty can join the ranking, not the loss:
 r - kl_coef log(pi/pi_ref)  (Eq. 3 to 5).
 
-Llama 2 did the same with differences: every version starts from SFT again (--restart), the pool holds the best samples of all rounds,
-not of the last (--pool all; with the last alone, skills were lost), the reward model is refreshed with labels on the policy's new
-samples (--refresh), and at last PPO goes on from there.
+Llama 2 did the same with differences: every version starts from SFT again (--restart), the pool holds the best samples of all
+rounds, not of the last (--pool all; with the last alone, skills were lost), the reward model is refreshed with labels on the
+policy's new samples (--refresh), and at last PPO goes on from there.
 
     python raft.py                   # 15 s on two cores (two minutes more at first): gold 0.18 to 0.91, KL 5.3 nats
     python raft.py --reproduce       # K, noise in the reward, the Llama 2 rounds: 19 arms, 10 minutes a seed
     python raft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
-What to look at: `round/best` of one round is what `round/mean` of the next should reach.
+What to look at: `round/best` of one round is what `round/mean` of the next would be if fine-tuning took everything in. By default
+it makes a third of the way, in 16 steps; the next round goes on from there.
 
 Official code (LMFlow) differs: it ranks globally unless told otherwise, trains the prompt's tokens too, adds no EOS, and packs
 texts into blocks; it gives samples with "#" a reward of minus infinity. This file trains responses, EOS included, each token with
@@ -161,7 +162,7 @@ def train(run, reward, reference):
 
 
 def against_best(run, reward):
-    """Where training has brought the policy between the mean of the last round's samples (0) and the mean of each prompt's best (1),
+    """Where training has brought the policy, between the mean of the last round's samples (0) and that of each prompt's best (1),
     by the proxy on test prompts. {} before the first round, or where another reward selected."""
     if "rewards" not in run.state or "after" not in run.samples or reward is not run.rewards.get("proxy"):
         return {}

@@ -7,7 +7,8 @@ responses of the SFT policy, keeps each with probability
 
     exp((r(x, y) - max r) / beta)                                                                    (Algorithm 1)
 
-which makes them samples of pi_r, pairs them, and lets the reward model say who wins. On these pairs (w over l) any loss will do:
+which makes them samples of pi_r as their number grows, pairs them, and lets the reward model say who wins. On these pairs (w over l)
+any loss will do:
 
     sigmoid-norm: -log sigmoid(gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])            (Eq. 8; DPO's, with beta = gamma)
     hinge:        max(0, 1 - gamma [log pi(w) - log pi(l)])                                  (Eq. 9; SLiC's, no reference)
@@ -17,11 +18,11 @@ which makes them samples of pi_r, pairs them, and lets the reward model say who 
     python rso.py --reproduce        # losses x sources, gold against beta and label noise: 23 arms, 8 minutes a seed
     python rso.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
 
-What to look at: `--source direct` (the data's pairs), `sft` (random samples) and `rso`: the pairs change, the loss does not. beta is
-in units of the reward's standard deviation; 0 keeps the top of the candidates, a large one keeps a random choice.
+What to look at: `--source direct` (the data's pairs), `sft` (random samples) and `rso`: the pairs change, the loss does not.
+beta is in units of the reward's standard deviation; 0 keeps the top of the candidates, a large one keeps a random choice.
 
-No official code. As printed, the algorithm runs out of candidates when they are fewer than the samples asked for; here all are kept,
-and counted. The candidates are shuffled first: at a large beta the algorithm stops before it reaches the end of the list. What is
+No official code. As printed, the algorithm runs out of candidates when they are fewer than the samples asked for; here all are
+kept, and counted. The candidates are shuffled first: at a large beta the algorithm stops before it reaches the end of the list. What is
 kept is drawn without replacement, so later picks are worse than pi_r, and the best candidate is kept nearly always.
 The paper keeps 8 of 64; the pool at hand here has 16 for each prompt, so 4 of them (--candidates 64 --num_samples 8 samples more).
 Left out: a reward model that reads two responses at once (here a difference of scores), SLiC's regulariser (no effect in Table 5).
@@ -153,7 +154,7 @@ def direct_pairs(task, n):
 
 
 def train(run, pairs):
-    """Minimise the loss on the pairs. The policy is the SFT policy before the first step, so that is when its log-probs are taken."""
+    """Minimise the loss on the pairs. Before the first step the policy is the SFT policy: its log-probs are taken then."""
     config = run.config
     if not pairs:
         raise common.UserError("there are no pairs to train on: the data has none, or all candidates of each prompt are equal")
