@@ -169,8 +169,8 @@ def against_best(run, reward):
     mean, best = run.state["rewards"]
     proxy = run.samples["after"]["proxy"]
     proxy = sum(proxy) / len(proxy)
-    return {"eval/round_mean": mean, "eval/round_best": best, "eval/to_best": proxy - best,
-            "eval/recovered": (proxy - mean) / (best - mean) if best > mean else math.nan}
+    metrics = {"eval/round_mean": mean, "eval/round_best": best, "eval/to_best": proxy - best}
+    return metrics | ({"eval/recovered": (proxy - mean) / (best - mean)} if best - mean > 1e-6 else {})    # K = 1 leaves no way
 
 
 @torch.no_grad()

@@ -470,13 +470,14 @@ def clock(monkeypatch):
 
 
 def slow(monkeypatch, clock, name, seconds):
-    plain = getattr(stages, name)
+    module = stages if name in ("generate", "decode") else common     # where it is called
+    plain = getattr(module, name)
 
     def slowly(*args, **kwargs):
         clock.now += seconds
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(stages, name, slowly)
+    monkeypatch.setattr(module, name, slowly)
 
 
 def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
