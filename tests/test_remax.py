@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import remax
+import stages
 from remax import gradient_variance, remax_loss, remax_returns
 from tasks import Pair, Task, UserError
 
@@ -334,9 +335,10 @@ def plain_logps(model, batch, row, temperature):
 
 @pytest.fixture
 def generated(monkeypatch):
-    """Every Batch that common.generate returned, evaluations included."""
+    """Every Batch that generate returned, evaluations (from common) and rollouts (from stages)."""
     calls, plain = [], common.generate
-    monkeypatch.setattr(common, "generate", lambda *args, **kwargs: calls.append(plain(*args, **kwargs)) or calls[-1])
+    for module in (common, stages):
+        monkeypatch.setattr(module, "generate", lambda *args, **kwargs: calls.append(plain(*args, **kwargs)) or calls[-1])
     return calls
 
 
