@@ -143,7 +143,7 @@ def train(run, reward, reference):
     config = run.config
     if config.rounds > 1 and not prompts_of_round(config, run.task, 1):
         raise UserError(f"--rare {config.rare}: every train prompt contains it, so the second round has none")
-    run.state |= {"pool": [], "labels": run.task.pairs.get("train", [])}
+    run.state |= {"pool": [], "labels": run.task.pairs.get("train", []) if config.refresh else []}
     n = len(prompts_of_round(config, run.task, 0))                     # kept in a round
     n = max(1, round(config.share * n * config.candidates)) if config.share else n
     steps = math.ceil(config.epochs * n / config.batch_size)

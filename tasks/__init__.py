@@ -50,8 +50,9 @@ class Task:
     `pool` maps train prompts to samples of the initial policy, where they are at hand. pairs["off_policy"]: train pairs of a
     writer that no policy learned from.
 
-    `annotate(prompt, a, b, rng)` says whether an annotator prefers a to b. `gold(prompt, response, stopped) -> float`, `fluent(response) -> bool` and `attributes(prompt, response) ->
-    {name: level}` exist only where text can be judged exactly; elsewhere they are None.
+    `annotate(prompt, a, b, rng) -> bool` (does an annotator prefer a to b?), `gold(prompt, response, stopped) -> float`,
+    `fluent(response) -> bool` and `attributes(prompt, response) -> {name: level}` exist only where text can be judged
+    exactly; elsewhere they are None.
     """
     name: str
     prompts: dict[str, list[str]]
