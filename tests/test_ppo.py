@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import ppo
+from conftest import close, parameters, tensor
 from lm import pack
 from ppo import adapted_kl_coef, gae, kl_penalised_rewards, masked_mean, masked_whiten, policy_loss, value_loss
 from tasks import Task, UserError
@@ -24,16 +25,8 @@ from tasks import Task, UserError
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
 
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def rand(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
 
 
 def gradient(loss, x, *rest):
@@ -281,10 +274,6 @@ def trained(toy, out, plan=(PROMPTS[:4], PROMPTS[4:]), reward=count_a, **kwargs)
     ppo.train(run, plan, reward, reference, value_model)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return run, [row for row in rows if "loss/policy" in row]
-
-
-def parameters(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def sgd(model, optimizer, schedule, config):

@@ -14,22 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import common
 import remax
 import stages
+from conftest import close, parameters, sgd, tensor
 from remax import gradient_variance, remax_loss, remax_returns
 from tasks import Pair, Task, UserError
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
 
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def rand(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
 
 
 def near(expected, tolerance=1e-9):
@@ -311,19 +304,6 @@ def trained(toy, out, reward=gold, **kwargs):
     run = toy_run(toy, out, **kwargs)
     remax.train(run, plan(run.config), reward, common.load_reference(run.config).double())
     return run, [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-
-
-def sgd(policy, optimizer, schedule, config):
-    """Stands in for optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter -= 0.01 * parameter.grad
-            parameter.grad = None
-    return 0.0
-
-
-def parameters(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def plain_logps(model, batch, row, temperature):
