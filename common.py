@@ -14,19 +14,21 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal, Optional, get_args, get_origin
+from typing import Callable, ClassVar, Literal, Optional, get_args, get_origin
 
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
-from lm import (Batch, RewardModel, batches, concat, decode, encode, finished, gather_logps, generate, in_parts,
+from lm import (Batch, RewardModel, batches, concat, decode, encode, extend_vocabulary, finished, gather_logps, generate, in_parts,
                 kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
-                pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn)
-from stages import (candidate_reward, candidates, check_finite, check_policy, epochs, fit, given_answers, minimise,
-                    optimizer_and_schedule, optimizer_step, plan_of, response_logps, reward_model_losses, reward_to_maximise,
-                    rollout, sample_rankings, score_metrics, scored, train_reward_model, train_sft)
+                pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn,
+                with_prompts)
+from stages import (add_tags, candidate_reward, candidates, check_finite, check_policy, complete_prompt, curve, epochs, fit,
+                    given_answers, load_attributes, minimise, optimizer_and_schedule, optimizer_step, parse_request, plan_of, probe,
+                    response_logps, reward_model_losses, reward_to_maximise, rollout, sample_rankings, score_metrics, scored,
+                    slope, table, train_reward_model, train_sft)
 from tasks import Pair, Ranking, Task, UserError
 
 transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
@@ -73,6 +75,7 @@ class Config:
     reward_noise: Literal["none", "prompt", "response"] = option(
         "none", "add noise of one standard deviation to the reward that is maximised: one draw per prompt, or per response")
     label_noise: float = option(0.0, "embedded task: share of the proxy's and the pairs' labels that are turned round")
+    rating_noise: float = option(2.0, "embedded task: deviation of people's ratings of attributes from the truth, in levels")
     seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 autocast on CUDA, else float32")
@@ -93,7 +96,8 @@ class Config:
         self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
                    "max_new_tokens", "eval_prompts", "eval_samples", "seeds")
         self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
-        self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every", "save_every", "warmup")
+        self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every", "save_every", "warmup",
+                   "rating_noise")
         if self.max_new_tokens > self.max_length // 4:
             raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
                             f"{self.max_length}; prompts may take the other three: raise --max_length")
@@ -168,11 +172,12 @@ def mean_and_error(values):
     return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else 0.0
 
 
-def evaluate(config, task, policy, tokenizer, rewards, start=None):
+def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
     """Sample the test prompts and measure; the same prompts and random numbers at every call with one config.
 
     Args:
-        rewards: {name: RewardModel}. start: what this function returned as samples before training.
+        rewards: {name: RewardModel}. start: what this function returned as samples before training. ask: what the policy is
+            asked in place of a prompt; the reference and the rewards see the prompt itself.
     Returns:
         metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts}. gold, fluency if the task has
             them; proxy, judge; kl = nats per sequence against the initial policy, the k1 estimate on the policy's own
@@ -184,10 +189,13 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None):
     prompts = task.prompts["test"][:config.eval_prompts]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        batch = generate(policy, tokenizer, prompts, n, config.temperature, max_new_tokens=config.max_new_tokens)
+        asked = [ask(prompt) for prompt in prompts]
+        batch = generate(policy, tokenizer, asked, n, config.temperature, max_new_tokens=config.max_new_tokens)
+    same = asked == prompts
     prompts = [prompt for prompt in prompts for _ in range(n)]
+    plain = None if same else with_prompts(tokenizer, batch, prompts)
     responses, ended = decode(tokenizer, batch), finished(tokenizer, batch)
-    values = {"length": batch.lengths, "eos_rate": ended, "kl": kl_to_reference(config, policy, batch)}
+    values = {"length": batch.lengths, "eos_rate": ended, "kl": kl_to_reference(config, policy, batch, plain)}
     if task.gold:
         values["gold"] = torch.tensor([task.gold(*row) for row in zip(prompts, responses, ended.tolist())])
     if task.fluent:
@@ -223,6 +231,7 @@ class Run:
     rewards: dict[str, RewardModel]
     trained: Optional[torch.nn.Module] = None                  # what the optimizer updates, if that is more than the policy
     state: dict = field(default_factory=dict)                  # a method's numbers, rows and tensors that --resume must restore
+    ask: Callable[[str], str] = str                            # what a trained policy is asked in place of a prompt
     optimizer: Optional[torch.optim.Optimizer] = None
     schedule: Optional[object] = None
     bar: Optional[tqdm] = None
@@ -255,7 +264,7 @@ def output_directory(config):
     bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds")
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
-        home = ROOT / "runs" / Path(inspect.getfile(type(config))).stem
+        home = runs_of(config)
         taken = [int(d.name) for d in home.glob("*") if d.name.isdigit()]
         return home / f"{max(taken, default=0) + 1:03d}"
     out = Path(config.out)
@@ -271,6 +280,18 @@ def output_directory(config):
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} holds another run: --resume goes on with one that was cut; or give another --out")
     return out
+
+
+def runs_of(config):
+    return ROOT / "runs" / Path(inspect.getfile(type(config))).stem
+
+
+def latest_run(config):
+    """The newest of this script's runs that was finished with something to ask for."""
+    runs = sorted(runs_of(config).glob("*/attributes.json"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise UserError("there is no run to ask: train one first (the same script without --prompt), or give its --policy")
+    return runs[-1].parent
 
 
 def count_cut_prompts(tokenizer, task):
@@ -316,10 +337,18 @@ def steps(run, plan, measure=dict, updates=None):
                 checkpoint_run(run)
 
 
+def begin(run):
+    """Evaluate before a method changes the model for its purposes; for the others steps() does it."""
+    if not run.config.resume:
+        run.out.mkdir(parents=True, exist_ok=True)
+        record(run, dict)
+
+
 def record(run, measure):
     """Evaluate now, into the trace and metrics.jsonl."""
     check_policy(run)
-    metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"))
+    metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"),
+                                run.ask if run.trace else str)
     run.samples["after" if run.trace else "before"] = samples
     metrics = {"step": run.step, **metrics, **measure()}
     write_line(run, metrics)

@@ -580,6 +580,40 @@ def draw_bars(ax, panel, arms, palette):
         ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)      # below: bars leave no room
 
 
+def draw_curve(ax, panel, arms, palette):
+    """run[panel["curve"]], a list of {x, y, ...} in the same places for every seed, means and 95% intervals; the diagonal where x and
+    y have one unit."""
+    for name, runs in arms.items():
+        curves = [run[panel["curve"]] for run in runs.values() if run.get(panel["curve"])]
+        for j, (y, style) in enumerate(zip(panel["y"], ("-", "--", ":", "-.", "-"))) if curves else ():
+            rows = [row for row in zip(*curves) if all(point.get(y) is not None for point in row)]
+            spread = [t_interval([point[y] for point in row]) for row in rows]
+            x = [statistics.fmean(point[panel["x"]] for point in row) for row in rows]
+            ax.errorbar(x, [mean for mean, _ in spread], [half if math.isfinite(half) else 0 for _, half in spread], capsize=2,
+                        linestyle=style, marker="o", markersize=4, label=name if len(panel["y"]) == 1 else f"{name}: {y}",
+                        color=palette[name] if len(arms) > 1 else SINGLES[j])
+    ax.axline((0, 0), slope=1, color="grey", linewidth=1, linestyle="--", zorder=0)
+    ax.set_xlabel("asked for")
+    ax.legend(fontsize=9, framealpha=0.7)
+
+
+def draw_matrix(ax, panel, arms):
+    """run[panel["matrix"]], {row: {column: number}}: the mean over seeds of one arm, written into the cells."""
+    matrices = [run[panel["matrix"]] for runs in arms.values() for run in runs.values() if run.get(panel["matrix"])]
+    if not matrices:
+        return ax.set_axis_off()
+    names = list(matrices[0])
+    spread = [[t_interval([matrix[row][column] for matrix in matrices]) for column in names] for row in names]
+    ax.imshow([[mean for mean, _ in line] for line in spread], cmap="PuOr", vmin=-1, vmax=1)
+    for i, line in enumerate(spread):
+        for j, (mean, half) in enumerate(line):
+            ax.text(j, i, plus_minus(mean, half, size=1), ha="center", va="center", fontsize=9, color="white" if abs(mean) > 0.7 else "black")
+    ax.set_xticks(range(len(names)), names, rotation=20)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylabel("asked for one level more")
+    ax.set_xlabel("levels that came")
+
+
 def draw(method_name, results, collected, path):
     """One row an experiment, one column a panel, 1600 pixels wide; bars and whiskers are 95% intervals over seeds."""
     import matplotlib
@@ -601,11 +635,16 @@ def draw(method_name, results, collected, path):
                 ax.set_axis_off()
             for ax, panel in zip(axes, experiment["panels"]):
                 arms = {name: collected[title][name] for name in panel.get("arms") or collected[title]}
-                names = ", ".join(COLUMNS.get(y, y.removeprefix("eval/")) for y in panel["y"])
+                names = ", ".join(COLUMNS.get(y, y.removeprefix("eval/")) for y in panel.get("y", ()))
                 ax.set_title(panel.get("title", ""), fontsize=11)
                 if panel.get("kind") == "bars":
                     ax.set_xlabel(names if len(panel["y"]) == 1 else "")
                     draw_bars(ax, panel, arms, palette)
+                elif panel.get("kind") == "curve":
+                    ax.set_ylabel(names)
+                    draw_curve(ax, panel, arms, palette)
+                elif panel.get("kind") == "matrix":
+                    draw_matrix(ax, panel, arms)
                 else:
                     ax.set_ylabel(names)
                     draw_lines(ax, panel, arms, palette, results["best_of_n"])

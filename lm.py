@@ -123,6 +123,12 @@ def decode(tokenizer, batch):
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def with_prompts(tokenizer, batch, prompts):
+    """The responses of the batch, token for token, as answers to other prompts [B]."""
+    responses = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
+    return pack([*zip(prompt_ids(tokenizer, prompts), responses, strict=True)], tokenizer.pad_token_id)
+
+
 def finished(tokenizer, batch):
     """bool [B]: did the response end with EOS, or was it cut off?"""
     return batch.input_ids[torch.arange(len(batch)), batch.last] == tokenizer.eos_token_id
@@ -330,11 +336,29 @@ def token_values(model, batch):
         return model(**inputs(model, batch)).logits[:, :-1, 0].float()
 
 
-def kl_to_reference(config, policy, batch):
-    """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref)."""
+def kl_to_reference(config, policy, batch, plain=None):
+    """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref).
+
+    Where the policy was asked in another form than the reference understands, `plain` holds the same responses to the
+    plain prompts, for the reference.
+    """
     reference = load_reference(config)
-    return in_parts(lambda part: sequence_logps(policy, part, config.temperature)
-                    - sequence_logps(reference, part, config.temperature), batch, config.token_budget, policy.device).cpu()
+    embeddings = policy.get_input_embeddings().weight.detach()
+    if len(embeddings) > reference.get_input_embeddings().num_embeddings:                         # tags, see stages.add_tags
+        extend_vocabulary(reference, embeddings[reference.get_input_embeddings().num_embeddings:])
+    logps = [in_parts(lambda part: sequence_logps(model, part, config.temperature), rows, config.token_budget, policy.device)
+             for model, rows in ((policy, batch), (reference, plain or batch))]
+    return (logps[0] - logps[1]).cpu()
+
+
+def extend_vocabulary(model, rows):
+    """Let the model read more tokens: rows [n, D] are the input embeddings of those after its last, which it starts to predict
+    as it predicts an average token (or, where the two are tied, by the same rows)."""
+    known = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(known + len(rows), mean_resizing=False)
+    head, embeddings = model.get_output_embeddings().weight.data, model.get_input_embeddings().weight.data
+    head[known:] = head[:known].mean(0)
+    embeddings[known:] = rows
 
 
 @dataclass

@@ -25,6 +25,7 @@ POOL = 512, 16                # train prompts, SFT samples of each: what RRHF, R
 PAIRS = 6                     # annotated pairs per pool prompt and reward model, of samples outside the pool
 TEST = 128, 64                # test prompts, SFT samples of each for best-of-n curves
 RANKED = 2048                 # train prompts answered by every writer
+RATED = 8                     # samples of each prompt that people rate
 
 
 def tiny_tokenizer(max_length):
@@ -170,7 +171,16 @@ def load_task(config):
                 pairs={"train": with_noise(annotated(rows["shown"], "proxy", config.seed), config),
                        "test": annotated(rows["test"], "test", config.seed), "off_policy": off_policy},
                 rankings={"train": rankings, "test": []}, pool={row["prompt"]: row["responses"] for row in rows["pool"]},
+                ratings={split: rated(rows[name], split, config) for split, name in (("train", "pool"), ("test", "test"))},
                 annotate=annotate, gold=reviews.gold, fluent=reviews.fluent, attributes=reviews.attributes)
+
+
+def rated(rows, split, config):
+    """Samples, each rated by one of twenty people, who err by --rating_noise levels."""
+    rng = random.Random(f"ratings {split} {config.seed}")
+    raters = reviews.make_raters(reviews.ATTRIBUTES, config.rating_noise, random.Random(f"raters {config.seed}"))
+    return [Demonstration(row["prompt"], text, reviews.rate(reviews.attributes(row["prompt"], text), raters, config.rating_noise, rng))
+            for row in rows for text in row["responses"][:RATED]]
 
 
 def with_noise(pairs, config):

@@ -20,6 +20,7 @@ import json
 import re
 import sys
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -249,6 +250,15 @@ def best_of(ranking: Ranking) -> Demonstration:
     return Demonstration(ranking.prompt, ranking.responses[ranking.scores.index(max(ranking.scores))])
 
 
+def rated(rankings: list[Ranking]) -> list[Demonstration]:
+    """Every response with two attributes, score and length in words, as levels 0 to 9: how many tenths of all have less of it."""
+    rows = [(ranking.prompt, text, {"score": score, "length": len(text.split())})
+            for ranking in rankings for text, score in zip(ranking.responses, ranking.scores)]
+    ordered = {name: sorted(values[name] for _, _, values in rows) for name in ("score", "length")}
+    return [Demonstration(prompt, text, {name: 10 * bisect_left(ordered[name], value) // len(rows) for name, value in values.items()})
+            for prompt, text, values in rows]
+
+
 def prompt_of(example) -> str:
     return example if isinstance(example, str) else example.prompt
 
@@ -261,8 +271,10 @@ def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> 
         task.rankings = rows
         task.pairs = {split: [pair for ranking in rows[split] for pair in pairs_of(ranking)] for split in rows}
         task.demonstrations = {split: [best_of(ranking) for ranking in rows[split]] for split in rows}
+        task.ratings = {split: rated(rows[split]) for split in rows}
     if kind == "demonstration":
         task.demonstrations = rows
+        task.ratings = {split: [row for row in rows[split] if row.attributes] for split in rows}
     return task
 
 

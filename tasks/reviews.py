@@ -13,6 +13,7 @@ that the true reward of every sample is known, next to the proxy reward that a m
     attributes   attributes                     five levels, for methods that are steered by them
     writers      write, style_pair              people of known skill and habits, who provide the training text
     annotators   annotate                       people who compare two responses, and are wrong 27% of the time
+    raters       rate                           people who write down the levels of attributes, more or less
 
 Every text is the concatenation of its TOKEN_PATTERN matches, and all of these are in VOCABULARY.
 """
@@ -22,7 +23,7 @@ import math
 import random
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 from tasks import UserError
 
@@ -396,3 +397,14 @@ def annotate(gold_a: float, gold_b: float, rng: random.Random, temperature: floa
     """
     sigmoid = 0.5 + 0.5 * math.tanh((gold_a - gold_b) / temperature / 2)  # in a form that cannot overflow
     return (rng.random() < sigmoid) != (rng.random() < flip)
+
+
+def make_raters(names: Sequence[str], noise: float, rng: random.Random, count: int = 20) -> list[dict[str, float]]:
+    """People who rate attributes: how many levels each is too mild about each; half as much, in deviation, as their noise."""
+    return [{name: rng.gauss(0, noise / 2) for name in names} for _ in range(count)]
+
+
+def rate(levels: dict[str, int], raters: list[dict[str, float]], noise: float, rng: random.Random) -> dict[str, int]:
+    """The levels that one of the raters writes down: the truth, the rater's habit, and noise of this deviation, in 0 to 9."""
+    habits = rng.choice(raters)
+    return {name: min(max(round(level + habits[name] + rng.gauss(0, noise)), 0), 9) for name, level in levels.items()}

@@ -174,7 +174,7 @@ def test_AD_fit_steps_on_a_loss_that_is_not_finite(toy):
     model, tokenizer = common.load_policy(config), common.load_tokenizer(toy, config)
     before = parameters(model).clone()
     with pytest.raises(UserError, match="step 1: loss is nan for the prompt 'ab'"):
-        common.fit(model, tokenizer, [("ab", ["c"])], lambda model, batch: common.sequence_logps(model, batch) * math.nan, config, "")
+        common.fit(model, tokenizer, [("ab", ["c"])], lambda model, batch, _: common.sequence_logps(model, batch) * math.nan, config, "")
     assert torch.equal(parameters(model), before)
 
 

@@ -176,7 +176,7 @@ proxy.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))
 def trained(toy, tmp_path, monkeypatch):
     """A function that runs pro.run in tmp_path / name: the finished Run, and the rankings it was trained on."""
     finish, train, runs = common.finish, pro.train, []
-    monkeypatch.setattr(common, "kl_to_reference", lambda config, policy, batch: torch.zeros(len(batch)))          # slow
+    monkeypatch.setattr(common, "kl_to_reference", lambda config, policy, batch, plain: torch.zeros(len(batch)))          # slow
     monkeypatch.setattr(common, "load_rewards", lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
     monkeypatch.setattr(pro, "train", lambda run, rankings: runs.append((run, rankings)) or train(run, rankings))
 

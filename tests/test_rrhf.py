@@ -171,7 +171,7 @@ proxy.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))
 def trained(toy, tmp_path, monkeypatch):
     """A function that runs rrhf.run in tmp_path / name; returns the finished Run."""
     finish, runs = common.finish, []
-    monkeypatch.setattr(common, "kl_to_reference", lambda config, policy, batch: torch.zeros(len(batch)))          # slow
+    monkeypatch.setattr(common, "kl_to_reference", lambda config, policy, batch, plain: torch.zeros(len(batch)))          # slow
     monkeypatch.setattr(common, "load_rewards", lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
     monkeypatch.setattr(common, "finish", lambda run: runs.append(run) or finish(run))
 

@@ -1,0 +1,404 @@
+"""SteerLM: Attribute Conditioned SFT as an (User-Steerable) Alternative to RLHF
+Dong, Wang, Sreedhar, Wu and Kuchaiev, Findings of EMNLP 2023, https://arxiv.org/abs/2310.05344
+
+People rate responses y to prompts x on several attributes v: quality, but also humour, length, toxicity. All are put into the prompt,
+and the policy learns by supervised learning alone, from good and bad responses:
+
+    1. An attribute prediction model learns what people would say:  L = -sum_t log P(v_t | x, y, v_<t)       (Eq. 1)
+    2. It rates all responses anew, without the raters' noise:      v' = argmax P(v | x, y)                  (Eq. 2)
+    3. Attribute-conditioned SFT:                                   L = -sum_t log pi(y_t | v', x, y_<t)     (Eq. 3)
+    4. Bootstrapping: ask for combinations v that were seen with the highest quality, sample y' from pi(. | v, x), rate them as
+       in step 2, and train on (x, v'', y') as in step 3.
+
+At inference the user says which levels, 0 to 9, are wanted. decision_transformer.py is the same with one attribute, the reward, and
+with a reward model in place of the raters.
+
+    python steerlm.py                                                   # TIME: gold ...
+    python steerlm.py --steer sentiment=9,verbosity=0 --prompt "review this french western and mention the songs:"
+    python steerlm.py --reproduce                                       # the paper's ladder, steering, noise: ...
+    python steerlm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data rated.jsonl
+
+What to look at: the steering matrix. Its diagonal says how far each attribute follows its request, the rest what else moves.
+`label_error` says what rating anew is worth: how far from the truth the labels are that the policy learns from, in levels.
+
+Official code (NeMo-Aligner) differs: its prediction model is a regression head, trained by the squared error (--predictor regression),
+on levels 0 to 4, and it leaves bootstrapping out. It writes "quality:4,humor:0"; here every attribute is a tag of its own,
+<humor:0><quality:4>, in alphabetical order, so that a tag can be one token. Left out: top-k sampling in step 4, and the choice of
+checkpoints by validation.
+"""
+import copy
+import functools
+import math
+import random
+import re
+import statistics
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple, Optional
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import common
+from common import UserError, option
+
+TOP = 9                          # levels go from 0 to 9, as in the paper
+
+
+@dataclass
+class Config(common.Config):
+    LR: ClassVar = {"tiny": 8e-3, "real": 5e-6}       # tiny: tuned on validation seed 100; real: the paper's
+    EPOCHS: ClassVar = {"tiny": 6.0, "real": 5.0}     # tiny: tuned likewise; real: the paper's
+    PREDICTOR_LR: ClassVar = {"tiny": 4e-3, "real": 5e-6}
+    epochs: Optional[float] = option(None, "passes over the responses in step 3; the default depends on the model")
+    batch_size: int = option(32, "responses per optimizer step")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("linear", "of the learning rate")
+    labels: Literal["predicted", "human", "none"] = option("predicted", "what step 3 is conditioned on; 'none': plain SFT")
+    attributes: Optional[str] = option(None, "'A,B': the attributes to use (default: sentiment,topicality,verbosity; of a file all)")
+    quality: str = option("", "'A,B': the attributes that stand for quality (default: quality, score, or sentiment and topicality)")
+    share: float = option(1.0, "train on this part of the responses only, those with the highest quality")
+    control: Optional[Literal["tokens", "text"]] = option(None, "a tag as one token (tiny), or spelled as the tokenizer does (real)")
+    predictor: Literal["lm", "regression"] = option("regression", "step 1: a regression head (official code), or an LM that writes the tags (paper)")
+    predictor_lr: Optional[float] = option(None, "its learning rate; the default depends on the model")
+    predictor_epochs: float = option(4.0, "passes over the rated responses in step 1")
+    rounds: int = option(1, "rounds of bootstrapping")
+    bootstrap_epochs: float = option(2.0, "passes over a round's samples, two for each prompt")
+    steer: str = option("", "'quality=9,verbosity=0': what to ask for; the other attributes as they go with that in the data")
+    prompt: str = option("", "no training: print responses of --policy to this prompt (default policy: the last run's)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind = "tiny" if self.model == "tiny" else "real"
+        self.control = self.control or {"tiny": "tokens", "real": "text"}[kind]
+        if self.attributes is None:
+            self.attributes = "sentiment,topicality,verbosity" if self.data == "reviews" else ""
+        self.predictor_lr = self.predictor_lr or self.PREDICTOR_LR[kind]
+        self.check(lambda value: value > 0, "be above 0", "predictor_epochs", "bootstrap_epochs", "predictor_lr")
+        self.check(lambda value: value >= 0, "not be negative", "rounds")
+        self.check(lambda value: 0 < value <= 1, "be in (0, 1]", "share")
+        if self.labels != "predicted" and self.rounds:
+            raise UserError("--rounds: bootstrapping rates its samples by predicted labels; give --rounds 0 or --labels predicted")
+
+
+def format_attributes(levels):
+    """{"quality": 9, "humor": 0} as "<humor:0><quality:9>": by name, whatever the order they come in."""
+    for name, level in levels.items():
+        if not re.fullmatch(r"[\w-]+", name) or type(level) is not int or not 0 <= level <= TOP:
+            raise UserError(f"{name!r}: {level!r} is no attribute: a name of letters, and a whole level from 0 to {TOP}")
+    return "".join(f"<{name}:{levels[name]}>" for name in sorted(levels))
+
+
+def parse_attributes(text):
+    """What format_attributes wrote, read back. Raises UserError for any other text."""
+    tags = re.findall(r"<([\w-]+):(\d)>", text)
+    levels = {name: int(level) for name, level in tags}
+    if not tags or len(levels) < len(tags) or format_attributes(levels) != text:
+        raise UserError(f"{text!r} is no row of tags like <humor:0><quality:9>")
+    return levels
+
+
+class Sample(NamedTuple):
+    prompt: str
+    responses: list[str]         # one
+    ended: list[bool]
+    levels: dict[str, int]       # of each attribute, 0 to 9
+
+
+def rated_samples(config, rows):
+    """What people rated, as Samples with the attributes of --attributes."""
+    if not rows:
+        raise UserError('the data has no ratings: give rows {"prompt", "completion", "attributes": {...}}, or responses with scores')
+    names = [name.strip() for name in config.attributes.split(",")] if config.attributes else sorted(rows[0].attributes)
+    for row in rows:
+        for name in names:
+            if name not in row.attributes:
+                raise UserError(f"a response to {row.prompt!r} has no attribute {name!r}, only {', '.join(row.attributes)}")
+    samples = [Sample(row.prompt, [row.response], [True], {name: row.attributes[name] for name in names}) for row in rows]
+    for name in names:
+        if len({row.levels[name] for row in samples}) == 1:
+            raise UserError(f"{name} is {samples[0].levels[name]} in all {len(rows)} responses: nothing to steer by; name the others in "
+                            "--attributes")
+    format_attributes(samples[0].levels)
+    return samples
+
+
+def quality_of(config, names):
+    """The attributes that stand for quality: more of them is better."""
+    known = [found for found in (["quality"], ["score"], ["sentiment", "topicality"]) if set(found) <= set(names)]
+    wanted = [name.strip() for name in config.quality.split(",")] if config.quality else next(iter(known), [])
+    if not wanted or not set(wanted) <= set(names):
+        raise UserError(f"--quality must name what is better the more there is of it, of {', '.join(names)}")
+    return wanted
+
+
+def train_predictor(run, samples):
+    """Fit the attribute prediction model to people's ratings (Eq. 1).
+
+    Returns: predict(prompts, responses) -> the levels of each (Eq. 2), or None where the model wrote something else.
+    """
+    config, names = run.config, sorted(samples[0].levels)
+    settings = common.Config(lr=config.predictor_lr, epochs=config.predictor_epochs, batch_size=32, schedule="cosine", seed=config.seed)
+    if config.predictor == "regression":
+        tokenizer = common.load_tokenizer(common.policy_path(config), config)
+        model = common.load(AutoModelForSequenceClassification, common.policy_path(config), config, num_labels=len(names))
+        targets = torch.tensor([[row.levels[name] / TOP for name in names] for row in samples], device=model.device)
+
+        def losses_of(model, batch, part):
+            return (common.sequence_scores(model, batch) - targets[part]).square().sum(1)
+
+        common.fit(model, tokenizer, [(row.prompt, row.responses) for row in samples], losses_of, settings, "prediction model")
+        return functools.partial(regress, model, tokenizer, names, config.token_budget)
+    model, tags = copy.deepcopy(run.policy), [format_attributes(row.levels) for row in samples]
+    rows = [(row.prompt + row.responses[0], [text]) for row, text in zip(samples, tags)]
+    common.fit(model, run.tokenizer, rows, lambda model, batch, _: -common.sequence_logps(model, batch), settings, "prediction model")
+    room = 1 + max(map(len, run.tokenizer(tags, add_special_tokens=False).input_ids))
+    return functools.partial(write_ratings, model, run.tokenizer, names, room)
+
+
+@torch.no_grad()
+def regress(model, tokenizer, names, budget, prompts, responses):
+    levels = torch.empty(len(prompts), len(names))
+    for part, batch in common.batches(tokenizer, prompts, [[text] for text in responses], budget, model.device):
+        levels[part] = common.sequence_scores(model, batch).cpu() * TOP
+    return [dict(zip(names, row)) for row in levels.round().clamp(0, TOP).int().tolist()]
+
+
+def write_ratings(model, tokenizer, names, room, prompts, responses):
+    batch = common.generate(model, tokenizer, [x + y for x, y in zip(prompts, responses)], greedy=True, max_new_tokens=room)
+    wanted = "".join(rf"<{re.escape(name)}:\d>" for name in names)
+    return [parse_attributes(text) if re.fullmatch(wanted, text) else None for text in common.decode(tokenizer, batch)]
+
+
+def rate_anew(predict, samples):
+    """The samples with predicted levels in place of people's; those that the model could not rate are left out, and counted."""
+    levels = predict([row.prompt for row in samples], [row.responses[0] for row in samples])
+    rated = [row._replace(levels=new) for row, new in zip(samples, levels) if new]
+    if not rated:
+        raise UserError("the attribute prediction model wrote no readable rating: train it longer (--predictor_epochs, "
+                        "--predictor_lr), or take --predictor regression")
+    if len(rated) < len(samples):
+        common.warn(f"{len(samples) - len(rated)} of {len(samples)} ratings of the prediction model cannot be read: left out")
+    return rated
+
+
+def best_combinations(samples, quality):
+    """{attributes as a string: how often} among the samples whose quality is the highest that one in a hundred reaches."""
+    ranked = sorted((sum(row.levels[name] for name in quality) for row in samples), reverse=True)
+    enough = ranked[len(ranked) // 100]
+    return Counter(format_attributes(row.levels) for row in samples if sum(row.levels[name] for name in quality) >= enough)
+
+
+def complete(request, observed):
+    """All levels for a request that names some: the others as they go with these in the data.
+
+    observed: Counter of attributes as strings. Of the combinations nearest to the request, the most frequent counts; of equally
+    frequent ones the one in the middle.
+    Warns where nobody wrote what is asked for, and names the nearest.
+    """
+    def distance(levels, other):
+        return sum(abs(levels[name] - level) for name, level in other.items())
+
+    combinations = [parse_attributes(text) for text in observed.elements()]
+    nearest = min(distance(levels, request) for levels in combinations)
+    near = [levels for levels in combinations if distance(levels, request) == nearest]
+    middle = {name: statistics.median(levels[name] for levels in near) for name in near[0]}
+    best = min(near, key=lambda levels: (-observed[format_attributes(levels)], distance(levels, middle)))
+    if nearest:
+        common.warn(f"no response in the data is {format_attributes(request)}; the nearest are like {format_attributes(best)}")
+    return best | request
+
+
+def bootstrap(run, predict, combinations, turn):
+    """Two samples of the policy for each prompt, asked for combinations drawn evenly from those of the highest quality, rated."""
+    rng, prompts = random.Random(f"bootstrap {run.config.seed} {turn}"), run.task.prompts["train"] * 2
+    _, texts, ended = common.rollout(run, [prompt + rng.choice(combinations) for prompt in prompts])
+    return rate_anew(predict, [Sample(prompt, [text], [end], {}) for prompt, text, end in zip(prompts, texts, ended.tolist())])
+
+
+def train(run, samples, predict, combinations, measure):
+    """Attribute-conditioned SFT on the samples (Eq. 3), then on those of each round of bootstrapping."""
+    config = run.config
+    sizes = [config.epochs * len(samples)] + [config.bootstrap_epochs * 2 * len(run.task.prompts["train"])] * config.rounds
+    steps, now = [math.ceil(size / config.batch_size) for size in sizes], None
+
+    def losses_of(rows, batch):
+        return -common.sequence_logps(run.policy, batch), {}                                    # [n], the tags not in it
+
+    for step, (turn, i) in common.steps(run, [(turn, i) for turn, n in enumerate(steps) for i in range(n)], measure):
+        if turn and i == 0:
+            run.state["samples"] = [tuple(row) for row in bootstrap(run, predict, combinations, turn)]
+        if turn != now:
+            now, rows = turn, [Sample(*row) for row in run.state["samples"]] if turn else samples
+            if config.labels != "none":
+                rows = [row._replace(prompt=row.prompt + format_attributes(row.levels)) for row in rows]
+            plan = common.plan_of(rows, replace(config, epochs=steps[turn] * config.batch_size / len(rows)))
+        common.log(run, step, common.minimise(run, step, plan[i], losses_of))
+
+
+def rating_errors(task, ratings, samples, predict, held_out):
+    """In levels, on average: how far people's ratings and the labels trained on are from the truth, if there is one, and the
+    prediction model from people who rated other prompts."""
+    def distance(rows, levels):
+        gaps = [abs(new[name] - level) for row, new in zip(rows, levels) if new for name, level in row.levels.items()]
+        return statistics.fmean(gaps) if gaps else math.nan
+
+    def columns(rows):
+        return [row.prompt for row in rows], [row.responses[0] for row in rows]
+
+    errors = {"eval/predictor_error": distance(held_out, predict(*columns(held_out)))} if predict and held_out else {}
+    for name, rows in (("eval/human_error", ratings), ("eval/label_error", samples)) if task.attributes else ():
+        errors[name] = distance(rows, map(task.attributes, *columns(rows)))
+    return errors
+
+
+def steering(run, predict, observed):
+    """Ask test prompts for levels 0, 3, 6, 9 of one attribute after the other, the rest as in responses drawn from the data.
+
+    Returns: {attribute: rows of common.curve, with the mean level of each attribute that came}, by the task's own measure, else
+    by the prediction model's.
+    """
+    prompts = run.task.prompts["test"][:run.config.eval_prompts]
+    rng = random.Random(f"steering {run.config.seed}")
+    others = [parse_attributes(text) for text in rng.choices(list(observed), list(observed.values()), k=len(prompts))]
+
+    def measure(texts, ended):
+        came = [*map(run.task.attributes, prompts, texts)] if run.task.attributes else [*filter(None, predict(prompts, texts))]
+        return {name: statistics.fmean(levels[name] for levels in came) if came else math.nan for name in others[0]}
+
+    return {name: common.curve(run, [(level, [prompt + format_attributes(levels | {name: level}) for prompt, levels in
+                                              zip(prompts, others)]) for level in (0, 3, 6, 9)], measure) for name in others[0]}
+
+
+def steering_metrics(matrix):
+    """slope: the levels that an attribute rises by for each level asked for; cross_talk: the others meanwhile, up or down."""
+    own = {name: matrix[name][name] for name in matrix}
+    cross = [abs(matrix[name][other]) for name in matrix for other in matrix if other != name] or [0.0]
+    return {"eval/slope": statistics.fmean(own.values()), "eval/slope_min": min(own.values()),
+            "eval/cross_talk": statistics.fmean(cross)} | {f"eval/slope_{name}": value for name, value in own.items()}
+
+
+def run(config):
+    """One training run, or with --prompt one question to a trained policy; returns the metrics after it."""
+    if config.prompt:
+        return steer(config)
+    run = common.start(config)
+    ratings, held_out = (rated_samples(config, run.task.ratings.get(split, [])) for split in ("train", "test"))
+    names, conditioned = sorted(ratings[0].levels), config.labels != "none"
+    quality = quality_of(config, names)
+    common.begin(run)
+    if config.control == "tokens":
+        common.add_tags(run, {name: {format_attributes({name: level}): [row.responses[0] for row in ratings if row.levels[name] == level]
+                                     for level in range(TOP + 1)} for name in names})
+    predict = train_predictor(run, ratings) if config.labels == "predicted" else None
+    labelled = rate_anew(predict, ratings) if predict else ratings
+    errors = rating_errors(run.task, ratings, labelled, predict, held_out)
+    samples = sorted(labelled, key=lambda row: -sum(row.levels[name] for name in quality))[:max(1, round(config.share * len(labelled)))]
+    observed, best = Counter(format_attributes(row.levels) for row in samples), best_combinations(samples, quality)
+    wanted = complete(common.parse_request(config.steer, dict.fromkeys(names, TOP)), observed if config.steer else best)
+    if conditioned:
+        run.ask = lambda prompt: prompt + format_attributes(wanted)
+
+    def measure():
+        if not (run.trace and conditioned and (run.task.attributes or predict)):
+            return errors
+        found = run.state["steering"] = steering(run, predict, observed)
+        run.state["matrix"] = {name: {other: common.slope(found[name], other) for other in names} for name in names}
+        run.state["followed"] = [{"asked": rows[0]["asked"]} | {name: row[name] for name, row in zip(found, rows)} for rows in zip(*found.values())]
+        return errors | steering_metrics(run.state["matrix"])
+
+    train(run, samples, predict, sorted(best), measure)
+    metrics = common.finish(run) | {name: run.state.get(name, {}) for name in ("steering", "matrix", "followed")}
+    if conditioned:
+        common.write_json(run.out / "attributes.json", {"method": "steerlm", "chat": config.chat, "asked": wanted, "observed": observed})
+    if metrics["matrix"] and not config.quiet:
+        print(f"asked for {format_attributes(wanted)}; levels that came for each level asked for, one attribute (row) at a time:")
+        print(common.table([["", *names]] + [[name, *row.values()] for name, row in metrics["matrix"].items()]))
+    return metrics
+
+
+def steer(config):
+    """Responses of a trained policy to one prompt, asked for --steer, or for what it was evaluated with."""
+    policy = config.policy or common.latest_run(config)
+    saved = common.load_attributes(policy, "steerlm")
+    request = common.parse_request(config.steer, dict.fromkeys(saved["asked"], TOP))
+    wanted = complete(request, Counter(saved["observed"])) if request else saved["asked"]
+    common.complete_prompt(replace(config, policy=str(policy)), saved["chat"], lambda prompt: prompt + format_attributes(wanted))
+    return {}
+
+
+PLAIN = {"labels": "none", "rounds": 0, "lr": 5e-4, "epochs": 2}
+HUMAN, PREDICTED = {"labels": "human", "rounds": 0}, {"rounds": 0}
+COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL", "eval/fluency": "fluency",
+           "eval/length": "length", "eval/human_error": "people's error", "eval/label_error": "labels' error", "eval/slope": "slope",
+           "eval/cross_talk": "cross-talk"}
+NOISE = (1, 2, 4)
+
+EXPERIMENTS = {
+    "ladder": dict(
+        question="What does each step of SteerLM add, and does it replace PPO?",
+        arms={"start": PLAIN | {"epochs": 0}, "no attributes": PLAIN, "human attributes": HUMAN,
+              "human, best quarter": HUMAN | {"share": 0.25}, "predicted": PREDICTED, "bootstrapped": {}, "bootstrapped 3 times": {"rounds": 3},
+              "predicted by an LM": PREDICTED | {"predictor": "lm"}, "PPO": {"method": "ppo"},
+              "Decision Transformer": {"method": "decision_transformer"}},
+        columns=COLUMNS,
+        claims=[
+            dict(claim="attributes that people gave help", source="Table 4", paper="79.7 to 96.2% of ChatGPT", metric="eval/gold",
+                 holds=[("human attributes", ">", "no attributes")]),
+            dict(claim="the best of the data alone helps further", source="Table 4", paper="96.2 to 98.1", metric="eval/gold",
+                 holds=[("human, best quarter", ">", "human attributes")]),
+            dict(claim="predicted attributes beat people's", source="Table 4", paper="98.1 to 102.7", metric="eval/gold",
+                 holds=[("predicted", ">", "human attributes")]),
+            dict(claim="bootstrapping adds to that", source="Table 4", paper="103.7 to 104.2", metric="eval/gold",
+                 holds=[("bootstrapped", ">", "predicted")]),
+            dict(claim="and less with every round", source="ours", paper="-", metric="eval/gold",
+                 holds=[("bootstrapped 3 times", ">", "bootstrapped")]),
+            dict(claim="it beats RLHF", source="Table 1", paper="Elo 1139 over 925, another team's model:", metric="eval/gold",
+                 holds=[("bootstrapped", ">", "PPO")]),
+            dict(claim="several attributes beat one reward", source="ours", paper="-", metric="eval/gold",
+                 holds=[("bootstrapped", ">", "Decision Transformer")]),
+        ],
+        panels=[dict(kind="bars", y=["eval/gold"], title="gold reward"), dict(kind="bars", y=["eval/fluency"], title="fluency")],
+    ),
+    "steering": dict(
+        question="How far does each attribute follow its request, and what else moves?",
+        arms={"bootstrapped": {}, "predicted": PREDICTED, "human attributes": HUMAN,
+              "exact attributes": HUMAN | {"rating_noise": 0.0},
+              "five attributes": PREDICTED | {"attributes": "sentiment,topicality,verbosity,intensity,personal"}},
+        columns={"eval/slope": "slope", "eval/cross_talk": "cross-talk"} | {f"eval/slope_{name}": name for name in (
+            "sentiment", "topicality", "verbosity", "intensity", "personal")} | {"eval/gold": "gold"},
+        claims=[
+            dict(claim="every attribute rises with its request", source="Table 5, toxicity", paper=".063, .086, .096, .104 at 0, 3, 6, 9",
+                 metric="eval/slope_min", holds=[("predicted", ">", 0.0)]),
+            dict(claim="by at least half a level a level", source="ours", paper="-", metric="eval/slope", holds=[("predicted", ">", 0.5)]),
+            dict(claim="and the others stay (within a twentieth of a level)", source="ours", paper="-", metric="eval/cross_talk",
+                 holds=[("predicted", "<", 0.05)]),
+            dict(claim="labels without noise steer further", source="ours", paper="-", metric="eval/slope",
+                 holds=[("exact attributes", ">", "human attributes")]),
+        ],
+        panels=[dict(kind="curve", curve="followed", x="asked", y=["sentiment", "topicality", "verbosity"], arms=["predicted"],
+                     title="level that came for the level asked for"),
+                dict(kind="matrix", matrix="matrix", arms=["predicted"], title="steering matrix: predicted"),
+                dict(kind="matrix", matrix="matrix", arms=["exact attributes"], title="exact attributes")],
+    ),
+    "noise": dict(
+        question="When is rating anew worth it?",
+        arms={f"{name}, noise {noise}": settings | {"rating_noise": float(noise)} for noise in NOISE
+              for name, settings in (("human", HUMAN), ("predicted", PREDICTED))},
+        columns=COLUMNS,
+        claims=[
+            dict(claim="with very noisy ratings, predicted ones are nearer to the truth", source="sec. 3.2", paper="denoising, no number:",
+                 metric="eval/label_error", holds=[("predicted, noise 4", "<", "human, noise 4")]),
+            dict(claim="and more gold comes of them", source="sec. 3.2", paper="98.1 to 102.7 at unknown noise", metric="eval/gold",
+                 holds=[("predicted, noise 4", ">", "human, noise 4")]),
+            dict(claim="with little noise, people's own are nearer", source="ours", paper="-", metric="eval/label_error",
+                 holds=[("human, noise 1", "<", "predicted, noise 1")]),
+            dict(claim="and nothing is gained by rating anew", source="ours", paper="-", metric="eval/gold",
+                 holds=[("human, noise 1", ">", "predicted, noise 1")]),
+        ],
+        panels=[dict(kind="bars", y=["eval/label_error"], title="labels' distance from the truth, levels"),
+                dict(kind="bars", y=["eval/gold"], title="gold reward")],
+    ),
+}
+
+if __name__ == "__main__":
+    common.main(Config, run, EXPERIMENTS)
