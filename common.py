@@ -1,7 +1,7 @@
 """What the nine methods share: options, the stages before a method, evaluation, and one run from start to finish.
 
 The language-model half (batches, log-probabilities, loading, sampling) stands in lm.py, the steps of training and the
-stages before a method in stages.py; methods see all of it here.
+stages before a method in stages.py, what two methods write into prompts in conditioning.py; methods see all of it here.
 
     python common.py        # build the embedded task's models for --seed 0 and print their vital figures, <= 2 minutes
 """
@@ -21,15 +21,16 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
+from conditioning import (add_tags, complete_prompt, complete_request, curve, latest_run, load_attributes, parse_request, probe,
+                          rated_rows, runs_of, slope, steering, steering_metrics, table)
 from lm import (Batch, RewardModel, batches, concat, decode, encode, extend_vocabulary, finished, gather_logps, generate, in_parts,
                 kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
                 pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn,
                 with_prompts)
-from stages import (add_tags, candidate_reward, candidates, check_finite, check_policy, complete_prompt, curve, epochs, fit,
-                    given_answers, load_attributes, minimise, optimizer_and_schedule, optimizer_step, parse_request, plan_of, probe,
-                    response_logps, reward_model_losses, reward_to_maximise, rollout, sample_rankings, score_metrics, scored,
-                    slope, table, train_reward_model, train_sft)
-from tasks import Pair, Ranking, Task, UserError
+from stages import (candidate_reward, candidates, check_finite, check_policy, epochs, fit, given_answers, minimise,
+                    optimizer_and_schedule, optimizer_step, plan_of, response_logps, reward_model_losses, reward_to_maximise,
+                    rollout, sample_rankings, score_metrics, scored, train_attribute_model, train_reward_model, train_sft)
+from tasks import Demonstration, Pair, Ranking, Task, UserError
 
 transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
@@ -280,18 +281,6 @@ def output_directory(config):
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} holds another run: --resume goes on with one that was cut; or give another --out")
     return out
-
-
-def runs_of(config):
-    return ROOT / "runs" / Path(inspect.getfile(type(config))).stem
-
-
-def latest_run(config):
-    """The newest of this script's runs that was finished with something to ask for."""
-    runs = sorted(runs_of(config).glob("*/attributes.json"), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise UserError("there is no run to ask: train one first (the same script without --prompt), or give its --policy")
-    return runs[-1].parent
 
 
 def count_cut_prompts(tokenizer, task):

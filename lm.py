@@ -366,15 +366,15 @@ class RewardModel:
     """Scores texts. Calls its model as (score - mean) / std, so that SFT samples have mean 0 and deviation 1."""
     model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
-    label: int = 0
+    label: int | slice = 0
     mean: float = 0.0
     std: float = 1.0
     budget: int = 16384
 
     @torch.no_grad()
     def __call__(self, prompts, responses):
-        """Scores [N] of N prompts and their responses, float32 on the CPU."""
-        scores = torch.empty(len(prompts))
+        """Scores [N] of N prompts and their responses, float32 on the CPU; [N, labels] where `label` is a slice."""
+        scores = torch.empty(len(prompts), *[self.label.stop] * isinstance(self.label, slice))
         for rows, batch in batches(self.tokenizer, prompts, [[r] for r in responses], self.budget, self.model.device):
             if hasattr(self.model, "score"):
                 logits = sequence_scores(self.model, batch)

@@ -3,12 +3,10 @@ the reward to maximise, the policy's own samples, scored candidates.
 
 Methods see all of this as `common.<name>`.
 """
-import json
 import math
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable
 
 import torch
@@ -16,8 +14,7 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from lm import (batches, decode, encode, extend_vocabulary, finished, generate, load_policy, load_tokenizer, sequence_logps,
-                sequence_scores, warn)
+from lm import batches, decode, encode, finished, generate, sequence_logps, sequence_scores, warn
 from tasks import Ranking, UserError
 
 
@@ -89,6 +86,14 @@ def train_reward_model(model, tokenizer, pairs, config):
     """Fit a sequence-classification model with one label to preference pairs."""
     return fit(model, tokenizer, [(p.prompt, [p.chosen, p.rejected]) for p in pairs],
                lambda model, batch, _: reward_model_losses(model, batch), config, "reward model")
+
+
+def train_attribute_model(model, tokenizer, demonstrations, names, config):
+    """Fit a sequence-classification model with a label for each of the names to people's ratings of them, levels 0 to 9: the
+    squared error, with levels scaled to [0, 1] and summed over the names."""
+    targets = torch.tensor([[d.attributes[name] / 9 for name in names] for d in demonstrations], device=model.device)  # [N, names]
+    return fit(model, tokenizer, [(d.prompt, [d.response]) for d in demonstrations],
+               lambda model, batch, part: (sequence_scores(model, batch) - targets[part]).square().sum(1), config, "prediction model")
 
 
 # --------------------------------------------------------------------------------------- rows: pairs, rankings, one response
@@ -307,103 +312,3 @@ def report_flaws(rankings):
     if single or tied:
         warn(f"of {len(rankings)} rankings, {single} have one response only and {tied} have equal scores throughout: no order to "
              "learn there")
-
-
-# ------------------------------------------------------------------------------------------- conditioning on attributes
-# A conditioned policy reads what is wanted of its response as tags after the prompt: "...the music:<quality:9><verbosity:0>".
-# They stand in the prompt, so no loss ever falls on them; training and inference write them through one function.
-
-def add_tags(run, attributes):
-    """Make each tag one token of the policy and its tokenizer; known ones stay as they are.
-
-    attributes: {attribute: {tag: the responses that carry it}}. A tag starts where prompts end, moved towards the words of its
-    responses as far as these differ from the others': it is looked at like the end of a prompt, and read like a word of its
-    kind. (Drawn at random, tags went unnoticed for epochs.) Without responses, a tag differs from the others by noise.
-    """
-    old, generator = run.policy.get_input_embeddings().weight.detach(), torch.Generator().manual_seed(0)
-
-    def ids_of(texts):
-        return run.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-
-    end, rows = old[[ids[-1] for ids in ids_of(run.task.prompts["train"])]].mean(0), {}
-    for tags in attributes.values():
-        every = sum(ids_of(sum(tags.values(), [])), [])
-        noise = torch.randn(len(tags), old.shape[1], generator=generator).to(old) * old.std(0)
-        away = torch.stack([old[sum(ids_of(texts), [])].mean(0) - old[every].mean(0) if texts else row * (not every)
-                            for texts, row in zip(tags.values(), noise)])
-        rows |= zip(tags, end + away * old.norm(dim=1).mean() / away.norm(dim=1).max())
-    new = [tag for tag in rows if tag not in run.tokenizer.get_vocab()]
-    if new:
-        run.tokenizer.add_tokens(new)
-        extend_vocabulary(run.policy, torch.stack([rows[tag] for tag in new]))
-
-
-@torch.no_grad()
-def probe(run, prompts):
-    """One response to each prompt as the policy is now, outside the run's random numbers and counts: (texts, did each end? [N])."""
-    config = run.config
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        batch = generate(run.policy, run.tokenizer, prompts, 1, config.temperature, max_new_tokens=config.max_new_tokens)
-    return decode(run.tokenizer, batch), finished(run.tokenizer, batch)
-
-
-def curve(run, asked, measure):
-    """What comes for what is asked for: [{"asked", "words": mean length, and the numbers that measure(texts, ended) gives}].
-
-    asked: [(what it is called, the prompts that ask for it)].
-    """
-    rows = []
-    for name, prompts in asked:
-        texts, ended = probe(run, prompts)
-        rows.append({"asked": name, "words": sum(len(text.split()) for text in texts) / len(texts)} | measure(texts, ended.tolist()))
-    return rows
-
-
-def slope(rows, key):
-    """By how much the key of a curve's rows rises for each unit asked for: least squares."""
-    x, y = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in ("asked", key))
-    return ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
-
-
-def table(lines, width=12):
-    """Rows of cells as text, numbers with two digits."""
-    return "\n".join("".join(f"{cell:>{width}.2f}" if isinstance(cell, float) else f"{cell:>{width}}" for cell in line) for line in lines)
-
-
-def parse_request(text, known):
-    """--steer "sentiment=9,verbosity=0" as {"sentiment": 9, "verbosity": 0}; known: {name: its highest level}."""
-    request = {}
-    for part in filter(None, text.split(",")):
-        name, equals, level = (piece.strip() for piece in part.partition("="))
-        if not equals or not level.isdecimal():
-            raise UserError(f"--steer {text!r}: write it as NAME=LEVEL,NAME=LEVEL with whole levels")
-        if name not in known:
-            raise UserError(f"--steer {text!r}: the policy knows no attribute {name!r}, it knows {', '.join(sorted(known))}")
-        if int(level) > known[name]:
-            raise UserError(f"--steer {text!r}: the levels of {name} go from 0 to {known[name]}")
-        if name in request:
-            raise UserError(f"--steer {text!r} names {name} twice")
-        request[name] = int(level)
-    return request
-
-
-def load_attributes(path, method):
-    """What the policy in this directory was conditioned on, from its attributes.json: without it nobody knows what to ask for."""
-    file = Path(path) / "attributes.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    if found.get("method") != method:
-        raise UserError(f"{path} has no attributes.json of {method}.py, so it is not known which attributes its policy reads: "
-                        f"give --policy the directory of a finished run of {method}.py")
-    return found
-
-
-def complete_prompt(config, chat, ask):
-    """Print eval_samples responses of --policy to --prompt, asked as ask(prompt) says; chat: wrapped as a user's turn."""
-    policy, tokenizer, prompt = load_policy(config), load_tokenizer(config.policy, config), config.prompt
-    if chat:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    torch.manual_seed(config.seed)
-    batch = generate(policy, tokenizer, [ask(prompt)], config.eval_samples, config.temperature,
-                     max_new_tokens=config.max_new_tokens)
-    print(ask(config.prompt), *decode(tokenizer, batch), sep="\n  ")

@@ -27,7 +27,6 @@ on levels 0 to 4, and it leaves bootstrapping out. It writes "quality:4,humor:0"
 checkpoints by validation.
 """
 import copy
-import functools
 import math
 import random
 import re
@@ -104,22 +103,8 @@ class Sample(NamedTuple):
     levels: dict[str, int]       # of each attribute, 0 to 9
 
 
-def rated_samples(config, rows):
-    """What people rated, as Samples with the attributes of --attributes."""
-    if not rows:
-        raise UserError('the data has no ratings: give rows {"prompt", "completion", "attributes": {...}}, or responses with scores')
-    names = [name.strip() for name in config.attributes.split(",")] if config.attributes else sorted(rows[0].attributes)
-    for row in rows:
-        for name in names:
-            if name not in row.attributes:
-                raise UserError(f"a response to {row.prompt!r} has no attribute {name!r}, only {', '.join(row.attributes)}")
-    samples = [Sample(row.prompt, [row.response], [True], {name: row.attributes[name] for name in names}) for row in rows]
-    for name in names:
-        if len({row.levels[name] for row in samples}) == 1:
-            raise UserError(f"{name} is {samples[0].levels[name]} in all {len(rows)} responses: nothing to steer by; name the others in "
-                            "--attributes")
-    format_attributes(samples[0].levels)
-    return samples
+def rated_samples(config, task, split):
+    return [Sample(row.prompt, [row.response], [True], row.attributes) for row in common.rated_rows(task, split, config.attributes)]
 
 
 def quality_of(config, names):
@@ -132,41 +117,40 @@ def quality_of(config, names):
 
 
 def train_predictor(run, samples):
-    """Fit the attribute prediction model to people's ratings (Eq. 1).
+    """Fit the attribute prediction model, of the form that --predictor says, to people's ratings.
 
-    Returns: predict(prompts, responses) -> the levels of each (Eq. 2), or None where the model wrote something else.
+    Returns: predict(prompts, responses) -> the levels of each, or None where the model wrote something else.
     """
     config, names = run.config, sorted(samples[0].levels)
     settings = common.Config(lr=config.predictor_lr, epochs=config.predictor_epochs, batch_size=32, schedule="cosine", seed=config.seed)
-    if config.predictor == "regression":
-        tokenizer = common.load_tokenizer(common.policy_path(config), config)
-        model = common.load(AutoModelForSequenceClassification, common.policy_path(config), config, num_labels=len(names))
-        targets = torch.tensor([[row.levels[name] / TOP for name in names] for row in samples], device=model.device)
+    torch.manual_seed(config.seed)
+    if config.predictor == "lm":
+        return train_writer(run, samples, names, settings)
+    path = common.policy_path(config)
+    model, tokenizer = common.load(AutoModelForSequenceClassification, path, config, num_labels=len(names)), common.load_tokenizer(path, config)
+    rows = [common.Demonstration(row.prompt, row.responses[0], row.levels) for row in samples]
+    scorer = common.RewardModel(common.train_attribute_model(model, tokenizer, rows, names, settings), tokenizer, label=slice(len(names)))
 
-        def losses_of(model, batch, part):
-            return (common.sequence_scores(model, batch) - targets[part]).square().sum(1)
+    def predict(prompts, responses):
+        return [dict(zip(names, row)) for row in (scorer(prompts, responses) * TOP).round().clamp(0, TOP).int().tolist()]
 
-        common.fit(model, tokenizer, [(row.prompt, row.responses) for row in samples], losses_of, settings, "prediction model")
-        return functools.partial(regress, model, tokenizer, names, config.token_budget)
+    return predict
+
+
+def train_writer(run, samples, names, settings):
+    """The paper's form: a language model that writes the tags after prompt and response (Eq. 1) and is read greedily (Eq. 2)."""
     model, tags = copy.deepcopy(run.policy), [format_attributes(row.levels) for row in samples]
-    rows = [(row.prompt + row.responses[0], [text]) for row, text in zip(samples, tags)]
-    common.fit(model, run.tokenizer, rows, lambda model, batch, _: -common.sequence_logps(model, batch), settings, "prediction model")
+    rows = [common.Demonstration(row.prompt + row.responses[0], text) for row, text in zip(samples, tags)]
     room = 1 + max(map(len, run.tokenizer(tags, add_special_tokens=False).input_ids))
-    return functools.partial(write_ratings, model, run.tokenizer, names, room)
-
-
-@torch.no_grad()
-def regress(model, tokenizer, names, budget, prompts, responses):
-    levels = torch.empty(len(prompts), len(names))
-    for part, batch in common.batches(tokenizer, prompts, [[text] for text in responses], budget, model.device):
-        levels[part] = common.sequence_scores(model, batch).cpu() * TOP
-    return [dict(zip(names, row)) for row in levels.round().clamp(0, TOP).int().tolist()]
-
-
-def write_ratings(model, tokenizer, names, room, prompts, responses):
-    batch = common.generate(model, tokenizer, [x + y for x, y in zip(prompts, responses)], greedy=True, max_new_tokens=room)
     wanted = "".join(rf"<{re.escape(name)}:\d>" for name in names)
-    return [parse_attributes(text) if re.fullmatch(wanted, text) else None for text in common.decode(tokenizer, batch)]
+    common.train_sft(model, run.tokenizer, rows, settings)
+
+    def predict(prompts, responses):
+        both = [x + y for x, y in zip(prompts, responses)]
+        texts = common.decode(run.tokenizer, common.generate(model, run.tokenizer, both, greedy=True, max_new_tokens=room))
+        return [parse_attributes(text) if re.fullmatch(wanted, text) else None for text in texts]
+
+    return predict
 
 
 def rate_anew(predict, samples):
@@ -181,31 +165,10 @@ def rate_anew(predict, samples):
     return rated
 
 
-def best_combinations(samples, quality):
-    """{attributes as a string: how often} among the samples whose quality is the highest that one in a hundred reaches."""
+def best_of(samples, quality):
+    """The levels of the samples whose quality is the highest that one in a hundred reaches."""
     ranked = sorted((sum(row.levels[name] for name in quality) for row in samples), reverse=True)
-    enough = ranked[len(ranked) // 100]
-    return Counter(format_attributes(row.levels) for row in samples if sum(row.levels[name] for name in quality) >= enough)
-
-
-def complete(request, observed):
-    """All levels for a request that names some: the others as they go with these in the data.
-
-    observed: Counter of attributes as strings. Of the combinations nearest to the request, the most frequent counts; of equally
-    frequent ones the one in the middle.
-    Warns where nobody wrote what is asked for, and names the nearest.
-    """
-    def distance(levels, other):
-        return sum(abs(levels[name] - level) for name, level in other.items())
-
-    combinations = [parse_attributes(text) for text in observed.elements()]
-    nearest = min(distance(levels, request) for levels in combinations)
-    near = [levels for levels in combinations if distance(levels, request) == nearest]
-    middle = {name: statistics.median(levels[name] for levels in near) for name in near[0]}
-    best = min(near, key=lambda levels: (-observed[format_attributes(levels)], distance(levels, middle)))
-    if nearest:
-        common.warn(f"no response in the data is {format_attributes(request)}; the nearest are like {format_attributes(best)}")
-    return best | request
+    return [row.levels for row in samples if sum(row.levels[name] for name in quality) >= ranked[len(ranked) // 100]]
 
 
 def bootstrap(run, predict, combinations, turn):
@@ -235,46 +198,15 @@ def train(run, samples, predict, combinations, measure):
         common.log(run, step, common.minimise(run, step, plan[i], losses_of))
 
 
-def rating_errors(task, ratings, samples, predict, held_out):
-    """In levels, on average: how far people's ratings and the labels trained on are from the truth, if there is one, and the
+def rating_errors(ratings, samples, held_out, truth, predict):
+    """Mean distances in levels: of people's ratings and of the labels trained on from the truth, where there is one, and of the
     prediction model from people who rated other prompts."""
-    def distance(rows, levels):
-        gaps = [abs(new[name] - level) for row, new in zip(rows, levels) if new for name, level in row.levels.items()]
-        return statistics.fmean(gaps) if gaps else math.nan
+    def distance(rows, judge):
+        levels = judge([row.prompt for row in rows], [row.responses[0] for row in rows])
+        return statistics.fmean([abs(new[name] - row.levels[name]) for row, new in zip(rows, levels) if new for name in new] or [math.nan])
 
-    def columns(rows):
-        return [row.prompt for row in rows], [row.responses[0] for row in rows]
-
-    errors = {"eval/predictor_error": distance(held_out, predict(*columns(held_out)))} if predict and held_out else {}
-    for name, rows in (("eval/human_error", ratings), ("eval/label_error", samples)) if task.attributes else ():
-        errors[name] = distance(rows, map(task.attributes, *columns(rows)))
-    return errors
-
-
-def steering(run, predict, observed):
-    """Ask test prompts for levels 0, 3, 6, 9 of one attribute after the other, the rest as in responses drawn from the data.
-
-    Returns: {attribute: rows of common.curve, with the mean level of each attribute that came}, by the task's own measure, else
-    by the prediction model's.
-    """
-    prompts = run.task.prompts["test"][:run.config.eval_prompts]
-    rng = random.Random(f"steering {run.config.seed}")
-    others = [parse_attributes(text) for text in rng.choices(list(observed), list(observed.values()), k=len(prompts))]
-
-    def measure(texts, ended):
-        came = [*map(run.task.attributes, prompts, texts)] if run.task.attributes else [*filter(None, predict(prompts, texts))]
-        return {name: statistics.fmean(levels[name] for levels in came) if came else math.nan for name in others[0]}
-
-    return {name: common.curve(run, [(level, [prompt + format_attributes(levels | {name: level}) for prompt, levels in
-                                              zip(prompts, others)]) for level in (0, 3, 6, 9)], measure) for name in others[0]}
-
-
-def steering_metrics(matrix):
-    """slope: the levels that an attribute rises by for each level asked for; cross_talk: the others meanwhile, up or down."""
-    own = {name: matrix[name][name] for name in matrix}
-    cross = [abs(matrix[name][other]) for name in matrix for other in matrix if other != name] or [0.0]
-    return {"eval/slope": statistics.fmean(own.values()), "eval/slope_min": min(own.values()),
-            "eval/cross_talk": statistics.fmean(cross)} | {f"eval/slope_{name}": value for name, value in own.items()}
+    errors = {"eval/predictor_error": distance(held_out, predict)} if predict and held_out else {}
+    return errors | ({"eval/human_error": distance(ratings, truth), "eval/label_error": distance(samples, truth)} if truth else {})
 
 
 def run(config):
@@ -282,34 +214,40 @@ def run(config):
     if config.prompt:
         return steer(config)
     run = common.start(config)
-    ratings, held_out = (rated_samples(config, run.task.ratings.get(split, [])) for split in ("train", "test"))
+    ratings, held_out = (rated_samples(config, run.task, split) for split in ("train", "test"))
     names, conditioned = sorted(ratings[0].levels), config.labels != "none"
     quality = quality_of(config, names)
+
+    def truth(prompts, responses):
+        return [{name: levels[name] for name in names} for levels in map(run.task.attributes, prompts, responses)]
+
     common.begin(run)
     if config.control == "tokens":
         common.add_tags(run, {name: {format_attributes({name: level}): [row.responses[0] for row in ratings if row.levels[name] == level]
                                      for level in range(TOP + 1)} for name in names})
     predict = train_predictor(run, ratings) if config.labels == "predicted" else None
-    labelled = rate_anew(predict, ratings) if predict else ratings
-    errors = rating_errors(run.task, ratings, labelled, predict, held_out)
-    samples = sorted(labelled, key=lambda row: -sum(row.levels[name] for name in quality))[:max(1, round(config.share * len(labelled)))]
-    observed, best = Counter(format_attributes(row.levels) for row in samples), best_combinations(samples, quality)
-    wanted = complete(common.parse_request(config.steer, dict.fromkeys(names, TOP)), observed if config.steer else best)
+    judge = truth if run.task.attributes else predict
+    samples = rate_anew(predict, ratings) if predict else ratings
+    errors = rating_errors(ratings, samples, held_out, run.task.attributes and truth, predict)
+    samples = sorted(samples, key=lambda row: -sum(row.levels[name] for name in quality))[:max(1, round(config.share * len(samples)))]
+    observed, best = [row.levels for row in samples], best_of(samples, quality)
+    wanted = common.complete_request(common.parse_request(config.steer, dict.fromkeys(names, TOP)), observed if config.steer else best)
     if conditioned:
         run.ask = lambda prompt: prompt + format_attributes(wanted)
 
     def measure():
-        if not (run.trace and conditioned and (run.task.attributes or predict)):
+        if not (run.trace and conditioned and judge):
             return errors
-        found = run.state["steering"] = steering(run, predict, observed)
+        found = run.state["steering"] = common.steering(run, observed, format_attributes, judge)
         run.state["matrix"] = {name: {other: common.slope(found[name], other) for other in names} for name in names}
         run.state["followed"] = [{"asked": rows[0]["asked"]} | {name: row[name] for name, row in zip(found, rows)} for rows in zip(*found.values())]
-        return errors | steering_metrics(run.state["matrix"])
+        return errors | common.steering_metrics(run.state["matrix"])
 
-    train(run, samples, predict, sorted(best), measure)
+    train(run, samples, predict, sorted(set(map(format_attributes, best))), measure)
     metrics = common.finish(run) | {name: run.state.get(name, {}) for name in ("steering", "matrix", "followed")}
     if conditioned:
-        common.write_json(run.out / "attributes.json", {"method": "steerlm", "chat": config.chat, "asked": wanted, "observed": observed})
+        common.write_json(run.out / "attributes.json", {"method": "steerlm", "chat": config.chat, "asked": wanted,
+                                                        "observed": Counter(map(format_attributes, observed))})
     if metrics["matrix"] and not config.quiet:
         print(f"asked for {format_attributes(wanted)}; levels that came for each level asked for, one attribute (row) at a time:")
         print(common.table([["", *names]] + [[name, *row.values()] for name, row in metrics["matrix"].items()]))
@@ -321,7 +259,8 @@ def steer(config):
     policy = config.policy or common.latest_run(config)
     saved = common.load_attributes(policy, "steerlm")
     request = common.parse_request(config.steer, dict.fromkeys(saved["asked"], TOP))
-    wanted = complete(request, Counter(saved["observed"])) if request else saved["asked"]
+    observed = [parse_attributes(text) for text, count in saved["observed"].items() for _ in range(count)]
+    wanted = common.complete_request(request, observed) if request else saved["asked"]
     common.complete_prompt(replace(config, policy=str(policy)), saved["chat"], lambda prompt: prompt + format_attributes(wanted))
     return {}
 

@@ -1,0 +1,197 @@
+"""Conditioning on attributes, what decision_transformer.py and steerlm.py share. Methods see all of this as `common.<name>`.
+
+A conditioned policy reads what is wanted of its response as tags after the prompt: "...mention the songs:<sentiment:9><verbosity:0>".
+They stand in the prompt, so no loss ever falls on them; training and inference write them through one function of the method.
+"""
+import inspect
+import json
+import math
+import random
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from lm import decode, extend_vocabulary, finished, generate, load_policy, load_tokenizer, warn
+from tasks import UserError
+
+ROOT = Path(__file__).resolve().parent
+
+
+def add_tags(run, attributes):
+    """Make each tag one token of the policy and its tokenizer; known ones stay as they are.
+
+    attributes: {attribute: {tag: the responses that carry it}}. A tag starts where prompts end, moved towards the words of its
+    responses as far as these differ from the others': it is looked at like the end of a prompt, and read like a word of its
+    kind. (Drawn at random, tags went unnoticed for epochs.) Without responses, a tag differs from the others by noise.
+    """
+    old, generator = run.policy.get_input_embeddings().weight.detach(), torch.Generator().manual_seed(0)
+
+    def ids_of(texts):
+        return run.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+    end, rows = old[[ids[-1] for ids in ids_of(run.task.prompts["train"])]].mean(0), {}
+    for tags in attributes.values():
+        every = sum(ids_of(sum(tags.values(), [])), [])
+        noise = torch.randn(len(tags), old.shape[1], generator=generator).to(old) * old.std(0)
+        away = torch.stack([old[sum(ids_of(texts), [])].mean(0) - old[every].mean(0) if texts else row * (not every)
+                            for texts, row in zip(tags.values(), noise)])
+        rows |= zip(tags, end + away * old.norm(dim=1).mean() / away.norm(dim=1).max())
+    new = [tag for tag in rows if tag not in run.tokenizer.get_vocab()]
+    if new:
+        run.tokenizer.add_tokens(new)
+        extend_vocabulary(run.policy, torch.stack([rows[tag] for tag in new]))
+
+
+@torch.no_grad()
+def probe(run, prompts):
+    """One response to each prompt as the policy is now, outside the run's random numbers and counts: (texts, did each end? [N])."""
+    config = run.config
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        batch = generate(run.policy, run.tokenizer, prompts, 1, config.temperature, max_new_tokens=config.max_new_tokens)
+    return decode(run.tokenizer, batch), finished(run.tokenizer, batch)
+
+
+def curve(run, asked, measure):
+    """What comes for what is asked for: [{"asked", "words": mean length, and the numbers that measure(texts, ended) gives}].
+
+    asked: [(what it is called, the prompts that ask for it)].
+    """
+    rows = []
+    for name, prompts in asked:
+        texts, ended = probe(run, prompts)
+        rows.append({"asked": name, "words": sum(len(text.split()) for text in texts) / len(texts)} | measure(texts, ended.tolist()))
+    return rows
+
+
+def slope(rows, key):
+    """By how much the key of a curve's rows rises for each unit asked for: least squares."""
+    x, y = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in ("asked", key))
+    return ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
+
+
+def steering(run, observed, write, judge):
+    """Ask test prompts for levels 0, 3, 6, 9 of one attribute after the other, the rest as in responses drawn from the data.
+
+    Args: observed: [{attribute: level}], one for each response in the data; write(levels): the tags that ask for them;
+        judge(prompts, responses): the levels of each response, None where they cannot be told.
+    Returns: {attribute: rows of curve, with the mean level of each attribute that came}.
+    """
+    prompts = run.task.prompts["test"][:run.config.eval_prompts]
+    rng, counts = random.Random(f"steering {run.config.seed}"), Counter(tuple(sorted(levels.items())) for levels in observed)
+    others = [dict(levels) for levels in rng.choices(list(counts), list(counts.values()), k=len(prompts))]
+
+    def measure(texts, ended):
+        came = [levels for levels in judge(prompts, texts) if levels]
+        return {name: statistics.fmean(levels[name] for levels in came) if came else math.nan for name in others[0]}
+
+    def asked(name, level):
+        return level, [prompt + write(levels | {name: level}) for prompt, levels in zip(prompts, others)]
+
+    return {name: curve(run, [asked(name, level) for level in (0, 3, 6, 9)], measure) for name in others[0]}
+
+
+def steering_metrics(matrix):
+    """Of {attribute asked: {attribute: levels that it rises by for each level asked}}: slope, the mean of an attribute's own;
+    cross_talk, the mean of the others', up or down."""
+    own = {name: matrix[name][name] for name in matrix}
+    cross = [abs(matrix[name][other]) for name in matrix for other in matrix if other != name] or [0.0]
+    return {"eval/slope": statistics.fmean(own.values()), "eval/slope_min": min(own.values()),
+            "eval/cross_talk": statistics.fmean(cross)} | {f"eval/slope_{name}": value for name, value in own.items()}
+
+
+def table(lines, width=12):
+    """Rows of cells as text, numbers with two digits."""
+    return "\n".join("".join(f"{cell:>{width}.2f}" if isinstance(cell, float) else f"{cell:>{width}}" for cell in line) for line in lines)
+
+
+def parse_request(text, known):
+    """--steer "sentiment=9,verbosity=0" as {"sentiment": 9, "verbosity": 0}; known: {name: its highest level}."""
+    request = {}
+    for part in filter(None, text.split(",")):
+        name, equals, level = (piece.strip() for piece in part.partition("="))
+        if not equals or not level.isdecimal():
+            raise UserError(f"--steer {text!r}: write it as NAME=LEVEL,NAME=LEVEL with whole levels")
+        if name not in known:
+            raise UserError(f"--steer {text!r}: the policy knows no attribute {name!r}, it knows {', '.join(sorted(known))}")
+        if int(level) > known[name]:
+            raise UserError(f"--steer {text!r}: the levels of {name} go from 0 to {known[name]}")
+        if name in request:
+            raise UserError(f"--steer {text!r} names {name} twice")
+        request[name] = int(level)
+    return request
+
+
+def complete_request(request, combinations):
+    """All levels for a request that names some: the others as they go with these in the data.
+
+    combinations: [{name: level}], one for each response in the data. Of those nearest to the request, the most frequent counts;
+    of equally frequent ones the one in the middle. Warns where no response is what is asked for, and names the nearest.
+    """
+    def distance(levels, other):
+        return sum(abs(levels[name] - level) for name, level in other.items())
+
+    nearest = min(distance(levels, request) for levels in combinations)
+    near = [levels for levels in combinations if distance(levels, request) == nearest]
+    middle = {name: statistics.median(levels[name] for levels in near) for name in near[0]}
+    counts = Counter(tuple(levels.values()) for levels in near)
+    best = min(near, key=lambda levels: (-counts[tuple(levels.values())], distance(levels, middle)))
+    if nearest:
+        asked, found = (", ".join(f"{name} {level}" for name, level in levels.items()) for levels in (request, best))
+        warn(f"no response in the data has {asked}; the nearest ones have {found}")
+    return best | request
+
+
+def rated_rows(task, split, attributes=""):
+    """The split's responses with people's ratings of these attributes ("A,B"), or of all; [] where it has none.
+
+    Raises UserError for data without ratings, a response without one of the attributes, and an attribute that never varies.
+    """
+    rows = task.ratings.get(split, [])
+    if not rows and split == "train":
+        raise UserError('the data has no ratings: give rows {"prompt", "completion", "attributes": {...}}, or responses with scores')
+    names = [name.strip() for name in attributes.split(",")] if attributes else sorted(rows[0].attributes) if rows else []
+    for row in rows:
+        for name in names:
+            if name not in row.attributes:
+                raise UserError(f"a response to {row.prompt!r} has no attribute {name!r}, only {', '.join(row.attributes)}")
+    for name in names if split == "train" else []:
+        if len({row.attributes[name] for row in rows}) == 1:
+            raise UserError(f"{name} is {rows[0].attributes[name]} in all {len(rows)} responses: nothing to steer by; leave it out of "
+                            "--attributes")
+    return [row._replace(attributes={name: row.attributes[name] for name in names}) for row in rows]
+
+
+def runs_of(config):
+    return ROOT / "runs" / Path(inspect.getfile(type(config))).stem
+
+
+def latest_run(config):
+    """The newest of this script's runs that was finished with something to ask for."""
+    runs = sorted(runs_of(config).glob("*/attributes.json"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise UserError("there is no run to ask: train one first (the same script without --prompt), or give its --policy")
+    return runs[-1].parent
+
+
+def load_attributes(path, method):
+    """What the policy in this directory was conditioned on, from its attributes.json: without it nobody knows what to ask for."""
+    file = Path(path) / "attributes.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if found.get("method") != method:
+        raise UserError(f"{path} has no attributes.json of {method}.py, so it is not known which attributes its policy reads: "
+                        f"give --policy the directory of a finished run of {method}.py")
+    return found
+
+
+def complete_prompt(config, chat, ask):
+    """Print eval_samples responses of --policy to --prompt, asked as ask(prompt) says; chat: wrapped as a user's turn."""
+    policy, tokenizer, prompt = load_policy(config), load_tokenizer(config.policy, config), config.prompt
+    if chat:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    torch.manual_seed(config.seed)
+    batch = generate(policy, tokenizer, [ask(prompt)], config.eval_samples, config.temperature,
+                     max_new_tokens=config.max_new_tokens)
+    print(ask(config.prompt), *decode(tokenizer, batch), sep="\n  ")
