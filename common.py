@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from conditioning import (add_tags, complete_prompt, complete_request, curve, latest_run, load_attributes, parse_request, probe,
-                          rated_rows, runs_of, slope, steering, steering_metrics, table)
+                          rated_rows, rating_error, runs_of, slope, spearman, steering, steering_metrics, table)
 from lm import (Batch, RewardModel, batches, concat, decode, encode, extend_vocabulary, finished, gather_logps, generate, in_parts,
                 kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
                 pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn,

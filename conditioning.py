@@ -1,6 +1,6 @@
 """Conditioning on attributes, what decision_transformer.py and steerlm.py share. Methods see all of this as `common.<name>`.
 
-A conditioned policy reads what is wanted of its response as tags after the prompt: "...mention the songs:<sentiment:9><verbosity:0>".
+A conditioned policy reads what is wanted of its response as tags after the prompt: "mention the songs:<sentiment:9><verbosity:0>".
 They stand in the prompt, so no loss ever falls on them; training and inference write them through one function of the method.
 """
 import inspect
@@ -9,6 +9,7 @@ import math
 import random
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def curve(run, asked, measure):
     rows = []
     for name, prompts in asked:
         texts, ended = probe(run, prompts)
-        rows.append({"asked": name, "words": sum(len(text.split()) for text in texts) / len(texts)} | measure(texts, ended.tolist()))
+        words = statistics.fmean(len(text.split()) for text in texts)
+        rows.append({"asked": name, "words": words} | measure(texts, ended.tolist()))
     return rows
 
 
@@ -72,39 +74,60 @@ def slope(rows, key):
     return ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
 
 
+def spearman(values):
+    """Rank correlation of the values [N] with their places; 1 where they rise throughout."""
+    ranks = torch.tensor(values).argsort().argsort().double()
+    return torch.corrcoef(torch.stack([ranks, torch.arange(len(values)).double()]))[0, 1].item()
+
+
 def steering(run, observed, write, judge):
     """Ask test prompts for levels 0, 3, 6, 9 of one attribute after the other, the rest as in responses drawn from the data.
 
     Args: observed: [{attribute: level}], one for each response in the data; write(levels): the tags that ask for them;
         judge(prompts, responses): the levels of each response, None where they cannot be told.
-    Returns: {attribute: rows of curve, with the mean level of each attribute that came}.
+    Returns: {"steering": {attribute asked: rows of curve, with the mean level of each attribute that came},
+        "matrix": {attribute asked: {attribute: levels that it rises by for each level asked for}},
+        "followed": [{"asked": level, each attribute: the mean level that came where it was asked for this one}]}.
     """
     prompts = run.task.prompts["test"][:run.config.eval_prompts]
     rng, counts = random.Random(f"steering {run.config.seed}"), Counter(tuple(sorted(levels.items())) for levels in observed)
     others = [dict(levels) for levels in rng.choices(list(counts), list(counts.values()), k=len(prompts))]
+    names = list(others[0])
 
     def measure(texts, ended):
         came = [levels for levels in judge(prompts, texts) if levels]
-        return {name: statistics.fmean(levels[name] for levels in came) if came else math.nan for name in others[0]}
+        return {name: statistics.fmean(levels[name] for levels in came) if came else math.nan for name in names}
 
     def asked(name, level):
         return level, [prompt + write(levels | {name: level}) for prompt, levels in zip(prompts, others)]
 
-    return {name: curve(run, [asked(name, level) for level in (0, 3, 6, 9)], measure) for name in others[0]}
+    found = {name: curve(run, [asked(name, level) for level in (0, 3, 6, 9)], measure) for name in names}
+    followed = [{name: row[name] for name, row in zip(names, rows)} | {"asked": rows[0]["asked"]} for rows in zip(*found.values())]
+    return {"steering": found, "matrix": {name: {other: slope(found[name], other) for other in names} for name in names},
+            "followed": followed}
 
 
 def steering_metrics(matrix):
-    """Of {attribute asked: {attribute: levels that it rises by for each level asked}}: slope, the mean of an attribute's own;
-    cross_talk, the mean of the others', up or down."""
+    """slope: by how much an attribute rises for each level asked for, on average; cross_talk: the others meanwhile, up or down."""
     own = {name: matrix[name][name] for name in matrix}
     cross = [abs(matrix[name][other]) for name in matrix for other in matrix if other != name] or [0.0]
     return {"eval/slope": statistics.fmean(own.values()), "eval/slope_min": min(own.values()),
             "eval/cross_talk": statistics.fmean(cross)} | {f"eval/slope_{name}": value for name, value in own.items()}
 
 
+def rating_error(samples, judge):
+    """Mean distance between the samples' levels and those that judge(prompts, responses) gives; nan where it gives none."""
+    levels = judge([row.prompt for row in samples], [row.responses[0] for row in samples])
+    gaps = [abs(said[name] - row.levels[name]) for row, said in zip(samples, levels) if said for name in said]
+    return statistics.fmean(gaps) if gaps else math.nan
+
+
 def table(lines, width=12):
     """Rows of cells as text, numbers with two digits."""
-    return "\n".join("".join(f"{cell:>{width}.2f}" if isinstance(cell, float) else f"{cell:>{width}}" for cell in line) for line in lines)
+    def text(cell):
+        return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+    return "\n".join("".join(f"{text(cell):>{width}}" for cell in line) for line in lines)
 
 
 def parse_request(text, known):
@@ -151,7 +174,7 @@ def rated_rows(task, split, attributes=""):
     """
     rows = task.ratings.get(split, [])
     if not rows and split == "train":
-        raise UserError('the data has no ratings: give rows {"prompt", "completion", "attributes": {...}}, or responses with scores')
+        raise UserError('the data has no ratings: give rows of "prompt", "completion" and "attributes", or responses with scores')
     names = [name.strip() for name in attributes.split(",")] if attributes else sorted(rows[0].attributes) if rows else []
     for row in rows:
         for name in names:
@@ -159,8 +182,8 @@ def rated_rows(task, split, attributes=""):
                 raise UserError(f"a response to {row.prompt!r} has no attribute {name!r}, only {', '.join(row.attributes)}")
     for name in names if split == "train" else []:
         if len({row.attributes[name] for row in rows}) == 1:
-            raise UserError(f"{name} is {rows[0].attributes[name]} in all {len(rows)} responses: nothing to steer by; leave it out of "
-                            "--attributes")
+            raise UserError(f"{name} is {rows[0].attributes[name]} in all {len(rows)} responses: nothing to steer by; leave it out "
+                            "of --attributes")
     return [row._replace(attributes={name: row.attributes[name] for name in names}) for row in rows]
 
 
@@ -186,12 +209,18 @@ def load_attributes(path, method):
     return found
 
 
-def complete_prompt(config, chat, ask):
-    """Print eval_samples responses of --policy to --prompt, asked as ask(prompt) says; chat: wrapped as a user's turn."""
-    policy, tokenizer, prompt = load_policy(config), load_tokenizer(config.policy, config), config.prompt
-    if chat:
+def complete_prompt(config, method, tags_of):
+    """Print eval_samples responses of a trained policy to --prompt, and how it was asked.
+
+    The policy is --policy or the method's latest run; tags_of(what was saved with it, the request of --steer) -> the tags.
+    """
+    path = config.policy or latest_run(config)
+    saved, config = load_attributes(path, method), replace(config, policy=str(path))
+    tags = tags_of(saved, parse_request(config.steer, saved["levels"]))
+    policy, tokenizer, prompt = load_policy(config), load_tokenizer(path, config), config.prompt
+    if saved["chat"]:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
     torch.manual_seed(config.seed)
-    batch = generate(policy, tokenizer, [ask(prompt)], config.eval_samples, config.temperature,
+    batch = generate(policy, tokenizer, [prompt + tags], config.eval_samples, config.temperature,
                      max_new_tokens=config.max_new_tokens)
-    print(ask(config.prompt), *decode(tokenizer, batch), sep="\n  ")
+    print(config.prompt + tags, *decode(tokenizer, batch), sep="\n  ")

@@ -6,27 +6,26 @@ Chen, Lu, Rajeswaran, Lee, Grover, Laskin, Abbeel, Srinivas and Mordatch, NeurIP
 Responses y to prompts x, each with a reward r, collected once: what can supervised learning make of them? Four objectives,
 each a weighted likelihood, L = -sum over samples of w log pi(y | x'):
 
-    sft        x' = x        w = 1                                imitate everything
-    filter     x' = x        w = 1 for the best quarter, else 0   imitate the best ("%BC" in the Decision Transformer paper)
-    rwr        x' = x        w = softmax(r / beta) over the batch reward-weighted regression
-    dt         x' = x<r>     w = 1                                imitate everything, told how good it was
+    sft        x' = x        w = 1                                   imitate everything
+    filter     x' = x        w = 1 for the best quarter, else 0      imitate the best (the second paper's %BC)
+    rwr        x' = x        w = softmax(r / beta) over the batch    reward-weighted regression
+    dt         x' = x<r>     w = 1                                   imitate everything, told how good it was
 
-The last learns p(y | x, r) from good and bad samples alike; afterwards it is asked for the best. No reward model, reference or
-sampling is needed while training. Text as an action has one step, so the return-to-go of the Decision Transformer is the reward
-itself. Rewards are put into ten bins of equally many samples, each a token of its own: <reward:0> to <reward:9>. This is SteerLM
-(steerlm.py) with one attribute.
+The last learns p(y | x, r) from good and bad samples alike; afterwards it is asked for the best. Training needs no reference and
+no sampling. A response is one action, so the return-to-go of the Decision Transformer is the reward itself. Rewards fall into
+ten bins of equally many samples, each a token of its own, <reward:0> to <reward:9>: steerlm.py with one attribute.
 
     python decision_transformer.py                                      # TIME: gold ...
     python decision_transformer.py --steer reward=0 --prompt "review this french western and mention the songs:"
     python decision_transformer.py --reproduce                          # the four against each other and PPO, calibration
-    python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl --sources P --reward none
+    python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl --reward none
 
-What to look at: the table of what was asked for and what came. It rises less steeply than the diagonal, because a high reward
-is partly luck of the reward model. The bin to ask for is chosen on prompts that are not trained on.
+What to look at: the table of what was asked for and what came. It rises less steeply than the diagonal. The bin to ask for is
+chosen on prompts that are not trained on.
 
-Official code: none was found for the paper; OpenRLHF's conditional SFT writes the reward as text, standardised over the data set,
-and trains the answer only. With --control text this file does so too: <reward:1.3>. Bins are what a small model can read. Not in the
-paper: --normalise prompt, which compares a sample with its prompt's others alone. Left out: the mixture with SFT data.
+Official code: none was found for the first paper. OpenRLHF's conditional SFT writes the reward as text, standardised over the
+data set, and trains the answer only: --control text, <reward:1.3>. Small models read bins better. Not in the paper: --normalise
+prompt, which compares a sample with those of its own prompt. Left out: mixing in SFT data.
 """
 import random
 import statistics
@@ -96,7 +95,7 @@ def reward_bins(rewards, n):
 
 def assign_bins(rewards, edges):
     """The bin, 0 to len(edges), of each reward [N] -> [N]; whatever lies beyond the edges is in the first or the last."""
-    return torch.bucketize(torch.as_tensor(rewards, dtype=torch.float64), edges)
+    return torch.bucketize(torch.as_tensor(rewards, dtype=torch.float64), torch.as_tensor(edges, dtype=torch.float64))
 
 
 class Sample(NamedTuple):
@@ -137,11 +136,11 @@ def tag(levels, reward):
     """How a reward is written after a prompt, in training and inference: <reward:LEVEL> as one token, or <reward:VALUE>."""
     if levels["control"] == "text":
         return f"<reward:{round(reward, 1) + 0.0:.1f}>"                 # + 0.0: one spelling of zero
-    return f"<reward:{int(assign_bins([reward], torch.tensor(levels['edges'], dtype=torch.float64)))}>"
+    return f"<reward:{int(assign_bins([reward], levels['edges']))}>"
 
 
 def learn_tags(run, levels, samples):
-    """Make the tags readable: one token a level; as text only what the tokenizer cannot spell (tiny)."""
+    """Make the tags readable: one token a level; as text, what the tokenizer cannot spell (tiny)."""
     texts = {tag(levels, reward): [] for reward in levels["means"]}
     if levels["control"] == "tokens":
         for sample in samples:
@@ -152,19 +151,16 @@ def learn_tags(run, levels, samples):
 
 
 def plan_of(config, samples, levels):
-    """The samples of every step, prompts and weights as the objective has them."""
+    """The samples of every step, with prompts and weights as the objective has them; the weights of a step have mean 1."""
     if config.objective == "filter":
         samples = sorted(samples, key=lambda sample: -sample.reward)[:max(1, round(config.share * len(samples)))]
     if config.objective == "dt":
         samples = [sample._replace(prompt=sample.prompt + tag(levels, sample.reward)) for sample in samples]
     plan = common.plan_of(samples, config)
-    return [weighted(step, config.beta) for step in plan] if config.objective == "rwr" else plan
-
-
-def weighted(samples, beta):
-    """The batch with weights of mean 1 in place of 1."""
-    weights = rwr_weights(torch.tensor([sample.reward for sample in samples]), beta) * len(samples)
-    return [sample._replace(weight=weight) for sample, weight in zip(samples, weights.tolist())]
+    for step in plan if config.objective == "rwr" else ():
+        weights = rwr_weights(torch.tensor([sample.reward for sample in step]), config.beta) * len(step)
+        step[:] = [sample._replace(weight=weight) for sample, weight in zip(step, weights.tolist())]
+    return plan
 
 
 def train(run, plan, levels, held_out, reward):
@@ -180,8 +176,10 @@ def train(run, plan, levels, held_out, reward):
         return weights * nll, {"nll": nll}
 
     def measure():
+        if config.objective == "dt":
+            return calibration_metrics(run, levels, reward)
         shares = [effective_share(torch.tensor([row.weight for row in rows])).item() for rows in plan]
-        return calibration_metrics(run, levels, reward) if config.objective == "dt" else {"eval/effective_share": statistics.fmean(shares)}
+        return {"eval/effective_share": statistics.fmean(shares)}
 
     for step, rows in common.steps(run, plan, measure):
         common.log(run, step, common.minimise(run, step, rows, losses_of))
@@ -200,7 +198,7 @@ def calibration(run, levels, rewards, prompts, reward):
 
 
 def calibration_metrics(run, levels, reward):
-    """Whether a trained policy gives what it is asked for, on test prompts: slopes and rank correlations. {} before training.
+    """Does a trained policy give what it is asked for? Slopes and rank correlations on test prompts. {} before training.
 
     As text it is also asked for more than any sample has, up to 3 deviations above the highest level.
     """
@@ -212,16 +210,11 @@ def calibration_metrics(run, levels, reward):
     rows = run.state["calibration"] = calibration(run, levels, levels["means"] + beyond, prompts, reward)
     metrics = {"eval/level": run.state["level"]}
     for name in rows[0].keys() - {"asked"}:
-        metrics |= {f"eval/slope_{name}": common.slope(rows[:n], name), f"eval/spearman_{name}": spearman([row[name] for row in rows[:n]])}
-    if beyond and "gold" in rows[0]:
+        came = [row[name] for row in rows[:n]]
+        metrics |= {f"eval/slope_{name}": common.slope(rows[:n], name), f"eval/spearman_{name}": common.spearman(came)}
+    if beyond and run.task.gold:
         metrics["eval/gold_beyond"] = rows[-1]["gold"] - rows[n - 1]["gold"]
     return metrics
-
-
-def spearman(values):
-    """Rank correlation of the values [N] with their places 0 to N-1; 1 where they rise throughout."""
-    ranks = torch.tensor(values).argsort().argsort().double()
-    return torch.corrcoef(torch.stack([ranks, torch.arange(len(values)).double()]))[0, 1].item()
 
 
 def run(config):
@@ -236,25 +229,22 @@ def run(config):
     if config.objective == "dt":
         learn_tags(run, levels, samples)
     plan = plan_of(config, samples, levels)
-    train(run, plan, levels, held_out, reward)
+    train(run, plan, levels, held_out, reward or run.rewards.get("proxy"))
     metrics = common.finish(run)
     if config.objective != "dt":
         return metrics
-    common.write_json(run.out / "attributes.json",
-                      levels | {"method": "decision_transformer", "chat": config.chat, "level": run.state["level"]})
+    common.write_json(run.out / "attributes.json", levels | {"method": "decision_transformer", "chat": config.chat,
+                      "levels": {"reward": len(levels["means"]) - 1}, "asked": run.state["level"]})
+    rows = run.state["calibration"]
     if not config.quiet:
-        rows = run.state["calibration"]
         print(common.table([list(rows[0]), *(row.values() for row in rows)]))
-    return metrics | {"calibration": run.state["calibration"]}
+    return metrics | {"calibration": rows}
 
 
 def steer(config):
-    """Responses of a trained policy to one prompt, asked for --steer, or for the level that was chosen when it was trained."""
-    policy = config.policy or common.latest_run(config)
-    levels = common.load_attributes(policy, "decision_transformer")
-    request = common.parse_request(config.steer, {"reward": len(levels["means"]) - 1})
-    wanted = levels["means"][request.get("reward", levels["level"])]
-    common.complete_prompt(replace(config, policy=str(policy)), levels["chat"], lambda prompt: prompt + tag(levels, wanted))
+    """Print responses of a trained policy to --prompt, asked for --steer, or for the level that was chosen when it was trained."""
+    common.complete_prompt(config, "decision_transformer", lambda saved, request: tag(
+        saved, saved["means"][request.get("reward", saved["asked"])]))
     return {}
 
 
@@ -263,40 +253,41 @@ SFT = {"objective": "sft", "lr": 5e-4, "epochs": 2}
 FILTER = {"objective": "filter", "lr": 1e-3, "epochs": 4}
 RWR = {"objective": "rwr", "lr": 1e-3, "epochs": 2}
 NOISE = {"reward_noise": "prompt"}
-WEAK, STRONG = ({"sources": "P", "systems": f"{writer},medium"} for writer in ("weak", "strong"))
+DATA = {f"{k} of each": {"candidates": k} for k in (2, 16)} | {
+    f"{writer} writers": {"sources": "P", "systems": f"{writer},medium"} for writer in ("weak", "strong")}
 
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL", "eval/fluency": "fluency",
            "eval/effective_share": "effective share", "eval/level": "bin asked", "eval/slope_reward": "slope, reward",
            "eval/slope_gold": "slope, gold", "eval/spearman_reward": "rank corr.", "eval/gold_beyond": "gold beyond",
            "tokens_trained": "tokens trained", "tokens_generated": "generated"}
 
+
+def more_gold(claim, source, paper, *holds):
+    return dict(claim=claim, source=source, paper=paper, metric="eval/gold", holds=list(holds))
+
+
 EXPERIMENTS = {
     "objectives": dict(
         question="What can be made of one set of scored samples, and does it replace PPO?",
-        arms={"start": {"epochs": 0, "objective": "sft"}, "SFT on all": SFT, "filter": FILTER,
-              "RWR beta 0.1": RWR, "RWR beta 0.3": RWR | {"beta": 0.3}, "RWR beta 1": RWR | {"beta": 1.0}, "RWR beta 3": RWR | {"beta": 3.0},
-              "DT": {}, "DT, reward as text": {"control": "text"}, "PPO": {"method": "ppo"},
-              "PPO, as many samples": {"method": "ppo", "epochs": 8}},
+        arms={"start": {"epochs": 0, "objective": "sft"}, "SFT on all": SFT, "filter": FILTER}
+        | {f"RWR beta {beta:g}": RWR | {"beta": beta} for beta in (0.1, 0.3, 1.0, 3.0)}
+        | {"DT": {}, "DT, reward as text": {"control": "text"}, "PPO": {"method": "ppo"},
+           "PPO, as many samples": {"method": "ppo", "epochs": 8}},
         columns=COLUMNS,
         claims=[
-            dict(claim="conditioning beats SFT on everything", source="abstract", paper="no number checked:", metric="eval/gold",
-                 holds=[("DT", ">", "SFT on all")]),
-            dict(claim="it beats the other offline objectives", source="abstract", paper="no number checked:", metric="eval/gold",
-                 holds=[("DT", ">", "filter"), ("DT", ">", "RWR beta 0.1")]),
-            dict(claim="or else filtering is as good or better (within 0.05)", source="2507.10174", paper="reported in", metric="eval/gold",
-                 holds=[("filter", ">", "DT", -0.05)]),
-            dict(claim="it beats PPO", source="abstract", paper="no number checked:", metric="eval/gold", holds=[("DT", ">", "PPO")]),
-            dict(claim="and PPO that scores as many samples", source="ours", paper="-", metric="eval/gold",
-                 holds=[("DT", ">", "PPO, as many samples")]),
-            dict(claim="what is asked for comes: rank correlation of bin and reward above 0.8", source="Figure 4 of DT", paper="plot only:",
+            more_gold("conditioning beats SFT on everything", "abstract", "no number checked:", ("DT", ">", "SFT on all")),
+            more_gold("and the other objectives", "abstract", "no number checked:", ("DT", ">", "filter"), ("DT", ">", "RWR beta 0.1")),
+            more_gold("or filtering is as good or better (within 0.05)", "2507.10174", "reported in", ("filter", ">", "DT", -0.05)),
+            more_gold("it beats PPO", "abstract", "no number checked:", ("DT", ">", "PPO")),
+            more_gold("and PPO that scores as many samples", "ours", "-", ("DT", ">", "PPO, as many samples")),
+            dict(claim="what is asked for comes: rank correlation of bin and reward above 0.8", source="DT", paper="plots only:",
                  metric="eval/spearman_reward", holds=[("DT", ">", 0.8)]),
             dict(claim="and of bin and gold", source="ours", paper="-", metric="eval/spearman_gold", holds=[("DT", ">", 0.8)]),
-            dict(claim="asking for 3 deviations more than the best bin gives no more gold", source="DT issue 37", paper="mixed reports in",
+            dict(claim="3 deviations more than the best bin give no more gold", source="DT's code, issue 37", paper="mixed reports in",
                  metric="eval/gold_beyond", holds=[("DT, reward as text", "<", 0.0)]),
-            dict(claim="RWR trusts fewer samples the smaller beta is: an effective share below a tenth at 0.1", source="ours", paper="-",
+            dict(claim="RWR at beta 0.1 learns from a tenth of the samples or less", source="ours", paper="-",
                  metric="eval/effective_share", holds=[("RWR beta 0.1", "<", 0.1)]),
-            dict(claim="a beta in between is best", source="ours", paper="-", metric="eval/gold",
-                 holds=[("RWR beta 0.3", ">", "RWR beta 0.1"), ("RWR beta 0.3", ">", "RWR beta 3")]),
+            more_gold("and a beta in between is best", "ours", "-", *(("RWR beta 0.3", ">", f"RWR beta {beta}") for beta in (0.1, 3))),
         ],
         panels=[dict(kind="curve", curve="calibration", x="asked", y=["reward", "gold"], arms=["DT", "DT, reward as text"],
                      title="what comes for the reward asked for"),
@@ -304,28 +295,21 @@ EXPERIMENTS = {
     ),
     "data": dict(
         question="How do size and quality of the data matter, and what is a reward to be compared with?",
-        arms={f"{name}, {k} of each": settings | {"candidates": k} for k in (2, 16) for name, settings in (("filter", FILTER), ("DT", {}))}
-        | {f"{name}, {quality} writers": settings | source for quality, source in (("weak", WEAK), ("strong", STRONG))
-           for name, settings in (("filter", FILTER), ("DT", {}))}
-        | {"DT, shifted rewards": NOISE, "DT, shifted, per prompt": NOISE | {"normalise": "prompt"}, "DT, per prompt": {"normalise": "prompt"},
-           "DT": {}, "filter": FILTER},
+        arms={f"{name}, {data}": settings | source for data, source in DATA.items() for name, settings in (("filter", FILTER), ("DT", {}))}
+        | {"DT, shifted rewards": NOISE, "DT, shifted, per prompt": NOISE | {"normalise": "prompt"},
+           "DT, per prompt": {"normalise": "prompt"}, "DT": {}, "filter": FILTER},
         columns=COLUMNS,
         claims=[
-            dict(claim="Decision Transformer needs more data than filtering: behind with 2 samples a prompt", source="2305.14550",
-                 paper="reported in", metric="eval/gold", holds=[("DT, 2 of each", "<", "filter, 2 of each")]),
-            dict(claim="more data helps it", source="2305.14550", paper="reported in", metric="eval/gold",
-                 holds=[("DT, 16 of each", ">", "DT"), ("DT", ">", "DT, 2 of each")]),
-            dict(claim="it stands bad data better than filtering", source="2305.14550", paper="reported in", metric="eval/gold",
-                 holds=[("DT, weak writers", ">", "filter, weak writers")]),
-            dict(claim="a shift of each prompt's rewards hurts it", source="ours", paper="-", metric="eval/gold",
-                 holds=[("DT, shifted rewards", "<", "DT")]),
-            dict(claim="unless rewards are compared within a prompt", source="ours", paper="-", metric="eval/gold",
-                 holds=[("DT, shifted, per prompt", ">", "DT, shifted rewards")]),
+            more_gold("it needs more data than filtering: behind with 2 samples a prompt", "2305.14550", "reported in",
+                      ("filter, 2 of each", ">", "DT, 2 of each")),
+            more_gold("more data helps it", "2305.14550", "reported in", ("DT, 16 of each", ">", "DT"), ("DT", ">", "DT, 2 of each")),
+            more_gold("it stands bad data better", "2305.14550", "reported in", ("DT, weak writers", ">", "filter, weak writers")),
+            more_gold("a shift of each prompt's rewards hurts it", "ours", "-", ("DT", ">", "DT, shifted rewards")),
+            more_gold("unless compared within a prompt", "ours", "-", ("DT, shifted, per prompt", ">", "DT, shifted rewards")),
         ],
         panels=[dict(kind="bars", y=["eval/gold", "eval/proxy"], title="gold and proxy reward"),
-                dict(kind="curve", curve="calibration", x="asked", y=["reward"],
-                     arms=["DT, 2 of each", "DT", "DT, 16 of each", "DT, shifted rewards", "DT, shifted, per prompt"],
-                     title="reward that came")],
+                dict(kind="curve", curve="calibration", x="asked", y=["reward"], title="reward that came",
+                     arms=["DT, 2 of each", "DT", "DT, 16 of each", "DT, shifted rewards", "DT, shifted, per prompt"])],
     ),
 }
 

@@ -374,7 +374,7 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts, responses):
         """Scores [N] of N prompts and their responses, float32 on the CPU; [N, labels] where `label` is a slice."""
-        scores = torch.empty(len(prompts), *[self.label.stop] * isinstance(self.label, slice))
+        scores = torch.empty((len(prompts), self.label.stop) if isinstance(self.label, slice) else len(prompts))
         for rows, batch in batches(self.tokenizer, prompts, [[r] for r in responses], self.budget, self.model.device):
             if hasattr(self.model, "score"):
                 logits = sequence_scores(self.model, batch)

@@ -26,6 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 import common
 import compare
+import decision_transformer
 import dpo
 import ppo
 import pro
@@ -34,6 +35,7 @@ import remax
 import rrhf
 import rso
 import stages
+import steerlm
 from tasks import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,11 +43,14 @@ LN2 = 0.6931
 LETTERS = string.ascii_letters + string.digits + " .,:<>\n"
 SMALL = ["--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 2, "--eval_samples", 1, "--epochs", 0.5,
          "--batch_size", 8, "--lr", 1e-3]
-METHODS = {f"{method.__name__}.py": method for method in (dpo, ppo, remax, rrhf, pro, rso, raft)}
+METHODS = {f"{method.__name__}.py": method for method in (dpo, ppo, remax, rrhf, pro, rso, raft, decision_transformer, steerlm)}
 on_policy = pytest.mark.parametrize("script", ["ppo.py", "remax.py"])
 # What learns from scored candidates, with so few of them that SMALL takes three steps on the 35 train prompts of pairs.jsonl.
 FEW = {"rrhf.py": ["--candidates", 2], "pro.py": ["--candidates", 3], "rso.py": ["--candidates", 4, "--num_samples", 2],
        "raft.py": ["--candidates", 2, "--rounds", 1]}
+# What is conditioned on the scores of the data's own answers; the answers of pairs.jsonl are of equal length.
+CONDITIONED = {"decision_transformer.py": ["--epochs", 0.35],
+               "steerlm.py": ["--attributes", "score", "--rounds", 0, "--epochs", 0.3, "--predictor_epochs", 0.5]}
 on_candidates = pytest.mark.parametrize("script", FEW)
 
 
@@ -172,9 +177,9 @@ def main(monkeypatch, script, *arguments):
 def first_run(request, toy, pairs, tmp_path_factory):
     """One run as a process, with a reward model trained from the pairs: (process, its --out, its whole command).
 
-    Of the methods in FEW it is run in this process, to save seconds; the embedded task below runs them as processes.
+    Of the methods in FEW and CONDITIONED it is run in this process, to save seconds; the embedded task below runs them as processes.
     """
-    folder, few = tmp_path_factory.mktemp("first"), FEW.get(request.param)
+    folder, few = tmp_path_factory.mktemp("first"), (FEW | CONDITIONED).get(request.param)
     arguments = [request.param, "--model", toy, "--data", pairs, "--out", folder / "out", *SMALL, *(few or [])]
     if not few:
         return command(*arguments, ALIGNMENT_CACHE=str(folder / "cache")), folder / "out", arguments
@@ -198,9 +203,10 @@ def test_run_writes_every_file(first_run):
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "args.json",
                      "metrics.jsonl", "samples.txt"}
     assert not [name for name in names if name.endswith(".part")]
+    assert ("attributes.json" in names) == (arguments[0] in CONDITIONED)
     own, default = {"dpo.py": ("beta", 0.1), "ppo.py": ("kl_coef", 0.05), "remax.py": ("kl_coef", 0.05),
                     "rrhf.py": ("sources", "DP"), "pro.py": ("sft_weight", 0.05), "rso.py": ("beta", 0.5),
-                    "raft.py": ("ranking", "local")}[arguments[0]]
+                    "raft.py": ("ranking", "local"), "decision_transformer.py": ("bins", 10), "steerlm.py": ("share", 1.0)}[arguments[0]]
     assert json.loads((out / "args.json").read_text())[own] == default
     assert [row["step"] for row in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 3]
     assert len(re.findall("^  after: ", (out / "samples.txt").read_text(), re.M)) == 2
@@ -246,6 +252,26 @@ def test_step_on_candidates_lacks_a_metric_or_the_sft_policy_is_not_the_start(fi
         assert evaluated[0]["eval/nll"] == pytest.approx(token, rel=0.05)
 
 
+@pytest.mark.parametrize("first_run", CONDITIONED, indirect=True)
+def test_conditioned_run_asks_nothing_or_starts_elsewhere_or_does_not_steer_after_reload(first_run, here):
+    _, out, arguments = first_run
+    script = arguments[0]
+    check_trains(out)
+    name = {"decision_transformer.py": "reward", "steerlm.py": "score"}[script]
+    for level in (0, 1):
+        status, screen = here("--model", arguments[2], "--data", arguments[4], "--max_length", 64, "--max_new_tokens", 8,
+                              "--eval_samples", 3, "--policy", out, "--prompt", "say it 1:", "--steer", f"{name}={level}", script=script)
+        lines = screen.out.split("\n  ")
+        assert status is None or status == 0, screen.err
+        assert lines[0].startswith(f"say it 1:<{name}:") and len(lines) == 4
+    status, screen = here("--model", arguments[2], "--data", arguments[4], "--max_length", 64, "--max_new_tokens", 8,
+                          "--policy", out, "--prompt", "say it 1:", "--steer", f"{name}=99", script=script)
+    check_refused(status, screen.err, "--steer", f"levels of {name}")
+    status, screen = here("--model", arguments[2], "--data", arguments[4], "--max_length", 64, "--max_new_tokens", 8,
+                          "--policy", arguments[2], "--prompt", "say it 1:", script=script)
+    check_refused(status, screen.err, "attributes.json", script)
+
+
 def test_saved_policy_loads_generates_and_was_trained(first_run, toy):
     _, out, _ = first_run
     after, before = check_generates(out).state_dict(), AutoModelForCausalLM.from_pretrained(toy).state_dict()
@@ -263,7 +289,7 @@ def test_screen_shows_table_and_samples(first_run):
         assert len(rows[name]) == 4, name                              # two means, two standard errors
     if arguments[0] == "dpo.py":
         assert rows["loss"][0] == "0.693" and rows["loss"][1] != "0.693"
-    else:
+    elif arguments[0] not in CONDITIONED:                                # these train on the data's own answers
         assert re.search(r"^\d+ tokens/s generated, \d+% of the training time$", process.stdout, re.M)
     if arguments[0] in ("rrhf.py", "raft.py"):
         assert len(rows["to_best"]) == 1, "the policy beside its candidates, after training only"
@@ -284,7 +310,9 @@ def test_second_run_into_the_same_out_is_refused_and_loses_nothing(first_run):
     ("ppo.py", 5, ["--kl_target", 0.001, "--kl_horizon", 20]),           # so that the KL coefficient is worth keeping
     ("remax.py", 5, []), ("pro.py", 5, FEW["pro.py"]), ("rso.py", 5, FEW["rso.py"]),
     ("rrhf.py", 6, [*FEW["rrhf.py"], "--rounds", 2, "--epochs", 0.5]),   # cut in the first round, which has three steps
-    ("raft.py", 6, [*FEW["raft.py"], "--rounds", 2, "--epochs", 0.5, "--pool", "all", "--restart", True, "--kl_coef", 0.1])],
+    ("raft.py", 6, [*FEW["raft.py"], "--rounds", 2, "--epochs", 0.5, "--pool", "all", "--restart", True, "--kl_coef", 0.1]),
+    ("decision_transformer.py", 8, ["--reward_noise", "response"]),
+    ("steerlm.py", 6, [*CONDITIONED["steerlm.py"], "--rounds", 1, "--bootstrap_epochs", 0.3])],      # cut in the round
     ids=lambda value: value if isinstance(value, str) else "")
 def test_resumed_run_differs_from_a_straight_one(here, toy, pairs, tmp_path, monkeypatch, script, steps, flags):
     """Each with a cache of its own: the run that is cut trains its reward model, and finds it there when it goes on."""
@@ -922,9 +950,11 @@ def test_smollm2_trains_on_its_own_samples_and_loads_again(smollm2, tmp_path, sc
     check_generates(out)
 
 
-@pytest.mark.parametrize("script, flags", [("pro.py", ["--sources", "P"]), ("raft.py", FEW["raft.py"])], ids=["pro", "raft"])
+@pytest.mark.parametrize("script, flags", [("pro.py", ["--sources", "P"]), ("raft.py", FEW["raft.py"]),
+                                           ("steerlm.py", ["--rounds", 0, "--predictor_epochs", 0.2, "--attributes", "score"])],
+                         ids=["pro", "raft", "steerlm"])
 def test_smollm2_ranks_candidates_and_loads_again(smollm2, tmp_path, script, flags):
-    """PRO on ranked answers of the data, RAFT on SmolLM2's own samples by a tiny reward model."""
+    """PRO and SteerLM on ranked answers of the data, RAFT on SmolLM2's own samples by a tiny reward model."""
     rows = [{"prompt": f"\n\nHuman: Name a {what}.\n\nAssistant:", "responses": [" Well.", " No.", " Car."], "scores": [2, 1, 0]}
             for what in ("fruit", "bird", "city", "tree", "hat")]
     reward, out = save_reward(tmp_path / "reward"), tmp_path / "out"
@@ -998,6 +1028,24 @@ def test_method_on_candidates_on_the_embedded_task_starts_off_the_sft_policy(bui
     assert script != "raft.py" or len(rows["rare_gold"]) == 2
 
 
+@pytest.mark.parametrize("script, steps, name, flags", [
+    ("decision_transformer.py", 3, "reward", ["--epochs", 0.02]),
+    ("steerlm.py", 4, "sentiment", ["--epochs", 0.01, "--bootstrap_epochs", 0.05, "--predictor_epochs", 0.02])],
+    ids=["decision_transformer", "steerlm"])
+def test_conditioned_method_on_the_embedded_task_starts_off_the_sft_policy(built, tmp_path, script, steps, name, flags):
+    process = command(script, "--eval_prompts", 8, "--eval_samples", 2, "--out", tmp_path / "out", *flags)
+    assert process.returncode == 0 and not process.stderr.strip(), process.stderr
+    check_trains(tmp_path / "out", steps)
+    rows = {line.split()[0]: re.findall(r"-?\d+\.\d{3}", line) for line in process.stdout.splitlines() if line.strip()}
+    for metric in ("gold", "proxy", "judge", "kl", "fluency"):
+        assert len(rows[metric]) == 4, metric
+    assert rows["kl"][0] == "0.000" and float(rows["fluency"][0]) > 0.5, "before training it is asked in plain words"
+    question = "review this french western and mention the songs:"
+    process = command(script, "--policy", tmp_path / "out", "--prompt", question, "--steer", f"{name}=9")
+    lines = process.stdout.split("\n  ")
+    assert process.returncode == 0 and lines[0].startswith(question) and f"<{name}:9>" in lines[0] and len(lines) == 5
+
+
 def test_killed_build_goes_on_with_the_missing_judge(built, tmp_path):
     """As if killed before the judge: it is made now, and nothing before it is made again.
 
@@ -1022,7 +1070,7 @@ needs_results = pytest.mark.skipif(not (ROOT / "results" / "dpo.json").exists(),
 
 
 @needs_results
-@pytest.mark.parametrize("method", [dpo, ppo, pro, raft, remax, rrhf, rso], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [*METHODS.values()], ids=lambda method: method.__name__)
 def test_report_of_the_committed_results(tmp_path, method):
     """Run on a copy: the figure must not be drawn anew into the repository."""
     (tmp_path / "results").mkdir()
