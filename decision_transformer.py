@@ -13,7 +13,7 @@ each a weighted likelihood, L = -sum over samples of w log pi(y | x'):
 
 The last learns p(y | x, r) from good and bad samples alike; afterwards it is asked for the best. Training needs no reference and
 no sampling. A response is one action, so the return-to-go of the Decision Transformer is the reward itself. Rewards fall into
-ten bins of equally many samples, each a token of its own, <reward:0> to <reward:9>: steerlm.py with one attribute.
+ten bins of equally many samples, each a token of its own, <reward:0> to <reward:9>.
 
     python decision_transformer.py                                      # TIME: gold ...
     python decision_transformer.py --steer reward=0 --prompt "review this french western and mention the songs:"
@@ -23,6 +23,7 @@ ten bins of equally many samples, each a token of its own, <reward:0> to <reward
 What to look at: the table of what was asked for and what came. It rises less steeply than the diagonal. The bin to ask for is
 chosen on prompts that are not trained on.
 
+Compared with raft.py: no new samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes.
 Official code: none was found for the first paper. OpenRLHF's conditional SFT writes the reward as text, standardised over the
 data set, and trains the answer only: --control text, <reward:1.3>. Small models read bins better. Not in the paper: --normalise
 prompt, which compares a sample with those of its own prompt. Left out: mixing in SFT data.
@@ -209,7 +210,7 @@ def calibration_metrics(run, levels, reward):
     prompts = run.task.prompts["test"][:run.config.eval_prompts]
     rows = run.state["calibration"] = calibration(run, levels, levels["means"] + beyond, prompts, reward)
     metrics = {"eval/level": run.state["level"]}
-    for name in rows[0].keys() - {"asked"}:
+    for name in [name for name in rows[0] if name != "asked"]:
         came = [row[name] for row in rows[:n]]
         metrics |= {f"eval/slope_{name}": common.slope(rows[:n], name), f"eval/spearman_{name}": common.spearman(came)}
     if beyond and run.task.gold:

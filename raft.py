@@ -24,6 +24,8 @@ policy's new samples (--refresh), and at last PPO goes on from there.
 What to look at: `round/best` of one round is what `round/mean` of the next would be if fine-tuning took everything in. By default
 it makes a third of the way, in 16 steps; the next round goes on from there.
 
+Compared with rrhf.py: its SFT term alone, on new samples every round. A single global round on samples that are at hand is the
+`filter` of decision_transformer.py.
 Official code (LMFlow) differs: it ranks globally unless told otherwise, trains the prompt's tokens too, adds no EOS, and packs
 texts into blocks; it gives samples with "#" a reward of minus infinity. This file trains responses, EOS included, each token with
 weight 1. Llama 2 published neither K nor the number of prompts. Left out: its margin loss and its second (safety) reward model, and
@@ -173,19 +175,15 @@ def against_best(run, reward):
     return metrics | ({"eval/recovered": (proxy - mean) / (best - mean)} if best - mean > 1e-6 else {})    # K = 1 leaves no way
 
 
-@torch.no_grad()
 def rare_skill(run):
     """Gold reward on test prompts that contain --rare, 16 samples each. {} without them."""
     config, task = run.config, run.task
     prompts = [prompt for prompt in task.prompts["test"] if config.rare in prompt]
     if not (config.rare and task.gold and prompts):
         return {}
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        batch = common.generate(run.policy, run.tokenizer, prompts, 16, config.temperature, max_new_tokens=config.max_new_tokens)
-    rows = zip([p for p in prompts for _ in range(16)], common.decode(run.tokenizer, batch),
-               common.finished(run.tokenizer, batch).tolist())
-    return {"eval/rare_gold": sum(task.gold(*row) for row in rows) / len(batch)}
+    prompts = [prompt for prompt in prompts for _ in range(16)]
+    texts, ended = common.probe(run, prompts)
+    return {"eval/rare_gold": sum(map(task.gold, prompts, texts, ended.tolist())) / len(prompts)}
 
 
 def run(config):

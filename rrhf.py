@@ -19,6 +19,8 @@ What to look at: `loss/rank` is small beside `loss/sft`: for the best response a
 (k-1)/|y| in L_rank. The ranking loss works on the other candidates. `eval/to_best` compares the reward reached with that of the
 best candidates of the training prompts: the paper calls its policy a best-of-n learner.
 
+Compared with dpo.py: any number of responses, a log-prob per token in place of a log-ratio, and imitation of the best. With
+--rank_weight 0 only the imitation is left: one round of raft.py.
 Official code (GanjinZero/RRHF) differs: it overwrites its labels before it counts tokens, so that all candidates are divided by
 one padded width and no score is normalised; its SFT term is a mean over that width, so weaker; its ranking weight is 100 unless
 the script says 1; and it holds for one prompt a batch only. This file follows the paper. The exponent of the length is its option.

@@ -21,6 +21,7 @@ any loss will do:
 What to look at: `--source direct` (the data's pairs), `sft` (random samples) and `rso`: the pairs change, the loss does not.
 beta is in units of the reward's standard deviation; 0 keeps the top of the candidates, a large one keeps a random choice.
 
+Compared with dpo.py: its loss, and two of its relatives, on other pairs.
 No official code. As printed, the algorithm runs out of candidates when they are fewer than the samples asked for; here all are
 kept, and counted. The candidates are shuffled first: at a large beta the algorithm stops before it reaches the end of the list. What is
 kept is drawn without replacement, so later picks are worse than pi_r, and the best candidate is kept nearly always.

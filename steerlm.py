@@ -10,8 +10,7 @@ prompt, and the policy learns by supervised learning alone, from good and bad re
     4. Bootstrapping: ask for combinations v that were seen with the highest quality, sample y' from pi(y | v, x) (Eq. 3), rate
        them as in step 2 (Eq. 4), and train on (x, v'', y') as in step 3.
 
-At inference the user says which levels, 0 to 9, are wanted. decision_transformer.py is the same with one attribute, the reward,
-and with a reward model in place of the raters.
+At inference the user says which levels, 0 to 9, are wanted.
 
     python steerlm.py                                                   # TIME: gold ...
     python steerlm.py --steer sentiment=9,verbosity=0 --prompt "review this french western and mention the songs:"
@@ -21,6 +20,7 @@ and with a reward model in place of the raters.
 What to look at: the steering matrix. Its diagonal says how far each attribute follows its request, the rest what else moves.
 `label_error` says what rating anew is worth: how far, in levels, the labels that the policy learns from are from the truth.
 
+Compared with decision_transformer.py: several attributes in place of one, the reward, and people in place of a reward model.
 Official code (NeMo-Aligner) differs: its prediction model is a regression head with the squared error (the default here too: a
 tiny LM rates badly), levels go from 0 to 4, and there is no bootstrapping. It writes "quality:4,humor:0"; here every attribute is
 a tag of its own, <humor:0><quality:4>, in alphabetical order, so that a tag can be one token. Left out: top-k sampling in step 4,
