@@ -166,7 +166,7 @@ def bootstrap(run, predict, combinations, turn):
 
 
 def train(run, samples, predict, combinations, measure):
-    """Attribute-conditioned SFT on the samples (Eq. 3), then on those of each round of bootstrapping."""
+    """Attribute-conditioned SFT on the samples (step 3), then on those of each round of bootstrapping."""
     config = run.config
     sizes = [config.epochs * len(samples)] + [config.bootstrap_epochs * 2 * len(run.task.prompts["train"])] * config.rounds
     steps, now = [math.ceil(size / config.batch_size) for size in sizes], None
@@ -192,7 +192,7 @@ def run(config):
     run = common.start(config)
     ratings, held_out = (rated_samples(config, run.task, split) for split in ("train", "test"))
     names, conditioned, errors = sorted(ratings[0].levels), config.labels != "none", {}
-    quality = quality_of(config, names)
+    quality, request = quality_of(config, names), common.parse_request(config.steer, dict.fromkeys(names, TOP))
 
     def truth(prompts, responses):
         return [{name: levels[name] for name in names} for levels in map(run.task.attributes, prompts, responses)]
@@ -210,7 +210,6 @@ def run(config):
     samples = sorted(samples, key=lambda row: -sum(row.levels[name] for name in quality))
     samples = samples[:max(1, round(config.share * len(samples)))]
     observed, best = [row.levels for row in samples], best_of(samples, quality)
-    request = common.parse_request(config.steer, dict.fromkeys(names, TOP))
     wanted = common.complete_request(request, observed if request else best)
     if conditioned:
         run.ask = lambda prompt: prompt + format_attributes(wanted)

@@ -1,4 +1,4 @@
-"""decision_transformer.py: weights, levels, tags, four objectives, and asking. Letters are the bug classes that a test would catch."""
+"""decision_transformer.py: weights, levels, tags, four objectives, and asking. Letters are the bug classes that a test catches."""
 import itertools
 import json
 import math
@@ -19,8 +19,9 @@ import common
 import conditioning
 import decision_transformer as dt
 import stages
+from common import spearman
 from conftest import cases, close, parameters, rand, sgd, tensor
-from decision_transformer import Sample, assign_bins, effective_share, reward_bins, rwr_weights, spearman, tag
+from decision_transformer import Sample, assign_bins, effective_share, reward_bins, rwr_weights, tag
 from tasks import Ranking, Task, UserError
 
 
@@ -35,8 +36,10 @@ def test_weights_of_rwr_or_their_loss_differ_from_a_fixture():
         weights = rwr_weights(rewards, given["beta"])
         close(weights, expected["weights_softmax"])
         close((weights * nll).sum(), expected["loss_softmax_sum"])
-        rows = dt.weighted([Sample("p", ["a"], [True], reward) for reward in given["rewards"]], given["beta"])
-        assert statistics.fmean(row.weight * loss for row, loss in zip(rows, nll.tolist())) == pytest.approx(
+        config = SimpleNamespace(objective="rwr", beta=given["beta"], epochs=1, batch_size=len(nll), seed=0)
+        samples = [Sample(str(i), ["a"], [True], reward) for i, reward in enumerate(given["rewards"])]
+        (rows,) = dt.plan_of(config, samples, None)
+        assert statistics.fmean(row.weight * nll[int(row.prompt)].item() for row in rows) == pytest.approx(
             expected["loss_softmax_sum"], rel=1e-5)                 # what stages.minimise makes of it: the mean over the rows
 
 
@@ -137,9 +140,9 @@ letters.model = number_of_a.model = SimpleNamespace(config=SimpleNamespace(rewar
 
 
 def settings(toy, **kwargs):
-    return dt.Config(**{**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, lr=1e-2, batch_size=4, epochs=1.0,
-                               candidates=3, sources="D", control="tokens", bins=4, validation=0.25, eval_prompts=2, eval_samples=1,
-                               save_every=0, device="cpu", quiet=True), **kwargs})
+    return dt.Config(**{**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, lr=1e-2, batch_size=4,
+                               epochs=1.0, candidates=3, sources="D", control="tokens", bins=4, validation=0.25, eval_prompts=2,
+                               eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs})
 
 
 def task(**kwargs):
@@ -150,7 +153,8 @@ def begun(toy, out, data=None, reward=letters, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
     torch.manual_seed(config.seed)
-    return common.Run(config, out, data or task(), common.load_tokenizer(toy, config), common.load_policy(config), {"proxy": reward})
+    policy, tokenizer = common.load_policy(config), common.load_tokenizer(toy, config)
+    return common.Run(config, out, data or task(), tokenizer, policy, {"proxy": reward})
 
 
 def own(scores, **kwargs):
@@ -220,8 +224,9 @@ def test_rewards_of_validation_prompts_move_the_edges_or_the_normalisation():
 @pytest.mark.parametrize("objective", ["dt", "filter", "rwr", "sft"])
 def test_equal_rewards_pass(objective):
     for normalise in ("global", "prompt"):
+        run = own({"p": [2.0, 2.0], "q": [2.0] * 3}, objective=objective, normalise=normalise, validation=0.0)
         with pytest.raises(UserError, match="nothing to ask for"):
-            dt.offline_samples(own({"p": [2.0, 2.0], "q": [2.0] * 3}, objective=objective, normalise=normalise, validation=0.0), None)
+            dt.offline_samples(run, None)
 
 
 def test_sources_mix_up_texts_scores_and_ends(toy, tmp_path, monkeypatch):
@@ -240,7 +245,8 @@ def test_sources_mix_up_texts_scores_and_ends(toy, tmp_path, monkeypatch):
         found = {(s.prompt, s.responses[0], s.ended[0]) for s in samples}
         expected = {(p, text, True) for p in wanted for text in given[p].responses} if "P" in sources else set()
         if "D" in sources:
-            texts = {(row.prompt, text): ended for row in sampled.pop() for text, ended in list(zip(row.responses, row.ended))[::-1]}
+            texts = {(row.prompt, text): ended for row in sampled.pop()
+                     for text, ended in reversed([*zip(row.responses, row.ended)])}
             expected |= {(*key, ended) for key, ended in texts.items() if (key[0], key[1], True) not in expected}
             assert set(texts.values()) == {True, False}
         assert not sampled and {(p, text) for p, text, _ in found} == {(p, text) for p, text, _ in expected}
@@ -427,13 +433,13 @@ def test_L_one_step_is_not_the_weighted_gradient_by_hand(objective, budget, toy,
 def test_tag_is_in_the_loss_or_not_in_the_input(toy, tmp_path):
     run = begun(toy, tmp_path / "run")
     dt.learn_tags(run, levels(), MIXED)
-    rows = [s._replace(prompt=s.prompt + tag(levels(), s.reward)) for s in MIXED]
-    batch = common.encode(run.tokenizer, [row.prompt for row in rows], [row.responses[0] for row in rows], [row.ended[0] for row in rows])
+    texts, ends = [row.responses[0] for row in MIXED], [row.ended[0] for row in MIXED]
+    batch = common.encode(run.tokenizer, [row.prompt + tag(levels(), row.reward) for row in MIXED], texts, ends)
     assert batch.lengths.tolist() == [3, 2, 2, 4, 1, 4]             # letters, and EOS where the text ended
     for row, ids, mask in zip(MIXED, batch.input_ids, batch.response_mask.bool()):
         assert ids[mask].tolist() == run.tokenizer(row.responses[0]).input_ids + [0] * row.ended[0]
         assert (ids >= 9).sum() == 1 and (ids[~mask] >= 9).sum() == 1
-    other = common.encode(run.tokenizer, [row.prompt for row in MIXED], [row.responses[0] for row in MIXED], [row.ended[0] for row in MIXED])
+    other = common.encode(run.tokenizer, [row.prompt for row in MIXED], texts, ends)
     told, plain = (common.sequence_logps(run.policy, b) for b in (batch, other))
     assert (told - plain).abs().min() > 1e-4                        # it is read
     told.sum().backward()
@@ -519,10 +525,10 @@ def test_AB_what_is_asked_for_does_not_come(control, whole):
 
     pool = {prompt: [text() for _ in range(8)] for prompt in prompts[:25]}
     data = Task("letters", {"train": prompts[:25], "test": prompts[25:]}, pool=pool)
-    result, out = whole("run", data, number_of_a, control=control, candidates=8, epochs=10.0, batch_size=16, bins=5, max_new_tokens=6,
-                        eval_prompts=24, validation=0.16)[0], whole.out
+    result, *_ = whole("run", data, number_of_a, control=control, candidates=8, epochs=10.0, batch_size=16, bins=5,
+                       max_new_tokens=6, eval_prompts=24, validation=0.16)
     rows = result["calibration"][:5]
-    assert json.loads((out / "attributes.json").read_text())["means"] == [row["asked"] for row in rows]
+    assert json.loads((whole.out / "attributes.json").read_text())["means"] == [row["asked"] for row in rows]
     assert rank_correlation([(row["asked"], row["reward"]) for row in rows]) > 0.8 < result["eval/spearman_reward"]
     assert rows[-1]["reward"] - rows[0]["reward"] > 1.5 and result["eval/slope_reward"] > 0.5
     assert result["eval/proxy"] > result["trace"][0]["eval/proxy"] + 1 and result["eval/level"] >= 3
@@ -562,7 +568,8 @@ def whole(toy, tmp_path, monkeypatch):
 def spelling(toy, path):
     """The toy with a tokenizer that knows an unknown token, and the point, as the embedded task's does."""
     if not path.exists():
-        core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh", ".", "<unk>"])}, unk_token="<unk>"))
+        words = {token: i for i, token in enumerate(["<eos>", *"abcdefgh", ".", "<unk>"])}
+        core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         core.decoder = Tokenizer.from_file(str(toy / "tokenizer.json")).decoder
         PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>",
@@ -587,15 +594,15 @@ def test_training_and_inference_write_a_prompt_differently(control, form, toy, w
     if control == "tokens":
         assert {row.prompt[-10:] for row in rows} == set(written) == {f"<reward:{i}>" for i in range(4)}
         assert all(float(row.prompt[-2]) == sum(row.reward > edge for edge in found["edges"]) for row in rows)
-    test = [["d" + end, "ee" + end] for end in written]
-    curve = [["d" + tag(found, found["means"][-1] + more), "ee" + tag(found, found["means"][-1] + more)] for more in (0.5, 1, 2, 3)]
+    beyond = [tag(found, found["means"][-1] + more) for more in (0.5, 1, 2, 3)] if control == "text" else []
+    test = [["d" + end, "ee" + end] for end in written + beyond]
     assert asked[0] == ["d", "ee"]                                  # before training: nothing is known of tags
-    assert asked[-1 - len(test) - len(curve) * (control == "text"):] == [test[found["level"]], *test, *curve * (control == "text")]
+    assert asked[-1 - len(test):] == [test[found["asked"]], *test]  # the evaluation after training, and the curve
     assert set(golds) == {"d", "ee", *(p for p in PROMPTS if p not in {re.match("[a-h]+", row.prompt)[0] for row in rows})}
 
     seen, generate = [], conditioning.generate
     monkeypatch.setattr(conditioning, "generate", lambda *args, **kwargs: seen.append(args) or generate(*args, **kwargs))
-    for steer, level in (("", found["level"]), ("reward=0", 0), (" reward = 2 ", 2)):
+    for steer, level in (("", found["asked"]), ("reward=0", 0), (" reward = 2 ", 2)):
         capsys.readouterr()
         out = dt.run(settings(toy, policy=str(whole.out), prompt="ab", steer=steer, eval_samples=3))
         first, *printed = capsys.readouterr().out.splitlines()
@@ -617,14 +624,14 @@ def test_what_is_asked_for_is_not_the_best_on_the_validation_prompts_or_is_chose
     apart = sorted(set(PROMPTS) - {row.prompt[:-10] for row in sum(whole.steps, [])})
     last = len(whole.steps) - 1
     assert len(apart) == 2 and calls == [(last, apart * 4), (last + 1, ["d", "ee"])]         # chosen by what is trained
-    assert json.loads((whole.out / "attributes.json").read_text())["level"] == metrics["eval/level"] == 1
+    assert json.loads((whole.out / "attributes.json").read_text())["asked"] == metrics["eval/level"] == 1
     assert whole.asked[-1] == ["d<reward:1>", "ee<reward:1>"]
 
     for name, kwargs, level in (("steered", dict(steer="reward=2"), 2), ("none", dict(validation=0.0), 3)):
         calls.clear()
         metrics = whole(name, **kwargs)[0]
         assert calls == [(len(whole.steps), ["d", "ee"])] and metrics["eval/level"] == level
-        assert json.loads((whole.out / "attributes.json").read_text())["level"] == level
+        assert json.loads((whole.out / "attributes.json").read_text())["asked"] == level
         assert whole.asked[-1] == [f"d<reward:{level}>", f"ee<reward:{level}>"]
 
     def cut(run):
@@ -635,36 +642,39 @@ def test_what_is_asked_for_is_not_the_best_on_the_validation_prompts_or_is_chose
         with pytest.raises(KeyboardInterrupt):
             whole("cut", save_every=1)
     whole("cut", save_every=1, resume=True)                         # every step is done
-    assert not whole.steps and json.loads((whole.out / "attributes.json").read_text())["level"] == 1
+    assert not whole.steps and json.loads((whole.out / "attributes.json").read_text())["asked"] == 1
 
 
 def test_attributes_are_not_saved_or_saved_of_a_policy_that_reads_none(whole, toy):
     result, *_ = whole("dt", chat=True)
     found = json.loads((whole.out / "attributes.json").read_text())
-    assert set(found) == {"edges", "means", "control", "method", "chat", "level"}
+    assert set(found) == {"edges", "means", "control", "method", "chat", "levels", "asked"}
     assert (found["method"], found["control"], found["chat"]) == ("decision_transformer", "tokens", True)
     rewards = [row.reward for row in sum(whole.steps, [])]
     assert found["edges"] == reward_bins(rewards, 4).tolist() and len(found["means"]) == 4
-    assert [row["asked"] for row in result["calibration"]] == found["means"] and found["level"] == result["eval/level"]
+    assert [row["asked"] for row in result["calibration"]] == found["means"] and found["asked"] == result["eval/level"]
+    assert found["levels"] == {"reward": 3}
     assert conditioning.load_attributes(whole.out, "decision_transformer") == found
     for objective in ("sft", "rwr"):
         result, *_ = whole(objective, objective=objective, beta=0.5)
         assert not (whole.out / "attributes.json").exists() and "calibration" not in result
         assert whole.asked[-1] == ["d", "ee"] and len(AutoTokenizer.from_pretrained(whole.out)) == 9
-        shares = [sum(row.weight for row in rows) ** 2 / (len(rows) * sum(row.weight ** 2 for row in rows)) for rows in whole.steps]
+        weights = [[row.weight for row in rows] for rows in whole.steps]
+        shares = [sum(w) ** 2 / (len(w) * sum(x * x for x in w)) for w in weights]
         assert result["eval/effective_share"] == pytest.approx(statistics.fmean(shares), rel=1e-5)
         assert (result["eval/effective_share"] == pytest.approx(1)) == (objective == "sft")
         with pytest.raises(UserError, match=r"attributes\.json"):
             dt.run(settings(toy, policy=str(whole.out), prompt="ab"))
 
 
-@pytest.mark.parametrize("steer, message", [("reward=4", "from 0 to 3"), ("quality=1", "'quality', it knows reward"), ("reward=-1", "NAME"),
-                                            ("reward=best", "whole levels"), ("reward", "NAME=LEVEL"), ("reward=1,reward=2", "twice")])
+@pytest.mark.parametrize("steer, message", [
+    ("reward=4", "from 0 to 3"), ("quality=1", "'quality', it knows reward"), ("reward=-1", "NAME=LEVEL"),
+    ("reward=best", "whole levels"), ("reward", "NAME=LEVEL"), ("reward=1,reward=2", "twice")])
 def test_bad_request_passes(steer, message, toy, tmp_path, whole):
     with pytest.raises(UserError, match=f"--steer .*{message}"):
         whole("run", steer=steer)
-    common.write_json(tmp_path / "policy" / "attributes.json", levels() | {"method": "decision_transformer", "level": 2, "chat": False,
-                                                                          "means": [-1.0, 0.0, 1.0, 2.0]})
+    found = {"method": "decision_transformer", "levels": {"reward": 3}, "asked": 2, "chat": False}
+    common.write_json(tmp_path / "policy" / "attributes.json", levels() | found | {"means": [-1.0, 0.0, 1.0, 2.0]})
     with pytest.raises(UserError, match=f"--steer .*{message}"):
         dt.run(settings(toy, policy=str(tmp_path / "policy"), prompt="ab", steer=steer))
 
