@@ -170,7 +170,8 @@ def complete_request(request, combinations):
 def rated_rows(task, split, attributes=""):
     """The split's responses with people's ratings of these attributes ("A,B"), or of all; [] where it has none.
 
-    Raises UserError for data without ratings, a response without one of the attributes, and an attribute that never varies.
+    Raises UserError for data without ratings, a response without one of the attributes or with a level beyond 0 to 9, and an
+    attribute that never varies.
     """
     rows = task.ratings.get(split, [])
     if not rows and split == "train":
@@ -180,6 +181,8 @@ def rated_rows(task, split, attributes=""):
         for name in names:
             if name not in row.attributes:
                 raise UserError(f"a response to {row.prompt!r} has no attribute {name!r}, only {', '.join(row.attributes)}")
+            if not 0 <= row.attributes[name] <= 9:
+                raise UserError(f"{name} is {row.attributes[name]} in a response to {row.prompt!r}: levels go from 0 to 9")
     for name in names if split == "train" else []:
         if len({row.attributes[name] for row in rows}) == 1:
             raise UserError(f"{name} is {rows[0].attributes[name]} in all {len(rows)} responses: nothing to steer by; leave it out "

@@ -951,7 +951,7 @@ def test_smollm2_trains_on_its_own_samples_and_loads_again(smollm2, tmp_path, sc
 
 
 @pytest.mark.parametrize("script, flags", [("pro.py", ["--sources", "P"]), ("raft.py", FEW["raft.py"]),
-                                           ("steerlm.py", ["--rounds", 0, "--predictor_epochs", 0.2, "--attributes", "score"])],
+                                           ("steerlm.py", ["--rounds", 0, "--predictor_epochs", 0.2, "--attributes", "score", "--epochs", 0.15])],
                          ids=["pro", "raft", "steerlm"])
 def test_smollm2_ranks_candidates_and_loads_again(smollm2, tmp_path, script, flags):
     """PRO and SteerLM on ranked answers of the data, RAFT on SmolLM2's own samples by a tiny reward model."""
