@@ -88,8 +88,9 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):                                      # the command line checks these itself
-            if get_origin(f.type) is Literal:
-                self.check(lambda value: value in get_args(f.type), f"be one of {', '.join(get_args(f.type))}", f.name)
+            for kind in (f.type, *get_args(f.type)):                 # Literal, or Optional of one
+                if get_origin(kind) is Literal:
+                    self.check(lambda value: value in get_args(kind), f"be one of {', '.join(get_args(kind))}", f.name)
         kind = "tiny" if self.model == "tiny" else "real"
         for name in ("lr", "epochs", "max_new_tokens", "max_length"):
             if getattr(self, name) is None:

@@ -603,7 +603,8 @@ def draw_matrix(ax, panel, arms):
     if not matrices:
         return ax.set_axis_off()
     names = list(matrices[0])
-    spread = [[t_interval([matrix[row][column] for matrix in matrices]) for column in names] for row in names]
+    cells = [[[m[row][column] for m in matrices if m[row][column] is not None] for column in names] for row in names]
+    spread = [[t_interval(values) if values else (math.nan, math.inf) for values in line] for line in cells]
     ax.imshow([[mean for mean, _ in line] for line in spread], cmap="PuOr", vmin=-1, vmax=1)
     for i, line in enumerate(spread):
         for j, (mean, half) in enumerate(line):

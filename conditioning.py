@@ -29,20 +29,26 @@ def add_tags(run, attributes):
     """
     old, generator = run.policy.get_input_embeddings().weight.detach(), torch.Generator().manual_seed(0)
 
-    def ids_of(texts):
-        return run.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    def tokens_of(texts):
+        return sum(run.tokenizer(texts, add_special_tokens=False).input_ids, []) if texts else []
 
-    end, rows = old[[ids[-1] for ids in ids_of(run.task.prompts["train"])]].mean(0), {}
+    end = torch.stack([old[tokens_of([prompt])[-1]] for prompt in run.task.prompts["train"]]).mean(0)
+    usual, starts = old.norm(dim=1).mean(), {}
     for tags in attributes.values():
-        every = sum(ids_of(sum(tags.values(), [])), [])
+        words = [tokens_of(texts) for texts in tags.values()]
+        every = sum(words, [])
         noise = torch.randn(len(tags), old.shape[1], generator=generator).to(old) * old.std(0)
-        away = torch.stack([old[sum(ids_of(texts), [])].mean(0) - old[every].mean(0) if texts else row * (not every)
-                            for texts, row in zip(tags.values(), noise)])
-        rows |= zip(tags, end + away * old.norm(dim=1).mean() / away.norm(dim=1).max())
-    new = [tag for tag in rows if tag not in run.tokenizer.get_vocab()]
+        away = torch.stack([old[own].mean(0) - old[every].mean(0) if own else row * (not every) for own, row in zip(words, noise)])
+        furthest = away.norm(dim=1).max()
+        starts |= zip(tags, end + (away * usual / furthest if furthest > 1e-5 * usual else 0 * away))
+    new = [tag for tag in starts if tag not in run.tokenizer.get_vocab()]
     if new:
         run.tokenizer.add_tokens(new)
-        extend_vocabulary(run.policy, torch.stack([rows[tag] for tag in new]))
+        rows, first = torch.stack([starts[tag] for tag in new]), run.tokenizer.convert_tokens_to_ids(new[0])
+        spare = min(max(len(old) - first, 0), len(new))                  # some models have more embeddings than tokens
+        run.policy.get_input_embeddings().weight.data[first:first + spare] = rows[:spare]
+        if spare < len(new):
+            extend_vocabulary(run.policy, rows[spare:])
 
 
 @torch.no_grad()
@@ -75,9 +81,11 @@ def slope(rows, key):
 
 
 def spearman(values):
-    """Rank correlation of the values [N] with their places; 1 where they rise throughout."""
-    ranks = torch.tensor(values).argsort().argsort().double()
-    return torch.corrcoef(torch.stack([ranks, torch.arange(len(values)).double()]))[0, 1].item()
+    """Rank correlation of the values [N] with their places: 1 where they rise throughout, 0 where they are equal."""
+    values, places = torch.tensor(values, dtype=torch.float64), torch.arange(len(values), dtype=torch.float64)
+    ranks = ((values[:, None] > values).double() + (values[:, None] == values) / 2).sum(1)         # ties share their mean rank
+    ranks, places = ranks - ranks.mean(), places - places.mean()
+    return (ranks @ places / (ranks.norm() * places.norm()).clamp(min=1e-12)).item()
 
 
 def steering(run, observed, write, judge):

@@ -117,8 +117,10 @@ def offline_samples(run, reward):
     samples = []
     for row in (row for row in rankings if row.prompt not in apart):
         baseline = statistics.fmean(row.scores) if config.normalise == "prompt" else 0.0
-        samples += [Sample(row.prompt, [text], [ended], score - baseline)
+        samples += [Sample(row.prompt, [text], [ended], round(score - baseline, 9))        # or equal rewards would come to differ
                     for text, ended, score in zip(row.responses, row.ended, row.scores)]
+    if not samples:
+        raise UserError(f"--validation {config.validation} leaves no prompt to train on: lower it")
     mean, deviation = statistics.fmean(s.reward for s in samples), statistics.pstdev(s.reward for s in samples)
     reward_bins([sample.reward for sample in samples], 2)               # refuses equal rewards, under any objective
     return [s._replace(reward=(s.reward - mean) / deviation) for s in samples], sorted(apart)
@@ -236,8 +238,8 @@ def run(config):
         return metrics
     common.write_json(run.out / "attributes.json", levels | {"method": "decision_transformer", "chat": config.chat,
                       "levels": {"reward": len(levels["means"]) - 1}, "asked": run.state["level"]})
-    rows = run.state["calibration"]
-    if not config.quiet:
+    rows = run.state.get("calibration", [])
+    if rows and not config.quiet:
         print(common.table([list(rows[0]), *(row.values() for row in rows)]))
     return metrics | {"calibration": rows}
 

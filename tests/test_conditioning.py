@@ -26,8 +26,8 @@ TRAIN, TEST = ["ab", "hb", "cde"], ["d", "ee", "fgh"]
 
 
 def settings(toy, **kwargs):
-    return common.Config(**{**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, temperature=0.7, eval_prompts=3,
-                                   eval_samples=2, save_every=0, device="cpu", quiet=True), **kwargs})
+    return common.Config(**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, temperature=0.7,
+                                eval_samples=2, eval_prompts=3, save_every=0, device="cpu", quiet=True) | kwargs)
 
 
 def begun(toy, tmp_path, task=None, rewards=None, **kwargs):
