@@ -643,7 +643,7 @@ def draw(method_name, results, collected, path):
                     draw_bars(ax, panel, arms, palette)
                 elif panel.get("kind") == "curve":
                     ax.set_ylabel(names)
-                    draw_curve(ax, panel, arms, palette)
+                    draw_curve(ax, panel, arms, dict(zip(arms, itertools.cycle(SINGLES))))     # distinct within the panel
                 elif panel.get("kind") == "matrix":
                     draw_matrix(ax, panel, arms)
                 else:

@@ -1,6 +1,7 @@
 """steerlm.py: tags, ratings, the prediction model, conditioned training, bootstrapping, steering. Letters are bug classes."""
 import json
 import math
+import os
 import random
 import statistics
 from collections import Counter
@@ -36,15 +37,16 @@ def rated(n, seed=0, prompts=PROMPTS, longest=8):
     return [Demonstration(prompts[i % len(prompts)], text, counts(text)) for i, text in enumerate(texts)]
 
 
-def task(train=24, attributes=None, **kwargs):
+def task(train=24, attributes=None, prompts={"train": PROMPTS, "test": ["d", "ee"]}, **kwargs):
     data = {"train": rated(train) if isinstance(train, int) else train, "test": rated(6, 1, ["d", "ee"])}
-    return Task("toy", {"train": PROMPTS, "test": ["d", "ee"]}, **{**dict(ratings=data, attributes=attributes), **kwargs})
+    return Task("toy", prompts, **{**dict(ratings=data, attributes=attributes), **kwargs})
 
 
 def settings(toy, **kwargs):
-    return steerlm.Config(**{**dict(policy=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, lr=1e-2, predictor_lr=1e-2,
-                                    batch_size=4, epochs=1.0, predictor_epochs=1.0, bootstrap_epochs=1.0, rounds=1,
-                                    quality="as", eval_prompts=2, eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs})
+    return steerlm.Config(**{**dict(policy=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, lr=1e-2, batch_size=4,
+                                    epochs=1.0, predictor_lr=1e-2, predictor_epochs=1.0, bootstrap_epochs=1.0, rounds=1,
+                                    quality="as", eval_prompts=2, eval_samples=1, save_every=0, device="cpu",
+                                    quiet=True), **kwargs})
 
 
 def begun(toy, out, data=None, **kwargs):
@@ -80,8 +82,8 @@ def test_level_or_name_that_cannot_be_read_back_is_written(wrong):
 
 
 @pytest.mark.parametrize("wrong", [
-    "", " ", "a:3", "<a:3> ", " <a:3>", "x<a:3>", "<a:3>x", "<a:3>\n", "<a:3> <b:1>", "<b:1><a:3>", "<a:3><a:3>", "<a:3><a:4>", "<a:10>",
-    "<a:>", "<:3>", "<a:-1>", "<a:\u0663>", "<a:3", "<a:3><b:1", "<<a:3>>", "<a:3.0>"])
+    "", " ", "a:3", "<a:3> ", " <a:3>", "x<a:3>", "<a:3>x", "<a:3>\n", "<a:3> <b:1>", "<b:1><a:3>", "<a:3><a:3>", "<a:3><a:4>",
+    "<a:10>", "<a:>", "<:3>", "<a:-1>", "<a:\u0663>", "<a:3", "<a:3><b:1", "<<a:3>>", "<a:3.0>"])
 def test_text_that_format_attributes_never_wrote_is_read(wrong):
     with pytest.raises(UserError, match="is no row of tags"):
         parse_attributes(wrong)
@@ -106,9 +108,10 @@ def test_missing_or_constant_attribute_or_no_ratings_at_all_pass(toy):
     assert len(rated_samples(settings(toy, attributes="bs"), task(rows), "train")) == 2
     same = task(ratings={"train": rated(9), "test": rows})
     assert len(rated_samples(config, same, "test")) == 2            # only what is trained on must vary
-    for attributes, found in (("", rows + [Demonstration("hgh", "b", {"as": 3})]), ("as,bs", rows + [Demonstration("hgh", "b", {"as": 3})])):
+    lacking = rows + [Demonstration("hgh", "b", {"as": 3})]
+    for attributes in ("", "as,bs"):
         with pytest.raises(UserError, match="'hgh' has no attribute 'bs'"):
-            rated_samples(settings(toy, attributes=attributes), task(found), "train")
+            rated_samples(settings(toy, attributes=attributes), task(lacking), "train")
     with pytest.raises(UserError, match="'g' has no attribute 'cs'"):
         rated_samples(settings(toy, attributes="as,cs"), task(rows), "train")
     for ratings in ({}, {"train": [], "test": rows}):
@@ -144,11 +147,11 @@ def test_best_samples_are_more_than_one_in_a_hundred_or_ties_are_broken():
 
 # ----------------------------------------------------------------------------------------------- the prediction model
 
-@pytest.mark.parametrize("predictor, epochs", [("regression", 10.0), ("lm", 14.0)])
-def test_prediction_model_does_no_better_than_a_constant_or_mixes_its_attributes_up_or_trains_the_policy(toy, tmp_path, predictor, epochs):
+@pytest.mark.parametrize("predictor, epochs", [("regression", 12.0), ("lm", 16.0)])
+def test_prediction_model_is_no_better_than_a_constant_or_mixes_them_up_or_trains_the_policy(toy, tmp_path, predictor, epochs):
     rows, held_out = ([Sample(row.prompt, [row.response], [True], row.attributes) for row in rated(n, seed)]
-                      for n, seed in ((128, 2), (64, 3)))
-    run = begun(toy, tmp_path / "run", predictor=predictor, predictor_epochs=epochs, predictor_lr=2e-2)
+                      for n, seed in ((192, 2), (96, 3)))
+    run = begun(toy, tmp_path / "run", predictor=predictor, predictor_epochs=epochs)
     before = parameters(run.policy)
     predict = steerlm.train_predictor(run, rows)
     assert torch.equal(parameters(run.policy), before)
@@ -165,7 +168,7 @@ def test_prediction_model_does_no_better_than_a_constant_or_mixes_its_attributes
 def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_over_attributes(toy, monkeypatch):
     monkeypatch.setattr(stages, "optimizer_step", sgd)
     config = settings(toy)
-    rows, tokenizer = rated(8, 4), common.load_tokenizer(toy, config)
+    rows, names, tokenizer = rated(8, 4), ["bs", "as"], common.load_tokenizer(toy, config)
 
     def fresh():
         torch.manual_seed(3)
@@ -175,10 +178,10 @@ def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_ov
     for row in rows:
         ids = torch.tensor([tokenizer(row.prompt + row.response).input_ids + [0]])
         scores = plain.score(plain.base_model(input_ids=ids).last_hidden_state[0, -1])
-        targets = torch.tensor([row.attributes["bs"] / 9, row.attributes["as"] / 9])
+        targets = torch.tensor([row.attributes[name] / 9 for name in names])
         ((scores - targets).square().sum() / len(rows)).backward()
     sgd(plain, None, None, None)
-    model = common.train_attribute_model(fresh(), tokenizer, rows, ["bs", "as"], common.Config(epochs=1, batch_size=8, token_budget=40))
+    model = common.train_attribute_model(fresh(), tokenizer, rows, names, common.Config(epochs=1, batch_size=8, token_budget=40))
     assert (parameters(model) - parameters(plain)).abs().max() < 2e-6
     assert (parameters(plain) - parameters(fresh())).abs().max() > 1e-3
 
@@ -186,7 +189,7 @@ def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_ov
 def test_regression_predicts_levels_that_are_no_whole_numbers_from_0_to_9_or_of_another_attribute(toy, tmp_path, monkeypatch):
     run, samples = begun(toy, tmp_path / "run"), [Sample("g", ["a"], [True], {"bs": 1, "as": 2})]
     seen = []
-    monkeypatch.setattr(common, "train_attribute_model", lambda model, tokenizer, rows, names, config: seen.append(names) or model)
+    monkeypatch.setattr(common, "train_attribute_model", lambda model, tokenizer, rows, names, _: seen.append(names) or model)
     monkeypatch.setattr(common, "RewardModel", lambda model, tokenizer, label: Fake(tokenizer))
     came = steerlm.train_predictor(run, samples)(["g", "h"], ["a", "b"])
     assert came == [{"as": 0, "bs": 9}, {"as": 4, "bs": 5}] and seen == [["as", "bs"]]
@@ -204,10 +207,12 @@ class Fake:
 def test_writer_is_trained_on_more_than_the_tags_after_prompt_and_response(toy, tmp_path, monkeypatch):
     run, seen, real = begun(toy, tmp_path / "run", predictor="lm"), [], stages.sequence_logps
 
+    def texts(batch, masks):
+        return run.tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(batch.input_ids, masks)])
+
     def note(model, batch):
         shown = batch.attention_mask * (1 - batch.response_mask)
-        seen.extend(zip(run.tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(batch.input_ids, shown)]),
-                        run.tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(batch.input_ids, batch.response_mask)])))
+        seen.extend(zip(texts(batch, shown), texts(batch, batch.response_mask)))
         return real(model, batch)
 
     monkeypatch.setattr(stages, "sequence_logps", note)
@@ -262,12 +267,14 @@ def whole(toy, tmp_path, monkeypatch):
 
         def note_rollout(run_, prompts):
             _, texts, ended = rollout(run_, prompts)
-            run.events.append(SimpleNamespace(kind="rollout", weights=parameters(run_.policy), prompts=prompts, texts=texts, ended=ended))
+            run.events.append(SimpleNamespace(kind="rollout", weights=parameters(run_.policy), prompts=prompts, texts=texts,
+                                              ended=ended))
             return None, texts, ended
 
         def note_step(run_, step, rows, losses_of):
             run.events.append(SimpleNamespace(kind="step", weights=parameters(run_.policy), rows=rows, batches=[], run=run_))
-            return minimise(run_, step, rows, lambda part, batch: run.events[-1].batches.append((part, batch)) or losses_of(part, batch))
+            batches = run.events[-1].batches
+            return minimise(run_, step, rows, lambda *part: batches.append(part) or losses_of(*part))
 
         with monkeypatch.context() as patch:
             patch.setattr(common, "load_task", lambda config: data)
@@ -301,7 +308,7 @@ def test_rows_are_trained_with_other_tags_than_their_labels(whole):
     mild = {row.response: {"as": 9 - row.attributes["as"], "bs": 7} for row in rows}
     for name, options, label in (("human", HUMAN, lambda row: row.attributes),
                                  ("predicted", dict(rounds=0), lambda row: mild[row.response])):
-        whole(name, predict=lambda prompts, texts: [mild[text] for text in texts], **options)
+        whole(name, predict=lambda prompts, texts: [mild.get(text, counts(text)) for text in texts], **options)
         assert trained_on(whole) == Counter((row.prompt + format_attributes(label(row)), row.response) for row in rows)
     whole("none", labels="none", rounds=0)
     assert trained_on(whole) == Counter((row.prompt, row.response) for row in rows)
@@ -314,7 +321,7 @@ def test_loss_falls_on_tags_or_a_step_is_no_mean_over_its_rows(whole, toy, monke
         first = steps_of(whole)[0]
         plain, tokenizer = LlamaForCausalLM.from_pretrained(toy), first.run.tokenizer
         plain.resize_token_embeddings(len(tokenizer))
-        torch.nn.utils.vector_to_parameters(first.weights, plain.parameters())
+        torch.nn.utils.vector_to_parameters(first.weights.clone(), plain.parameters())
         ends = set()
         for step in steps_of(whole):
             assert (parameters(plain) - step.weights).abs().max() < 2e-6 and len(step.rows) == 4
@@ -333,17 +340,10 @@ def test_loss_falls_on_tags_or_a_step_is_no_mean_over_its_rows(whole, toy, monke
 
 def test_share_keeps_others_than_the_best_by_quality(whole):
     rows = task().ratings["train"]
-    def quality(row):
-        return row.attributes["as"]
-
-    for share, n in ((0.25, 6), (0.01, 1), (0.5, 12)):
-        finished = whole(f"share{share}", share=share, epochs=2.0, **HUMAN)
-        best = sorted(map(quality, rows), reverse=True)[:n]
-        kept = [parse_attributes(prompt[prompt.index("<"):])["as"] for prompt, _ in trained_on(whole)]
-        assert sorted(kept, reverse=True) == sorted(best, reverse=True) and sum(finished.saved["observed"].values()) == n
-    whole("both", share=0.25, quality="bs", **HUMAN)
-    kept = [parse_attributes(prompt[prompt.index("<"):])["bs"] for prompt, _ in trained_on(whole)]
-    assert sorted(kept) == sorted(row.attributes["bs"] for row in rows)[-6:]
+    for name, share, n in (("as", 0.25, 6), ("as", 0.01, 1), ("bs", 0.5, 12)):
+        finished = whole(f"{name} {share}", quality=name, share=share, **HUMAN)
+        kept = [parse_attributes(prompt[prompt.index("<"):])[name] for prompt, _ in trained_on(whole)]
+        assert sorted(kept) == sorted(row.attributes[name] for row in rows)[-n:] and sum(finished.saved["observed"].values()) == n
 
 
 def test_policy_is_asked_in_other_bytes_than_it_was_trained_with(whole, monkeypatch):
@@ -351,7 +351,7 @@ def test_policy_is_asked_in_other_bytes_than_it_was_trained_with(whole, monkeypa
     monkeypatch.setattr(common, "generate", lambda model, tokenizer, prompts, *rest, **kwargs: asked.append(prompts) or generate(
         model, tokenizer, prompts, *rest, **kwargs))
     finished = whole("run", **HUMAN)
-    assert asked[0] == ["d", "ee"] and asked[1] == ["d" + finished.saved["asked"], "ee" + finished.saved["asked"]] and len(asked) == 2
+    assert asked == [["d", "ee"], ["d" + finished.saved["asked"], "ee" + finished.saved["asked"]]]
     ask, tokenizer = steps_of(whole)[0].run.ask, steps_of(whole)[0].run.tokenizer
     levels = parse_attributes(finished.saved["asked"])
     with_them = [row for row in task().ratings["train"] if row.attributes == levels]
@@ -390,7 +390,8 @@ def steps_between(events):
 # ------------------------------------------------------------------------------------------------------ bootstrapping
 
 def test_bootstrapping_asks_for_combinations_that_were_not_seen_with_the_highest_quality(whole):
-    rows = [Demonstration(PROMPTS[i % 6], text, counts(text)) for i, text in enumerate(["aaab", "aaabbb", "aaa", "aabbbbb", "b", "cd"])]
+    texts = ["aaab", "aaabbb", "aaa", "aabbbbb", "b", "cd"]
+    rows = [Demonstration(prompt, text, counts(text)) for prompt, text in zip(PROMPTS, texts)]
     whole("run", task(rows), rounds=2)
     asked = [event.prompts for event in whole.events if event.kind == "rollout"]
     assert len(asked) == 2
@@ -453,26 +454,26 @@ def test_AB_level_that_comes_does_not_follow_the_level_asked_for(whole, monkeypa
         texts, _ = common.probe(run, [prompt + format_attributes({"as": level}) for prompt in ["d", "ee", "ef"] * 6])
         came.append(statistics.fmean(counts(text)["as"] for text in texts))
     ranks = tensor(came).argsort().argsort().double()
-    print(came)
     assert torch.corrcoef(torch.stack([ranks, torch.arange(10.0).double()]))[0, 1] > 0.8 and came[9] - came[0] > 3
     assert finished.result["eval/slope_as"] > 0.3
 
 
 def test_slope_or_cross_talk_by_hand_differ():
     rows = [{"asked": asked, "x": x} for asked, x in ((0, 1.0), (3, 2.0), (6, 4.0), (9, 9.0))]
-    assert common.slope(rows, "x") == pytest.approx(39 / 45)        # (-4.5 * -3 - 1.5 * -2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
-    metrics = common.steering_metrics({"p": {"p": 1.0, "q": -0.5}, "q": {"p": 0.25, "q": 0.5}})
-    assert metrics == {"eval/slope": 0.75, "eval/slope_min": 0.5, "eval/cross_talk": 0.375, "eval/slope_p": 1.0, "eval/slope_q": 0.5}
+    assert common.slope(rows, "x") == pytest.approx(39 / 45)        # (4.5 * 3 + 1.5 * 2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
+    assert common.steering_metrics({"p": {"p": 1.0, "q": -0.5}, "q": {"p": 0.25, "q": 0.5}}) == {
+        "eval/slope": 0.75, "eval/slope_min": 0.5, "eval/cross_talk": 0.375, "eval/slope_p": 1.0, "eval/slope_q": 0.5}
     assert common.steering_metrics({"p": {"p": 0.5}}) == {"eval/slope": 0.5, "eval/slope_min": 0.5, "eval/cross_talk": 0.0,
                                                          "eval/slope_p": 0.5}
 
 
-def steered(run, monkeypatch, observed, judge, answer=lambda prompt: prompt):
-    """What common.steering says of a policy that gives answer(prompt), and the prompts of each probe."""
-    asked = []
+def steered(monkeypatch, test, observed, judge, eval_prompts=1000):
+    """What common.steering says of a policy that repeats its prompt, and the prompts of each probe."""
+    asked, config = [], SimpleNamespace(eval_prompts=eval_prompts, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(conditioning, "probe", lambda run, prompts: asked.append(prompts) or (
-            [answer(prompt) for prompt in prompts], torch.ones(len(prompts), dtype=torch.bool)))
+            prompts, torch.ones(len(prompts), dtype=torch.bool)))
+        run = SimpleNamespace(task=task(prompts={"test": test}), config=config)
         return common.steering(run, observed, format_attributes, judge), asked
 
 
@@ -482,8 +483,8 @@ def echo(prompts, texts):
 
 
 def test_steering_matrix_by_hand_differs(monkeypatch):
-    run = SimpleNamespace(task=task(prompts={"test": [f"p{i}" for i in range(200)]}), config=SimpleNamespace(eval_prompts=100, seed=0))
-    found, asked = steered(run, monkeypatch, [{"x": 7, "y": 2}], echo)
+    test = [f"p{i}" for i in range(200)]
+    found, asked = steered(monkeypatch, test, [{"x": 7, "y": 2}], echo, 100)
     assert asked == [[f"p{i}<x:{x}><y:2>" for i in range(100)] for x in (0, 3, 6, 9)] + [
         [f"p{i}<x:7><y:{y}>" for i in range(100)] for y in (0, 3, 6, 9)]
     assert found["steering"] == {"x": [{"asked": x, "words": 1.0, "x": x, "y": 2} for x in (0, 3, 6, 9)],
@@ -494,31 +495,31 @@ def test_steering_matrix_by_hand_differs(monkeypatch):
     def mixed(prompts, texts):                                      # half of x goes astray, and y falls as x rises
         return [{"x": levels["x"] / 2, "y": levels["y"] - levels["x"] / 3} for levels in echo(prompts, texts)]
 
-    matrix = steered(run, monkeypatch, [{"x": 7, "y": 2}], mixed)[0]["matrix"]
+    matrix = steered(monkeypatch, test, [{"x": 7, "y": 2}], mixed)[0]["matrix"]
     assert matrix["x"] == pytest.approx({"x": 0.5, "y": -1 / 3}) and matrix["y"] == pytest.approx({"x": 0.0, "y": 1.0})
 
 
 def test_other_attributes_are_not_asked_for_as_they_are_in_the_data_or_change_from_level_to_level(monkeypatch):
-    run = SimpleNamespace(task=task(prompts={"test": ["p"] * 400}), config=SimpleNamespace(eval_prompts=400, seed=0))
     observed = [{"x": 1, "y": 8}, {"y": 8, "x": 1}, {"x": 1, "y": 8}, {"x": 6, "y": 2}]
-    found, asked = steered(run, monkeypatch, observed, echo)
+    found, asked = steered(monkeypatch, ["p"] * 400, observed, echo)
     for prompts in asked[:4]:
         assert [prompt[-4:] for prompt in prompts] == [prompt[-4:] for prompt in asked[0]]
         assert abs(Counter(prompt[-4:] for prompt in prompts)["y:8>"] - 300) < 50
-    assert {prompt[-4:] for prompt in asked[0]} == {"y:8>", "y:2>"} and {prompt[:6] for prompt in asked[4]} == {"p<x:1>", "p<x:6>"}
+    assert {prompt[-4:] for prompt in asked[0]} == {"y:8>", "y:2>"}
+    assert {prompt[:6] for prompt in asked[4]} == {"p<x:1>", "p<x:6>"}
     assert found["matrix"]["x"]["y"] == 0
 
 
 def test_what_the_judge_cannot_tell_counts_as_something(monkeypatch):
-    run = SimpleNamespace(task=task(prompts={"test": ["p", "q"]}), config=SimpleNamespace(eval_prompts=9, seed=0))
-    found, _ = steered(run, monkeypatch, [{"x": 1}], lambda prompts, texts: [None, {"x": 5}])
+    found, _ = steered(monkeypatch, ["p", "q"], [{"x": 1}], lambda prompts, texts: [None, {"x": 5}])
     assert [row["x"] for row in found["steering"]["x"]] == [5.0] * 4
-    found, _ = steered(run, monkeypatch, [{"x": 1}], lambda prompts, texts: [None, None])
+    found, _ = steered(monkeypatch, ["p", "q"], [{"x": 1}], lambda prompts, texts: [None, None])
     assert all(math.isnan(row["x"]) for row in found["steering"]["x"])
 
 
 def test_request_is_not_completed_from_the_nearest_and_most_frequent_responses(capsys):
     rows = [{"q": 9, "v": 2, "w": 1}] * 2 + [{"q": 9, "v": 5, "w": 5}] * 3 + [{"q": 3, "v": 0, "w": 9}] * 9
+
     def complete(**request):
         return common.complete_request(request, rows)
 
@@ -533,8 +534,9 @@ def test_request_is_not_completed_from_the_nearest_and_most_frequent_responses(c
 
 
 WRONG_REQUESTS = [("humor=3", "knows no attribute 'humor', it knows as, bs"), ("as=10", "levels of as go from 0 to 9"),
-                  ("as", "NAME=LEVEL"), ("as=", "NAME=LEVEL"), ("as=-1", "NAME=LEVEL"), ("as=3.5", "NAME=LEVEL"), ("as:3", "NAME=LEVEL"),
-                  ("=3", "knows no attribute ''"), ("as=1,bs=2,as=1", "names as twice"), ("as=1 bs=2", "NAME=LEVEL")]
+                  ("as", "NAME=LEVEL"), ("as=", "NAME=LEVEL"), ("as=-1", "NAME=LEVEL"), ("as=3.5", "NAME=LEVEL"),
+                  ("as:3", "NAME=LEVEL"), ("=3", "knows no attribute ''"), ("as=1,bs=2,as=1", "names as twice"),
+                  ("as=1 bs=2", "NAME=LEVEL")]
 
 
 @pytest.mark.parametrize("text, message", WRONG_REQUESTS)
@@ -583,15 +585,15 @@ def test_errors_of_ratings_are_not_measured_against_the_truth_and_held_out_peopl
 
 @pytest.mark.parametrize("predictor", ["regression", "lm"])
 def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predictor):
-    options = dict(predictor=predictor, predictor_epochs=6.0 if predictor == "lm" else 1.0, predictor_lr=2e-2, rounds=2, save_every=4,
-                   eval_every=5, max_new_tokens=3, predict=None, data=task(48), epochs=0.5)
+    options = dict(predictor=predictor, predictor_epochs=16.0 if predictor == "lm" else 1.0, attributes="as", rounds=2,
+                   save_every=4, eval_every=5, max_new_tokens=3, predict=None, data=task(48), epochs=0.5)
     straight, log = whole("straight", **options), common.log
     last = len(steps_of(whole))
-    assert last in (10, 11, 12)                                     # at most 6, and 3 a round
+    assert 9 <= last <= 12                                          # 3 to 6, and 3 a round
 
     def kill(run, step, row):
         log(run, step, row)
-        if step == last - 2:                                        # in round 2; the checkpoint is in the midst of a round
+        if step == last - 2:                                        # in round 2; the checkpoint is after 4 or 8 steps
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -600,8 +602,9 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predicto
             whole("killed", **options)
     torch.manual_seed(999)
     resumed = whole("killed", resume=True, **options)
-    assert len(steps_of(whole)) == last - 8
-    assert resumed.metrics == straight.metrics and '"step": 9' in straight.metrics and torch.equal(resumed.weights, straight.weights)
+    assert len(steps_of(whole)) == last - (last - 2) // 4 * 4
+    assert resumed.metrics == straight.metrics and '"step": 9' in straight.metrics
+    assert torch.equal(resumed.weights, straight.weights)
     assert resumed.saved == straight.saved and resumed.result["matrix"] == straight.result["matrix"]
     assert resumed.result["tokens_generated"] == straight.result["tokens_generated"] > 0
 
@@ -622,8 +625,8 @@ def ask(toy, monkeypatch, capsys, path, **kwargs):
     """What steerlm prints for --prompt, and the prompts that it sampled from."""
     asked, generate = [], conditioning.generate
     with monkeypatch.context() as patch:
-        patch.setattr(conditioning, "generate", lambda model, tokenizer, prompts, *rest, **options: asked.append(prompts) or generate(
-            model, tokenizer, prompts, *rest, **options))
+        patch.setattr(conditioning, "generate", lambda model, tokenizer, prompts, *more, **options: asked.append(prompts) or (
+            generate(model, tokenizer, prompts, *more, **options)))
         steerlm.run(settings(toy, policy=str(path), prompt="gf", eval_samples=3, **kwargs))
     return capsys.readouterr(), asked
 
@@ -670,7 +673,6 @@ def test_latest_run_is_not_the_one_that_was_finished_last(whole, toy, tmp_path, 
 
 
 def stamp(newer, older):
-    import os
     os.utime(older, (1000, 1000))
     os.utime(newer, (2000, 2000))
 
