@@ -184,7 +184,8 @@ def rated_rows(task, split, attributes=""):
     rows = task.ratings.get(split, [])
     if not rows and split == "train":
         raise UserError('the data has no ratings: give rows of "prompt", "completion" and "attributes", or responses with scores')
-    names = [name.strip() for name in attributes.split(",")] if attributes else sorted(rows[0].attributes) if rows else []
+    first = (task.ratings.get("train", []) + rows)[:1]
+    names = [name.strip() for name in attributes.split(",")] if attributes else sorted(name for row in first for name in row.attributes)
     for row in rows:
         for name in names:
             if name not in row.attributes:

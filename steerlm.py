@@ -66,7 +66,8 @@ class Config(common.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        self.predictor_lr = self.predictor_lr or self.PREDICTOR_LR["tiny" if self.model == "tiny" else "real"]
+        if self.predictor_lr is None:
+            self.predictor_lr = self.PREDICTOR_LR["tiny" if self.model == "tiny" else "real"]
         if self.attributes is None:
             self.attributes = "sentiment,topicality,verbosity" if self.data == "reviews" else ""
         self.check(lambda value: value > 0, "be above 0", "predictor_epochs", "bootstrap_epochs", "predictor_lr")
@@ -103,7 +104,7 @@ class Sample(NamedTuple):
 def quality_of(config, names):
     """The attributes that stand for quality: the more the better."""
     known = [found for found in (["quality"], ["score"], ["sentiment", "topicality"]) if set(found) <= set(names)]
-    wanted = config.quality.split(",") if config.quality else next(iter(known), [])
+    wanted = [name.strip() for name in config.quality.split(",")] if config.quality else next(iter(known), [])
     if not wanted or not set(wanted) <= set(names):
         raise UserError(f"--quality must name what is better the more there is of it, of {', '.join(names)}")
     return wanted
@@ -120,7 +121,8 @@ def train_predictor(run, samples):
     Returns: predict(prompts, responses) -> the levels of each, or None where the model wrote something else.
     """
     config, names, path = run.config, sorted(samples[0].levels), common.policy_path(run.config)
-    settings = common.Config(seed=config.seed, lr=config.predictor_lr, epochs=config.predictor_epochs, batch_size=32, schedule="cosine")
+    settings = common.Config(seed=config.seed, lr=config.predictor_lr, epochs=config.predictor_epochs, batch_size=32,
+                             schedule="cosine", token_budget=config.token_budget)
     if config.predictor == "regression":
         model = common.load(AutoModelForSequenceClassification, path, config, num_labels=len(names))
         scores = common.RewardModel(model, common.load_tokenizer(path, config), label=slice(len(names)))           # [N, attributes]
@@ -155,7 +157,7 @@ def rate_anew(predict, samples):
 def best_of(samples, quality):
     """The levels of the samples whose quality is the highest that one in a hundred reaches."""
     ranked = sorted((sum(row.levels[name] for name in quality) for row in samples), reverse=True)
-    return [row.levels for row in samples if sum(row.levels[name] for name in quality) >= ranked[len(ranked) // 100]]
+    return [row.levels for row in samples if sum(row.levels[name] for name in quality) >= ranked[(len(ranked) - 1) // 100]]
 
 
 def bootstrap(run, predict, combinations, turn):
