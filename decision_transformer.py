@@ -15,9 +15,9 @@ The last learns p(y | x, r) from good and bad samples alike; afterwards it is as
 no sampling. A response is one action, so the return-to-go of the Decision Transformer is the reward itself. Rewards fall into
 ten bins of equally many samples, each a token of its own, <reward:0> to <reward:9>.
 
-    python decision_transformer.py                                      # TIME: gold ...
+    python decision_transformer.py           # 29 s on two cores (two minutes more at first): gold 0.18 to 0.36, KL 1.0 nats
     python decision_transformer.py --steer reward=0 --prompt "review this french western and mention the songs:"
-    python decision_transformer.py --reproduce                          # the four against each other and PPO, calibration
+    python decision_transformer.py --reproduce           # the four and PPO, calibration, data: 22 arms, 13 minutes a seed on one core
     python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl --reward none
 
 What to look at: the table of what was asked for and what came. It rises less steeply than the diagonal. The bin to ask for is

@@ -12,9 +12,9 @@ prompt, and the policy learns by supervised learning alone, from good and bad re
 
 At inference the user says which levels, 0 to 9, are wanted.
 
-    python steerlm.py                                                   # TIME: gold ...
+    python steerlm.py                # 56 s on two cores (two minutes more at first): gold 0.18 to 0.38, KL 5.6 nats
     python steerlm.py --steer sentiment=9,verbosity=0 --prompt "review this french western and mention the songs:"
-    python steerlm.py --reproduce                                       # the paper's ladder, steering, noise: ...
+    python steerlm.py --reproduce    # the paper's ladder, steering, noise in the ratings: 16 arms, 16 minutes a seed on one core
     python steerlm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data rated.jsonl
 
 What to look at: the steering matrix. Its diagonal says how far each attribute follows its request, the rest what else moves.
@@ -149,6 +149,9 @@ def rate_anew(predict, samples):
     rated = [row._replace(levels=new) for row, new in zip(samples, levels) if new]
     if not rated:
         raise UserError("the prediction model wrote no readable rating: train it longer, or take --predictor regression")
+    for name in [name for name in rated[0].levels if len({row.levels[name] for row in rated}) == 1]:
+        common.warn(f"the prediction model says {name} {rated[0].levels[name]} of all {len(rated)} responses: train it longer, or "
+                    "take --labels human; nothing is to be steered by that")
     if len(rated) < len(samples):
         common.warn(f"{len(samples) - len(rated)} of {len(samples)} ratings by the prediction model cannot be read: left out")
     return rated
