@@ -21,7 +21,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
-from conditioning import (add_tags, complete_prompt, complete_request, curve, latest_run, load_attributes, parse_request, probe,
+from conditioning import (ROOT, add_tags, complete_prompt, complete_request, curve, latest_run, load_attributes, parse_request, probe,
                           rated_rows, rating_error, runs_of, slope, spearman, steering, steering_metrics, table)
 from lm import (Batch, RewardModel, batches, concat, decode, encode, extend_vocabulary, finished, gather_logps, generate, in_parts,
                 kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
@@ -34,7 +34,6 @@ from tasks import Demonstration, Pair, Ranking, Task, UserError
 
 transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
-ROOT = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import common
+import conditioning
 import dpo
 import lm
 import ppo
@@ -56,7 +57,7 @@ def toy(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_traces(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(common, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(conditioning, "ROOT", tmp_path / "root")
 
 
 def settings(toy, cls=Config, **kwargs):
@@ -145,8 +146,10 @@ def test_O_token_budget_changes_the_gradient_of_fit(toy, monkeypatch):
     calls, results = [], []
     rows = [Demonstration(p, r) for p, r in (("a", "bcdefg"), ("abcd", "h"), ("ef", "gh"), ("c", "cc"), ("hhh", "abc"))]
 
-    def spy(model, batch):
+    def spy(model, batch, part):
         calls.append(len(batch))
+        answers = [rows[i].response for i in part]
+        assert common.decode(tokenizer, batch) == answers, "part does not say which rows the batch holds"
         return -common.sequence_logps(model, batch)
 
     for budget in (1, 16, 100000):
