@@ -21,8 +21,8 @@ What to look at: the steering matrix. Its diagonal says how far each attribute f
 `label_error` says what rating anew is worth: how far, in levels, the labels that the policy learns from are from the truth.
 
 Compared with decision_transformer.py: several attributes in place of one, the reward, and people in place of a reward model.
-Official code (NeMo-Aligner) differs: its prediction model is a regression head with the squared error (the default here too: a
-tiny LM rates badly), levels go from 0 to 4, and there is no bootstrapping. It writes "quality:4,humor:0"; here every attribute is
+Official code (NeMo-Aligner) differs: its prediction model is a regression head with the squared error (the default here too; the
+paper's is --predictor lm), levels go from 0 to 4, and there is no bootstrapping. It writes "quality:4,humor:0"; here every attribute is
 a tag of its own, <humor:0><quality:4>, in alphabetical order, so that a tag can be one token. Left out: top-k sampling in step 4,
 and the choice of checkpoints by validation.
 """
@@ -272,6 +272,7 @@ EXPERIMENTS = {
             more_gold("attributes that people gave help", "ablation", "79.7 to 96.2% of ChatGPT", "human attributes", "no attributes"),
             more_gold("the best of the data alone helps further", "ablation", "96.2 to 98.1", "human, best quarter", "human attributes"),
             more_gold("predicted attributes beat people's", "ablation", "98.1 to 102.7", "predicted", "human attributes"),
+            more_gold("the same, predicted by an LM as in the paper", "ablation", "98.1 to 102.7", "predicted by an LM", "human attributes"),
             more_gold("bootstrapping adds to that", "ablation", "103.7 to 104.2", "bootstrapped", "predicted"),
             more_gold("two rounds more add more", "ours", "-", "bootstrapped 3 times", "bootstrapped"),
             more_gold("it beats RLHF", "automatic Elo", "1139 over 925, another team's model:", "bootstrapped", "PPO"),
