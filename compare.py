@@ -427,8 +427,9 @@ def arm_rows(arms, columns=COLUMNS):
 def text_table(rows, width=110):
     """Aligned plain text; the widest columns wrap until it fits."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    while sum(widths) + 2 * (len(widths) - 1) > width:
-        widths[widths.index(max(widths))] -= 1
+    words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in zip(*rows)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and widths != words:                      # no word is broken
+        widths[max((w, i) for i, w in enumerate(widths) if w > words[i])[1]] -= 1
     lines = []
     for i, row in enumerate(rows):
         wrapped = [textwrap.wrap(cell, w) for cell, w in zip(row, widths)]

@@ -259,10 +259,8 @@ NOISE = {"reward_noise": "prompt"}
 DATA = {f"{k} of each": {"candidates": k} for k in (2, 16)} | {
     f"{writer} writers": {"sources": "P", "systems": f"{writer},medium"} for writer in ("weak", "strong")}
 
-COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL", "eval/fluency": "fluency",
-           "eval/effective_share": "effective share", "eval/level": "bin asked", "eval/slope_reward": "slope, reward",
-           "eval/slope_gold": "slope, gold", "eval/spearman_reward": "rank corr.", "eval/gold_beyond": "gold beyond",
-           "tokens_trained": "tokens trained", "tokens_generated": "generated"}
+COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
+           "eval/effective_share": "effective", "eval/slope_reward": "slope", "eval/spearman_reward": "rank corr."}
 
 
 def more_gold(claim, source, paper, *holds):

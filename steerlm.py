@@ -251,9 +251,8 @@ def steer(config):
 PLAIN = {"labels": "none", "rounds": 0, "lr": 5e-4, "epochs": 2}
 HUMAN, PREDICTED, NOISE = {"labels": "human", "rounds": 0}, {"rounds": 0}, (1, 2, 4)
 FIVE = "sentiment,topicality,verbosity,intensity,personal"
-COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL", "eval/fluency": "fluency",
-           "eval/length": "length", "eval/human_error": "people's error", "eval/label_error": "labels' error", "eval/slope": "slope",
-           "eval/cross_talk": "cross-talk"}
+COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
+           "eval/label_error": "label error", "eval/slope": "slope", "eval/cross_talk": "cross-talk"}
 
 
 def more_gold(claim, source, paper, left, right):
@@ -284,7 +283,7 @@ EXPERIMENTS = {
         question="How far does each attribute follow its request, and what else moves?",
         arms={"bootstrapped": {}, "predicted": PREDICTED, "human attributes": HUMAN, "exact attributes": HUMAN | {"rating_noise": 0.0},
               "five attributes": PREDICTED | {"attributes": FIVE}},
-        columns={"eval/slope": "slope", "eval/cross_talk": "cross-talk", "eval/gold": "gold"} | {
+        columns={"eval/slope": "slope", "eval/cross_talk": "cross-talk"} | {
             f"eval/slope_{name}": name for name in FIVE.split(",")},
         claims=[
             dict(claim="every attribute rises with its request", source="toxicity", paper=".063, .086, .096, .104 at 0, 3, 6, 9",
