@@ -241,7 +241,10 @@ def test_samples_that_cannot_be_rated_stay_with_people_s_levels_or_leave_unsaid(
     kept = rate_anew(lambda prompts, texts: [said[text] for text in texts], samples)
     assert kept == [Sample("g", ["a"], [True], {"as": 1}), Sample("g", ["c"], [True], {"as": 0})]
     assert "1 of 3 ratings" in capsys.readouterr().err
-    assert len(rate_anew(lambda prompts, texts: [{"as": 2}] * 3, samples)) == 3 and not capsys.readouterr().err
+    varied = [{"as": 2}, {"as": 3}, {"as": 2}]
+    assert [row.levels for row in rate_anew(lambda *texts: varied, samples)] == varied and not capsys.readouterr().err
+    assert len(rate_anew(lambda *texts: [{"as": 2}] * 3, samples)) == 3
+    assert "says as 2 of all 3" in capsys.readouterr().err
     with pytest.raises(UserError, match="no readable rating"):
         rate_anew(lambda prompts, texts: [None] * 3, samples)
 
