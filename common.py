@@ -1,444 +1,434 @@
-"""What the nine methods share: options, the stages before a method, evaluation, and one run from start to finish.
+"""The language model's side of every method: batches, loading, log-probabilities, sampling, the optimizer.
 
-The language-model half (batches, log-probabilities, loading, sampling) stands in lm.py, the steps of training and the
-stages before a method in stages.py, what two methods write into prompts in conditioning.py; methods see all of it here.
+This file knows paths, tensors and texts; tasks/ and harness/ know the rest. Every batch has this form, on
+which a method may rely:
 
-    python common.py        # build the embedded task's models for --seed 0 and print their vital figures, <= 2 minutes
+    input_ids       PAD PAD  w   w   w   w  |  y   y   y  EOS PAD    prompt left-padded, response right-padded
+    attention_mask   0   0   1   1   1   1  |  1   1   1   1   0
+    response_mask    0   0   0   0   0   0  |  1   1   1   1   0      1 = trained and counted, EOS included
+    token_logps      0   0   0   0   0   *  |  *   *   *   0          entry t is log p(input_ids[t + 1])
+
+Masks come from lengths, never from `ids != pad`, because PAD is EOS in many tokenizers. Position ids come
+from the attention mask. Prompt and response are tokenised apart and their ids are joined, so that a prompt
+has the same ids before every response. Log-probabilities are in nats and are reduced in float32 at least.
 """
-import hashlib
+import contextlib
 import inspect
-import json
-import os
-import random
+import shutil
 import sys
-import time
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Callable, ClassVar, Literal, Optional, get_args, get_origin
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, HfArgumentParser
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig)
 
-from conditioning import (ROOT, add_tags, complete_prompt, complete_request, curve, latest_run, load_attributes, parse_request, probe,
-                          rated_rows, rating_error, runs_of, slope, spearman, steering, steering_metrics, table)
-from lm import (Batch, RewardModel, batches, concat, decode, encode, extend_vocabulary, finished, gather_logps, generate, in_parts,
-                kl_to_reference, load, load_policy, load_reference, load_reward_model, load_tokenizer, load_value_model,
-                pick_device, policy_path, save_model, sequence_logps, sequence_scores, token_logps, token_values, warn,
-                with_prompts)
-from stages import (candidate_reward, candidates, check_finite, check_policy, epochs, fit, given_answers, minimise,
-                    optimizer_and_schedule, optimizer_step, plan_of, response_logps, reward_model_losses, reward_to_maximise,
-                    rollout, sample_rankings, score_metrics, scored, train_attribute_model, train_reward_model, train_sft)
-from tasks import Demonstration, Pair, Ranking, Task, UserError
-
-transformers.logging.set_verbosity_error()                       # no load reports for the new head of a reward model
+transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
-CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
+class UserError(ValueError):
+    """A mistake that the user can mend. The scripts print it as one line and exit with status 2."""
 
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------- batches
 
 @dataclass
-class Config:
-    """Options of every script. A method's Config adds its own knobs and may change these defaults."""
-    LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}                # what lr is when it is not given
-    MAX_NEW_TOKENS: ClassVar = {"tiny": 40, "real": 128}
-    MAX_LENGTH: ClassVar = {"tiny": 160, "real": 512}
-    EPOCHS: ClassVar = {"tiny": 1.0, "real": 1.0}
+class Batch:
+    """Three int64 tensors [B, T], as drawn at the top of this file. Moves and indexes as a whole."""
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    response_mask: torch.Tensor
 
-    model: str = option("tiny", "'tiny' (built here, nothing downloaded) or any causal LM: a directory or a hub id")
-    policy: str = option("", "start from this saved policy, which is then the reference too")
-    data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
-    reward: str = option("", "reward model, directory or hub id; default: trained from the pairs; 'gold': the true one; 'none'")
-    reward_label: str = option("", "which label of a reward model with several labels is the reward")
-    reward_lr: float = option(1e-5, "learning rate of a reward model that is trained from the pairs of --data")
-    limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
-    skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows instead of stopping")
-    chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")
-    max_length: Optional[int] = option(None, "tokens of prompt and response, 3/4 for the prompt (tiny 160, else 512)")
-    max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
-    temperature: float = option(1.0, "sampling temperature of evaluation and of methods that sample")
-    lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("constant_with_warmup", "of the learning rate")
-    warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
-    batch_size: int = option(64, "prompts per optimizer step")
-    epochs: Optional[float] = option(None, "passes over the training rows; the default depends on the model")
-    token_budget: int = option(16384, "padded tokens per forward pass; batches are split to fit, to the same effect")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    eval_prompts: int = option(128, "test prompts sampled for evaluation")
-    eval_samples: int = option(4, "samples per test prompt")
-    eval_every: int = option(0, "evaluate every so many steps (0: only before and after)")
-    save_every: int = option(200, "write a checkpoint for --resume every so many steps (0: never)")
-    reward_noise: Literal["none", "prompt", "response"] = option(
-        "none", "add noise of one standard deviation to the reward that is maximised: one draw per prompt, or per response")
-    label_noise: float = option(0.0, "embedded task: share of the proxy's and the pairs' labels that are turned round")
-    rating_noise: float = option(2.0, "embedded task: deviation of people's ratings of attributes from the truth, in levels")
-    seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
-    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 autocast on CUDA, else float32")
-    out: str = option("", "where the run is written (default: the first free runs/<method>/<number>)")
-    resume: bool = option(False, "go on with the run in --out")
-    reproduce: bool = option(False, "run the paper's experiments through compare.py")
-    seeds: int = option(5, "how many seeds --reproduce runs")
-    quiet: bool = option(False, "no tables and no samples on the screen")
+    def tensors(self):
+        return self.input_ids, self.attention_mask, self.response_mask
 
-    def __post_init__(self):
-        for f in fields(self):                                      # the command line checks these itself
-            for kind in (f.type, *get_args(f.type)):                 # Literal, or Optional of one
-                if get_origin(kind) is Literal:
-                    self.check(lambda value: value in get_args(kind), f"be one of {', '.join(get_args(kind))}", f.name)
-        kind = "tiny" if self.model == "tiny" else "real"
-        for name in ("lr", "epochs", "max_new_tokens", "max_length"):
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(self, name.upper())[kind])
-        self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
-                   "max_new_tokens", "eval_prompts", "eval_samples", "seeds")
-        self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
-        self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every", "save_every", "warmup",
-                   "rating_noise")
-        if self.max_new_tokens > self.max_length // 4:
-            raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
-                            f"{self.max_length}; prompts may take the other three: raise --max_length")
-        if self.resume and not self.out:
-            raise UserError("--resume needs --out: the directory of the run to go on with")
-        if self.model != "tiny" and self.data == "reviews":
-            raise UserError(f"--model {self.model} needs --data: a .jsonl file or a hub data set id")
+    def __len__(self):
+        return len(self.input_ids)
 
-    def check(self, good, must, *names):
-        """UserError for the first of the named options that is given and not good."""
-        for name in names:
-            if getattr(self, name) is not None and not good(getattr(self, name)):
-                raise UserError(f"--{name} must {must}, not {getattr(self, name)}")
+    def __getitem__(self, rows):
+        return Batch(*(t[rows] for t in self.tensors()))
+
+    def split(self, budget):
+        """Row indices of consecutive parts that fit a budget of padded tokens, one row at least."""
+        return torch.arange(len(self)).split(max(1, budget // self.input_ids.shape[1]))
+
+    def to(self, device):
+        if torch.device(device).type == "cuda":
+            return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self.tensors()))
+        return Batch(*(t.to(device) for t in self.tensors()))
+
+    @property
+    def lengths(self):
+        """Response tokens of each row [B], EOS included."""
+        return self.response_mask.sum(1)
+
+    @property
+    def position_ids(self):
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def last(self):
+        """Column of each row's last token [B]."""
+        return self.position_ids.argmax(1)
 
 
-# --------------------------------------------------------------------------------------------------- task and rewards
-
-def write_json(path, value):
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    part.replace(path)
+def concat(batches):
+    """Stack batches of any widths; the narrower ones are padded on the right."""
+    width = max(b.input_ids.shape[1] for b in batches)
+    return Batch(*(torch.cat([F.pad(t, (0, width - t.shape[1])) for t in column])
+                   for column in zip(*(b.tensors() for b in batches))))
 
 
-def load_task(config):
-    """The data to train on and the yardsticks; the embedded task's models are built at the first use of a seed."""
-    if config.data == "reviews":
-        from tasks import build
-        return build.load_task(config)
-    from tasks import preferences
-    tokenizer = load_tokenizer(policy_path(config), config)
-    return preferences.load(config.data, tokenizer, config.limit, config.chat, config.skip_bad_rows)
+def prompt_ids(tokenizer, prompts):
+    """Token ids of each prompt: one BOS if the tokenizer adds it, cut from the left to 3/4 of the context."""
+    bos, room, rows = tokenizer.bos_token_id, tokenizer.model_max_length * 3 // 4, []
+    adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), add_special_tokens=False).input_ids):
+        lead = [bos] if adds_bos or (bos is not None and ids[:1] == [bos]) else []   # or by the chat template
+        ids = lead + (ids[1:] if lead and ids[:1] == lead else ids)[-(room - len(lead)):]
+        if not ids:
+            raise UserError(f"the prompt {prompt!r} has no tokens: nothing to answer")
+        rows.append(ids)
+    return rows
 
 
-def load_rewards(config, task):
-    """{"proxy": what methods may optimise, "judge": what they never see}, as far as the run has them.
+def encode(tokenizer, prompts, responses, ended=None):
+    """Tokenise prompts and responses [B] into a Batch. A response ends with one EOS unless it is cut.
 
-    The proxy is --reward, or the embedded task's, or one trained here from the task's pairs and kept in the cache.
+    A response that is cut (to tokenizer.model_max_length less its prompt, never less than a quarter) has no
+    EOS; nor has one that was sampled and cut off, where `ended` [B] says so.
     """
-    if config.reward == "none":
-        return {}
-    if config.reward == "gold" and not task.gold:
-        raise UserError("--reward gold: only the embedded task has a true reward; name a reward model, or leave it out")
-    if config.reward not in ("", "gold"):
-        return {"proxy": load_reward_model(config.reward, config)}
-    if config.data == "reviews":
-        from tasks import build
-        return {name: load_reward_model(path, config) for name, path in build.reward_models(config).items()}
-    pairs, start = task.pairs.get("train"), policy_path(config)
-    if not pairs:
-        warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
-        return {}
-    settings = Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | dict(      # none of the method's own
-        lr=config.reward_lr, epochs=1, schedule="linear", warmup=0.1, batch_size=16, max_grad_norm=1.0))
-    key = json.dumps([str(start), settings.lr, settings.seed, settings.max_length, pairs])
-    path = CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not path.exists():
-        torch.manual_seed(config.seed)
-        tokenizer = load_tokenizer(start, config)
-        model = load(AutoModelForSequenceClassification, start, config, num_labels=1)
-        save_model(train_reward_model(model, tokenizer, pairs, settings), tokenizer, path)
-    return {"proxy": load_reward_model(path, config)}
+    eos, rows = tokenizer.eos_token_id, []
+    answers = tokenizer(list(responses), add_special_tokens=False).input_ids
+    ended = [True] * len(answers) if ended is None else ended
+    for prompt, answer, whole in zip(prompt_ids(tokenizer, prompts), answers, ended, strict=True):
+        if (whole or not answer) and answer[-1:] != [eos]:
+            answer = answer + [eos]
+        rows.append((prompt, answer[:tokenizer.model_max_length - len(prompt)]))
+    return pack(rows, tokenizer.pad_token_id)
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+def pack(rows, pad):
+    """A Batch from (prompt ids, response ids) rows."""
+    before, after = max(len(p) for p, _ in rows), max(len(r) for _, r in rows)
+    columns = [], [], []
+    for prompt, response in rows:
+        left, right = before - len(prompt), after - len(response)
+        columns[0].append([pad] * left + prompt + response + [pad] * right)
+        columns[1].append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
+        columns[2].append([0] * before + [1] * len(response) + [0] * right)
+    return Batch(*(torch.tensor(c) for c in columns))
 
-def mean_and_error(values):
-    """Mean and standard error of values [P, n]: n samples of each of P prompts, which are the independent units."""
-    means = values.float().mean(1)
-    return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else 0.0
+
+def decode(tokenizer, batch):
+    """The text of each response, without prompt, EOS or padding."""
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
-    """Sample the test prompts and measure; the same prompts and random numbers at every call with one config.
+def finished(tokenizer, batch):
+    """bool [B]: did the response end with EOS, or was it cut off?"""
+    return batch.input_ids[torch.arange(len(batch)), batch.last] == tokenizer.eos_token_id
+
+
+def batches(tokenizer, prompts, responses, budget, device="cpu", ended=None):
+    """Yield (indices [n], Batch [n*k, T]) that fit a budget of padded tokens, items of like length together.
+
+    responses [N][k]: k texts for each of N prompts; ended [N][k] as in encode. The rows of one prompt stay
+    together: `.view(n, k)` splits them. Where k differs between prompts, each batch holds prompts of one k.
+    """
+    if not prompts:
+        return
+    answers = iter(tokenizer([r for group in responses for r in group], add_special_tokens=False).input_ids)
+    room = tokenizer.model_max_length
+    sizes = [(len(texts), len(p), min(max(len(next(answers)) + 1 for _ in texts), room - len(p)))
+             for texts, p in zip(responses, prompt_ids(tokenizer, prompts))]
+    ended = ended or [()] * len(prompts)
+    group, before, after = [], 0, 0                               # columns for the group's prompts, responses
+    for i in sorted(range(len(prompts)), key=lambda i: (sizes[i][0], sum(sizes[i]))) + [None]:
+        if i is not None:
+            k, *columns = sizes[i]
+            before, after = max(before, columns[0]), max(after, columns[1])
+        full = i is None or (len(group) + 1) * k * (before + after) > budget
+        if group and (full or k != len(responses[group[0]])):
+            batch = encode(tokenizer, [prompts[j] for j in group for _ in responses[j]],
+                           [text for j in group for text in responses[j]],
+                           [whole for j in group for whole in ended[j] or [True] * len(responses[j])])
+            yield group, batch.to(device)
+            group, (before, after) = [], columns
+        if i is not None:
+            group.append(i)
+
+
+# ------------------------------------------------------------------------------------------ log-probabilities
+
+def pick_logps(logits, targets, temperature):
+    """log softmax(logits / temperature)[targets]: [..., V], [...] -> [...], float32 or better."""
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def gather_logps(logits, input_ids, temperature=1.0):
+    """log p of every next token.
 
     Args:
-        rewards: {name: RewardModel}. start: what this function returned as samples before training. ask: what the policy is
-            asked in place of a prompt; the reference and the rewards see the prompt itself.
+        logits: [B, T, V]; logits[:, t] predicts input_ids[:, t + 1].
+        input_ids: [B, T].
+        temperature: the logits are divided by it first.
     Returns:
-        metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts}. gold, fluency if the task has
-            them; proxy, judge; kl = nats per sequence against the initial policy, the k1 estimate on the policy's own
-            samples; win_rate against `start` by gold, else proxy (a tie counts half); length in tokens with EOS;
-            and win_rate_<name> by the other rewards; eos_rate; distinct_2 = different word pairs over all word pairs.
-        samples: {"prompts", "responses", and each reward's scores}, lists of eval_prompts * eval_samples.
+        [B, T-1] in nats, float32 or better; entry t is log p(input_ids[:, t + 1]).
     """
-    n = config.eval_samples
-    prompts = task.prompts["test"][:config.eval_prompts]
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        asked = [ask(prompt) for prompt in prompts]
-        batch = generate(policy, tokenizer, asked, n, config.temperature, max_new_tokens=config.max_new_tokens)
-    same = asked == prompts
-    prompts = [prompt for prompt in prompts for _ in range(n)]
-    plain = None if same else with_prompts(tokenizer, batch, prompts)
-    responses, ended = decode(tokenizer, batch), finished(tokenizer, batch)
-    values = {"length": batch.lengths, "eos_rate": ended, "kl": kl_to_reference(config, policy, batch, plain)}
-    if task.gold:
-        values["gold"] = torch.tensor([task.gold(*row) for row in zip(prompts, responses, ended.tolist())])
-    if task.fluent:
-        values["fluency"] = torch.tensor([task.fluent(text) for text in responses])
-    values |= {name: model(prompts, responses) for name, model in rewards.items()}
-    samples = {"prompts": prompts, "responses": responses}
-    for name in ("gold", *rewards):
-        if name in values:
-            samples[name] = values[name].tolist()
-            if start:
-                before = torch.tensor(start[name])
-                wins = (values[name] > before) + 0.5 * (values[name] == before)
-                values["win_rate" if "win_rate" not in values else f"win_rate_{name}"] = wins
-    metrics = {}
-    for name, value in values.items():
-        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(value.view(-1, n))
-    words = [text.split() for text in responses]
-    bigrams = [pair for text in words for pair in zip(text, text[1:])]
-    metrics["eval/distinct_2"] = len(set(bigrams)) / max(len(bigrams), 1)
-    return metrics, samples
+    return pick_logps(logits[:, :-1], input_ids[:, 1:], temperature)
 
 
-# ----------------------------------------------------------------------------------------------------------- one run
+def token_logps(model, batch, temperature=1.0, chunk=256):
+    """log p of every response token [B, T-1], 0 elsewhere, without ever holding the logits [B, T, V].
+
+    The LM head is applied to `chunk` response tokens at a time and recomputed in the backward pass, so memory
+    grows with chunk * V. Models that do more to their logits than that (soft caps, scales) take the plain
+    path.
+    """
+    where = batch.response_mask[:, 1:].bool()
+    with compute(model):
+        if not head_is_all(model, batch):
+            return gather_logps(model(**inputs(model, batch)).logits, batch.input_ids, temperature) * where
+        hidden = model.base_model(**inputs(model, batch)).last_hidden_state
+        states, targets = hidden[:, :-1][where], batch.input_ids[:, 1:][where]            # [N, D], [N]
+
+        def chunk_logps(states, targets):
+            return pick_logps(model.get_output_embeddings()(states), targets, temperature)
+
+        logps = torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False)
+                           for s, t in zip(states.split(chunk), targets.split(chunk))])
+        return logps.new_zeros(where.shape).masked_scatter(where, logps)
+
+
+def sequence_logps(model, batch, temperature=1.0):
+    """log p(response | prompt) [B] in nats: the sum over response tokens, EOS included, not a mean."""
+    return token_logps(model, batch, temperature).sum(1)
+
+
+@torch.no_grad()
+def in_parts(function, batch, budget, device):
+    """function(part) of each part of the batch that fits the budget, without gradient, joined on `device`."""
+    return torch.cat([function(batch[rows].to(device)) for rows in batch.split(budget)])
+
+
+def inputs(model, batch):
+    """What the model's forward takes; a few families (BLOOM, OPT of old) count positions themselves."""
+    everything = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                      position_ids=batch.position_ids)
+    return {k: v for k, v in everything.items() if k in inspect.signature(model.forward).parameters}
+
+
+@torch.no_grad()
+def head_is_all(model, batch):
+    """Are the model's logits just head(hidden states)? Checked once per model, on 16 tokens of a batch."""
+    if not hasattr(model, "head_is_all"):
+        ids = batch.input_ids[:1, -16:]
+        few = inputs(model, Batch(ids, torch.ones_like(ids), batch.response_mask[:1, -16:]))
+        logits, hidden = model(**few).logits, model.base_model(**few).last_hidden_state
+        # a soft cap changes small logits too little to be seen below
+        capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+        again = model.get_output_embeddings()(hidden)
+        model.head_is_all = not capped and torch.allclose(logits, again, rtol=1e-3, atol=1e-3, equal_nan=True)
+        if not model.head_is_all:
+            warn(f"{type(model).__name__} changes its logits after the LM head: log-probs hold all of them")
+    return model.head_is_all
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+def pick_device(name):
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not found.get(name, True):
+        raise UserError(f"--device {name}: there is none on this machine; leave it out or say cpu")
+    return torch.device(next(kind for kind in found if found[kind]) if name == "auto" else name)
+
+
+def compute(model):
+    """bfloat16 autocast around float32 weights where load() asked for it; else nothing."""
+    dtype = getattr(model, "compute_dtype", torch.float32)
+    return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def load(auto_class, path, device="auto", dtype="auto", **kwargs):
+    """Any Hugging Face model: float32 weights, every dropout off.
+
+    dtype: what forward passes compute in; auto is bfloat16 autocast on CUDA, else float32.
+    Raises UserError for a path that cannot be loaded.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(path, **kwargs)
+        for name, value in settings.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(settings, name, 0.0)
+        model = auto_class.from_pretrained(path, config=settings, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a model from {str(path)!r} ({' '.join(str(error).split())[:160]}): "
+                        "pass a directory of save_pretrained, or check the id and the network") from None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0                                     # some classes hard-code a dropout of their own
+    device = pick_device(device)
+    model.compute_dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+                           "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return model.to(device).eval()
+
+
+def load_tokenizer(path, max_length):
+    """The tokenizer of a model. Prompt and response share max_length tokens. PAD is EOS if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a tokenizer from {str(path)!r} ({' '.join(str(error).split())[:160]}): "
+                        "pass a local directory, or check the id and the network") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path} has no EOS token, so no response could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token                # harmless: masks come from lengths
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    return tokenizer
+
+
+def load_policy(path, device="auto", dtype="auto"):
+    return load(AutoModelForCausalLM, path, device, dtype)
+
+
+def load_reference(path, device="auto", dtype="auto"):
+    """A frozen policy: a model of its own, never the one that is trained."""
+    return load_policy(path, device, dtype).requires_grad_(False)
+
+
+def load_value_model(path, tokenizer=None, device="auto", dtype="auto"):
+    """One value per token: AutoModelForTokenClassification with a zero-initialised head.
+
+    Raises UserError where the path has another vocabulary than `tokenizer`, whose ids the model will read.
+    """
+    if tokenizer and load_tokenizer(path, tokenizer.model_max_length).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"the value model {path} has another tokenizer than the policy and would misread its "
+                        "token ids: give one made from the same model, or leave it out")
+    model = load(AutoModelForTokenClassification, path, device, dtype, num_labels=1)
+    for parameter in (model.score if hasattr(model, "score") else model.classifier).parameters():
+        torch.nn.init.zeros_(parameter)
+    return model
+
+
+def token_values(model, batch):
+    """Value of the state before each next token [B, T-1], float32: entry t has seen input_ids[:, :t + 1]."""
+    with compute(model):
+        return model(**inputs(model, batch)).logits[:, :-1, 0].float()
+
 
 @dataclass
-class Run:
-    """One training run: what it works with and what it has recorded."""
-    config: Config
-    out: Path
-    task: Task
+class RewardModel:
+    """Scores texts: (model's score - mean) / std, so that SFT samples have mean 0 and deviation 1."""
+    model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
-    policy: torch.nn.Module
-    rewards: dict[str, RewardModel]
-    trained: Optional[torch.nn.Module] = None                  # what the optimizer updates, if that is more than the policy
-    state: dict = field(default_factory=dict)                  # a method's numbers, rows and tensors that --resume must restore
-    ask: Callable[[str], str] = str                            # what a trained policy is asked in place of a prompt
-    optimizer: Optional[torch.optim.Optimizer] = None
-    schedule: Optional[object] = None
-    bar: Optional[tqdm] = None
-    step: int = 0
-    trace: list[dict] = field(default_factory=list)            # evaluations: before, on the way, after
-    samples: dict[str, dict] = field(default_factory=dict)     # "before" and "after"
-    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(
-        ("tokens_generated", "tokens_trained", "seconds_generating", "seconds_training"), 0))
-    warned: bool = False
-    began: float = field(default_factory=time.time)
+    label: int | slice = 0
+    mean: float = 0.0
+    std: float = 1.0
+    budget: int = 16384
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses):
+        """Scores [N] of N prompts and responses, float32 on the CPU; [N, labels] where `label` is a slice."""
+        columns = (self.label.stop,) if isinstance(self.label, slice) else ()
+        scores = torch.empty(len(prompts), *columns)
+        singles, device = [[response] for response in responses], self.model.device
+        for rows, batch in batches(self.tokenizer, prompts, singles, self.budget, device):
+            if hasattr(self.model, "score"):
+                logits = sequence_scores(self.model, batch)
+            else:                      # an encoder reads the text in its own way: [CLS], right padding, [SEP]
+                joined = [prompts[i] + responses[i] for i in rows]
+                texts = self.tokenizer(joined, padding=True, truncation=True, return_tensors="pt").to(device)
+                logits = self.model(**texts).logits
+            scores[rows] = logits[:, self.label].float().cpu()
+        return (scores - self.mean) / self.std
 
 
-def start(config):
-    """Load everything a run needs; refuses an output directory that holds another run."""
-    torch.manual_seed(config.seed)
-    out = output_directory(config)
-    task = load_task(config)
-    began = time.time()
-    rewards = load_rewards(config, task)
-    policy, tokenizer = load_policy(config), load_tokenizer(policy_path(config), config)
-    count_cut_prompts(tokenizer, task)
-    run = Run(config, out, task, tokenizer, policy, rewards, began=began)
-    check_policy(run)
-    torch.manual_seed(config.seed)                             # whatever was trained or loaded from the cache until here
-    return run
+def sequence_scores(model, batch):
+    """Scores [B, labels] of a decoder's head at the last response token, which is found by length.
 
-
-def output_directory(config):
-    """--out, or the first free number under runs/<method>."""
-    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds")
-    settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
-    if not config.out:
-        home = runs_of(config)
-        taken = [int(d.name) for d in home.glob("*") if d.name.isdigit()]
-        return home / f"{max(taken, default=0) + 1:03d}"
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a directory")
-    if config.resume:
-        if not (out / "state.pt").exists():
-            raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it")
-        old = json.loads((out / "args.json").read_text())
-        changed = [k for k, v in settings.items() if old.get(k) != v]
-        if changed:
-            raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} as before")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds another run: --resume goes on with one that was cut; or give another --out")
-    return out
-
-
-def count_cut_prompts(tokenizer, task):
-    """Say once how many prompts are longer than the context allows."""
-    room = tokenizer.model_max_length
-    prompts = [p for rows in task.prompts.values() for p in rows]
-    long = sum(len(ids) > room * 3 // 4 for ids in tokenizer(prompts, add_special_tokens=False).input_ids)
-    if long:
-        warn(f"{long} of {len(prompts)} prompts are longer than {room * 3 // 4} tokens: cut from the left "
-             "(--max_length sets the limit)")
-
-
-def steps(run, plan, measure=dict, updates=None):
-    """Yield (step, plan[step]), with a progress bar; evaluates before, on the way and after, and writes checkpoints.
-
-    `measure()` gives a method's own metrics for each evaluation; `updates` says how many optimizer steps the plan takes, if
-    not one each.
-    Random numbers are drawn anew from the seed at every step, so evaluations on the way change nothing, and a resumed
-    run goes on exactly where its checkpoint stands.
+    Hugging Face's own forward takes the last token that is not PAD, and so misses the EOS where PAD is EOS.
     """
-    config = run.config
-    run.trained = run.trained or run.policy
-    run.optimizer, run.schedule = optimizer_and_schedule(run.trained, config, updates or len(plan))
-    if config.resume:
-        restore(run)
-    write_json(run.out / "args.json", asdict(config))
-    metrics_file = run.out / "metrics.jsonl"
-    kept = metrics_file.read_text().splitlines(True) if metrics_file.exists() else []
-    metrics_file.write_text("".join(line for line in kept if json.loads(line)["step"] <= run.step))
-    if not run.trace:
-        record(run, measure)
-    with tqdm(total=len(plan), initial=run.step, disable=config.quiet or None) as run.bar:
-        for step in range(run.step, len(plan)):
-            torch.manual_seed(random.Random(f"{config.seed} {step}").getrandbits(62))
-            began = time.time()
-            yield step, plan[step]
-            run.counts["seconds_training"] += time.time() - began
-            run.step = step + 1
-            run.bar.update()
-            if config.eval_every and run.step % config.eval_every == 0 or run.step == len(plan):
-                record(run, measure)
-            if config.save_every and run.step % config.save_every == 0:
-                checkpoint_run(run)
+    with compute(model):
+        hidden = model.base_model(**inputs(model.base_model, batch)).last_hidden_state
+        return model.score(hidden[torch.arange(len(batch)), batch.last]).float()
 
 
-def begin(run):
-    """Evaluate before a method changes the model for its purposes; for the others steps() does it."""
-    if not run.config.resume:
-        run.out.mkdir(parents=True, exist_ok=True)
-        record(run, dict)
+def load_reward_model(path, max_length, device="auto", dtype="auto", label="", budget=16384):
+    """Any sequence-classification model; `label` picks one label of several, UserError if not."""
+    model = load(AutoModelForSequenceClassification, path, device, dtype)
+    tokenizer = load_tokenizer(path, max_length)
+    labels = {name.lower(): i for i, name in model.config.id2label.items()}
+    if (len(labels) > 1 or label) and label.lower() not in labels:
+        raise UserError(f"the reward model {path} has {len(labels)} labels: pick one with --reward_label, of "
+                        f"{', '.join(model.config.id2label.values())}")
+    scale = getattr(model.config, "reward_scale", {"mean": 0.0, "std": 1.0})
+    return RewardModel(model, tokenizer, labels.get(label.lower(), 0), **scale, budget=budget)
 
 
-def record(run, measure):
-    """Evaluate now, into the trace and metrics.jsonl."""
-    check_policy(run)
-    metrics, samples = evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, run.samples.get("before"),
-                                run.ask if run.trace else str)
-    run.samples["after" if run.trace else "before"] = samples
-    metrics = {"step": run.step, **metrics, **measure()}
-    write_line(run, metrics)
-    run.trace.append(metrics | {"tokens_generated": run.counts["tokens_generated"],
-                                "seconds_training": round(run.counts["seconds_training"], 2)})
+# --------------------------------------------------------------------------------------------------- sampling
 
+@torch.no_grad()
+def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=65536):
+    """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
 
-def log(run, step, metrics):
-    """One line of metrics.jsonl, and the progress bar's; tensors become numbers."""
-    metrics = {name: float(value) for name, value in metrics.items()}
-    write_line(run, {"step": step + 1, **metrics})
-    run.bar.set_postfix({name.split("/")[-1]: f"{value:.3g}" for name, value in list(metrics.items())[:3]})
-
-
-def write_line(run, row):
-    with open(run.out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-PLAIN = "step", "trace", "samples", "counts", "state"          # what a checkpoint keeps beside the weights
-
-
-def checkpoint_run(run):
-    """state.pt: everything that --resume needs, tensors and plain values only."""
-    part = run.out / "state.pt.part"
-    torch.save({"trained": run.trained.state_dict(), "optimizer": run.optimizer.state_dict(),
-                "schedule": run.schedule.state_dict()} | {name: getattr(run, name) for name in PLAIN}, part)
-    part.replace(run.out / "state.pt")
-
-
-def restore(run):
-    with torch.serialization.safe_globals([Pair, Ranking]):
-        state = torch.load(run.out / "state.pt", weights_only=True, map_location="cpu")
-    for name in ("trained", "optimizer", "schedule"):
-        getattr(run, name).load_state_dict(state[name])
-    for name in PLAIN:
-        setattr(run, name, state[name])
-
-
-def finish(run):
-    """Save the policy and samples.txt, print before and after; returns the final metrics as compare.py reads them."""
-    run.policy.save_pretrained(run.out)
-    run.tokenizer.save_pretrained(run.out)
-    before, after = run.samples["before"], run.samples["after"] if "after" in run.samples else run.samples["before"]
-    texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
-             zip(before["prompts"], before["responses"], after["responses"])]
-    (run.out / "samples.txt").write_text("\n".join(texts))
-    seconds = time.time() - run.began
-    counts = run.counts | {"state_mb": training_state_mb(run.optimizer),
-                           "seconds_per_step": run.counts["seconds_training"] / max(run.step, 1)}
-    if not run.config.quiet:
-        print(before_and_after(run.trace[0], run.trace[-1]), "", *texts[::run.config.eval_samples][:3], sep="\n")
-        print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {os.path.relpath(run.out)}")
-        if counts["seconds_generating"]:
-            print(f"{counts['tokens_generated'] / counts['seconds_generating']:.0f} tokens/s generated, "
-                  f"{counts['seconds_generating'] / counts['seconds_training']:.0%} of the training time")
-    final = {k: v for k, v in run.trace[-1].items() if k.startswith("eval/")}
-    return {**final, **counts, "seconds": seconds, "trace": run.trace, "out": str(run.out)}
-
-
-def training_state_mb(optimizer):
-    """Megabytes (1e6) of what is trained: weights, their gradients and the optimizer's moments, as they lie in memory."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return sum(tensor.nbytes for tensor in (*weights, *weights, *moments)) / 1e6
-
-
-def before_and_after(before, after):
-    """A table of the metrics, each with its standard error over test prompts."""
-    lines = [f"{'':28}{'before':>18}{'after':>18}"]
-    for name in after:
-        if name.startswith("eval/") and not name.endswith("_se"):
-            cells = [f"{row[name]:.3f}" + (f" ± {row[name + '_se']:.3f}" if name + "_se" in row else " " * 8)
-                     if name in row else "" for row in (before, after)]
-            lines.append(f"{name.removeprefix('eval/'):28}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
-
-
-def main(config_class, run, experiments=None):
-    """The command line of a script: one run, or --reproduce; a UserError is one line and exit status 2."""
+    Returns a Batch of len(prompts) * n rows on the CPU, the n rows of a prompt together, prompts in the given
+    order. Prompts of like length are sampled together, as many rows at a time as the budget of padded tokens
+    allows. The model's mode and its own generation settings are left as they were.
+    """
+    ids = prompt_ids(tokenizer, prompts)
+    order = sorted((i for i in range(len(prompts)) for _ in range(n)), key=lambda i: -len(ids[i]))
+    mode, settings = model.training, model.generation_config
+    # generate() takes what is not given from model.generation_config, where many models keep a top-k
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=not greedy, temperature=None if greedy else temperature,
+        top_k=None if greedy else 0, top_p=None if greedy else 1.0, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    model.eval()
+    rows, places = [], {i: [] for i in range(len(prompts))}
     try:
-        parser = HfArgumentParser(config_class, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
-        config = config_class(**vars(parser.parse_args()))
-        if config.reproduce:
-            import compare
-            compare.reproduce(Path(inspect.getfile(config_class)).stem, config)
-        else:
-            run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        while len(rows) < len(order):
+            width = len(ids[order[len(rows)]]) + max_new_tokens
+            part = order[len(rows):len(rows) + max(1, budget // width)]
+            prompt = pack([(ids[i], []) for i in part], tokenizer.pad_token_id).to(model.device)
+            with compute(model):
+                texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
+            for i, response in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
+                if tokenizer.eos_token_id in response:
+                    response = response[:response.index(tokenizer.eos_token_id) + 1]
+                places[i].append(len(rows))
+                rows.append((ids[i], response))
+    finally:
+        model.train(mode)
+        model.generation_config = settings
+    return pack([rows[place] for i in range(len(prompts)) for place in places[i]], tokenizer.pad_token_id)
 
 
-def test_pool(config):
-    """(proxy [P, N], gold [P, N]) of N SFT samples of each test prompt, for best-of-n curves; None without a gold."""
-    if config.data != "reviews":
-        return None
-    from tasks import build
-    return build.test_pool(config)
+# ------------------------------------------------------------------------------------------- optimizer, files
+
+def adamw(model, lr, steps, schedule="constant_with_warmup", warmup=0.1):
+    """AdamW (betas 0.9 and 0.95, no weight decay) and the schedule of its learning rate over so many steps.
+
+    warmup: the share of the steps over which the learning rate rises linearly from 0.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizer, transformers.get_scheduler(schedule, optimizer, round(warmup * steps), max(steps, 1))
 
 
-if __name__ == "__main__":
-    from tasks import build
-    main(Config, build.report)
+def save_model(model, tokenizer, path):
+    """save_pretrained of both, under a temporary name first."""
+    part = path.with_name(path.name + ".part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)

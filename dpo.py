@@ -1,31 +1,39 @@
 """Direct Preference Optimization: Your Language Model is Secretly a Reward Model
 Rafailov, Sharma, Mitchell, Ermon, Manning and Finn, 2023, https://arxiv.org/abs/2305.18290
 
-RLHF fits a reward model to preferences, then maximises E[r] - beta KL(pi || pi_ref) with RL (Eq. 3). That optimum is
-known, pi_r(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x) (Eq. 4), so every policy is optimal for the reward
+RLHF fits a reward model to preferences, then maximises E[r] - beta KL(pi || pi_ref) with RL (Eq. 3). That
+optimum is known, pi_r(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x) (Eq. 4), so every policy is optimal for
+the reward
 
-    r(x, y) = beta log(pi(y|x) / pi_ref(y|x)) + beta log Z(x)                                                (Eq. 5)
+    r(x, y) = beta log(pi(y|x) / pi_ref(y|x)) + beta log Z(x)                                          (Eq. 5)
 
-Z(x) cancels in a comparison of two answers to one prompt. Fitting this reward to preferences, by the same logistic
-regression as any reward model, therefore trains the policy itself, with no sampling and no RL:
+Z(x) cancels in a comparison of two answers to one prompt. Fitting this reward to preferences, by the same
+logistic regression as any reward model, therefore trains the policy itself, with no sampling and no RL:
 
-    L = -log sigmoid(beta [log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)])                       (Eq. 7)
+    L = -log sigmoid(beta [log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)])                 (Eq. 7)
 
-    python dpo.py                    # 25 s on two cores (two minutes more at first): gold 0.19 to 0.70, KL 1.6 nats
-    python dpo.py --reproduce        # the beta sweep and the data curriculum: 14 arms, five seeds
-    python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
+    python dpo.py                  # 25 s on a laptop (at first two minutes more): gold 0.18 to 0.64, KL 1.7
+    python dpo.py --reproduce      # the beta sweep and the data curriculum: 14 arms, five seeds
+    python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
-What to look at: the loss starts at log 2 = 0.693, because the policy starts as the reference. `logps/chosen` falls
-while `rewards/margins` rises. That is no bug: Eq. 7 sees only the difference of the two.
+What to look at: the loss starts at log 2 = 0.693, because the policy starts as the reference. `logps/chosen`
+falls while `rewards/margins` rises. That is no bug: Eq. 7 sees only the difference of the two.
 
-The same loss on pairs that nobody labelled: Contrastive Post-training Large Language Models on Data Curriculum (Xu et
-al., 2023, https://arxiv.org/abs/2310.02263) takes the chosen answer from a stronger writer and the rejected one from a
-weaker, and moves from easy pairs (far apart) to hard ones: --pairs "strong>weak" --hard_pairs "strong>medium".
+The same loss on pairs that nobody labelled: Contrastive Post-training Large Language Models on Data
+Curriculum (Xu et al., 2023, https://arxiv.org/abs/2310.02263) takes the chosen answer from a stronger writer
+and the rejected one from a weaker, and moves from easy pairs (far apart) to hard ones: --pairs "strong>weak"
+--hard_pairs "strong>medium".
 
-Official code (eric-mitchell/direct-preference-optimization): the same sums over response tokens, EOS included, no
-length normalisation; RMSprop where this file has AdamW. There the reference runs beside the policy at every step; here
-its log-probs are taken once, before the first step, and only one model is held in training.
-Left out: IPO and the reference-free loss. The curriculum's schedule could not be checked against its paper.
+Official code (eric-mitchell/direct-preference-optimization): the same sums over response tokens, EOS
+included, no length normalisation; RMSprop where this file has AdamW. There the reference runs beside the
+policy at every step; here its log-probs are taken once, before the first step, and only one model is held in
+training. Left out: IPO and the reference-free loss. The curriculum's schedule could not be checked against
+its paper.
+
+Elsewhere:
+    log-probs in float32, dropout off, prompts left-padded, EOS counted, cut answers without EOS: common.py
+    AdamW's betas (0.9, 0.95), no weight decay: common.adamw; data, held-out split (1 in 10 prompts): tasks/
+    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import random
 from dataclasses import dataclass
@@ -35,25 +43,27 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import Pair, UserError, option
+import harness
+from harness import Pair, UserError, option
 
 
 @dataclass
-class Config(common.Config):
-    LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}     # tiny: tuned on validation seed 100; real: the paper's (code: 5e-7)
+class Config(harness.Config):
+    LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}  # tiny: tuned on seed 100; real: the paper's (code: 5e-7)
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}   # tiny: tuned likewise; real: the official code's
-    beta: float = option(0.1, "strength of the KL constraint: larger stays closer to the reference (paper: 0.1 to 0.5)")
+    beta: float = option(0.1, "KL constraint: larger stays closer to the reference (paper: 0.1 to 0.5)")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (conservative DPO)")
-    loss: Literal["dpo", "sft"] = option("dpo", "'dpo', or 'sft' on the chosen answers alone: the paper's Preferred-FT baseline")
+    loss: Literal["dpo", "sft"] = option("dpo", "'dpo', or 'sft' on the chosen answers: Preferred-FT")
     pairs: str = option("", "'A>B': answers of system A against those of B; default: the data's own pairs")
     hard_pairs: str = option("", "'A>C': a second kind of pairs, closer together, for a data curriculum")
-    curriculum: Literal["easy_to_hard", "hard_to_easy", "mixed"] = option("easy_to_hard", "order of --pairs and --hard_pairs")
+    curriculum: Literal["easy_to_hard", "hard_to_easy", "mixed"] = option(
+        "easy_to_hard", "order of --pairs and --hard_pairs")
     eval_pairs: int = option(512, "held-out pairs scored at each evaluation")
     max_grad_norm: float = option(10.0, "gradients are clipped to this norm (official code: 10)")
 
     def __post_init__(self):
         super().__post_init__()
-        self.check(lambda value: value > 0, "be above 0 (at 0 nothing holds the policy to its reference)", "beta")
+        self.check(lambda value: value > 0, "be above 0 (at 0 the reference would not count)", "beta")
         self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_smoothing")
         if self.hard_pairs and not self.pairs:
             raise UserError("--hard_pairs needs --pairs: the easy kind to start from")
@@ -66,18 +76,19 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     Args:
         the four log-probs: [B], log pi(y|x) in nats, summed over the response, EOS included.
         beta: above 0. label_smoothing: in [0, 0.5); 0 is Eq. 7.
-    Returns:
-        losses [B]; chosen_rewards [B] and rejected_rewards [B], the implicit rewards (Eq. 5 less beta log Z), detached.
+    Returns: losses [B]; chosen_rewards [B] and rejected_rewards [B], the implicit rewards (Eq. 5 less beta
+        log Z), detached.
     """
-    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)                                   # Eq. 5
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
     margins = chosen_rewards - rejected_rewards
-    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                                  # Eq. 7
+              - label_smoothing * F.logsigmoid(-margins))
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
 def curriculum(progress):
-    """Probability of a hard pair: rises linearly from 0 at the start (progress 0) to 1 at the end (progress 1)."""
+    """Probability of a hard pair: rises linearly from 0 at progress 0 to 1 at progress 1."""
     return min(max(progress, 0.0), 1.0)
 
 
@@ -90,11 +101,15 @@ def pairs_between(rankings, systems, flag="--pairs"):
                         f'{", ".join(known) or "(the data names no systems)"}')
     rows = [(r.prompt, dict(zip(r.systems, r.responses))) for r in rankings]
     pairs = [Pair(prompt, texts.get(better, ""), texts.get(worse, "")) for prompt, texts in rows]
-    return [pair if pair.chosen and pair.rejected and pair.chosen != pair.rejected else None for pair in pairs]
+    return [pair if pair.chosen and pair.rejected and pair.chosen != pair.rejected else None
+            for pair in pairs]
 
 
 def training_plan(config, task):
-    """The pairs of every step, lists of Pair. A curriculum draws each as easy or hard by the progress of training."""
+    """The pairs of every step, lists of Pair: config.epochs passes, each in a new random order.
+
+    A curriculum draws each pair as easy or hard, by the progress of training.
+    """
     if not config.pairs:
         easy = hard = task.pairs.get("train", [])
     else:
@@ -105,7 +120,8 @@ def training_plan(config, task):
         easy, hard = [row[0] for row in both], [row[1] for row in both]
     if not easy:
         raise UserError("the data has no preference pairs to train on: DPO needs chosen and rejected answers")
-    steps, rng, plan = common.epochs(len(easy), config), random.Random(config.seed), []
+    steps = harness.shuffled_batches(len(easy), config.epochs, config.batch_size, config.seed)
+    rng, plan = random.Random(config.seed), []
     for step, rows in enumerate(steps):
         progress = curriculum(step / max(len(steps) - 1, 1))
         hardness = {"easy_to_hard": progress, "hard_to_easy": 1 - progress, "mixed": 0.5}[config.curriculum]
@@ -123,100 +139,53 @@ def held_out_pairs(config, task):
 
 
 def losses_and_metrics(config, logps, ref_logps):
-    """Losses [n] of pairs from policy and reference log-probs [n, 2], and what to log of each pair, [n] per name."""
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.T, *ref_logps.T, config.beta, config.label_smoothing)
+    """Losses [n] of pairs from log-probs [n, 2] of policy and reference; what to log, [n] per name."""
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.T, *ref_logps.T, config.beta,
+                                                        config.label_smoothing)
     if config.loss == "sft":
         losses = -logps[:, 0]
     margins = chosen_rewards - rejected_rewards
-    metrics = {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
-               "rewards/margins": margins, "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
-               "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
-    return losses, {name: values.detach().float() for name, values in metrics.items()}
+    return losses, {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+                    "rewards/margins": margins, "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
+                    "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
 
 
-def train(run, plan, held_out):
-    """Minimise Eq. 7 over the plan; measures the held-out pairs at every evaluation."""
-    config = run.config
-    pairs = list(dict.fromkeys(pair for step in plan for pair in step))
+def train(run):
+    """Minimise Eq. 7 on preference pairs."""
+    config, policy = run.config, run.policy
+    plan, held_out = training_plan(config, run.task), held_out_pairs(config, run.task)
+
     # Before the first step the policy is the reference, so one pass gives all that is ever needed of it.
-    ref_logps = dict(zip(pairs, common.response_logps(run, pairs)[0]))
-    held_out_ref_logps, _ = common.response_logps(run, held_out)                                # [N, 2]
+    pairs = list(dict.fromkeys(pair for step in plan for pair in step))
+    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))                      # no gradient
+    held_out_ref_logps, _ = harness.response_logps(run, held_out)                            # [N, 2]
 
-    def measure():
+    def held_out_metrics():
         if not held_out:
             return {}
-        _, metrics = losses_and_metrics(config, common.response_logps(run, held_out)[0], held_out_ref_logps)
-        return {f"eval/{name}": values.mean().item() for name, values in metrics.items()}
+        _, metrics = losses_and_metrics(config, harness.response_logps(run, held_out)[0], held_out_ref_logps)
+        return {f"eval/{name}": values.float().mean().item() for name, values in metrics.items()}
 
-    def losses_of(pairs, batch):
-        logps = common.sequence_logps(run.policy, batch).view(-1, 2)                            # [n, 2]
-        return losses_and_metrics(config, logps, torch.stack([ref_logps[pair] for pair in pairs]))
+    optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
+    run.evaluate(**held_out_metrics())                                                       # before training
+    for step, pairs in run.steps(plan, policy, optimizer, schedule):
+        means = harness.Means()
+        for rows, batch in run.microbatches(pairs):              # rows [n] of the step's pairs; batch [2n, T]
+            logps = common.sequence_logps(policy, batch).view(-1, 2)                # [n, 2]: chosen, rejected
+            ref = torch.stack([ref_logps[pairs[i]] for i in rows])
+            losses, metrics = losses_and_metrics(config, logps, ref)
+            harness.check_finite(losses, step + 1, [pairs[i].prompt for i in rows])
+            (losses.sum() / len(pairs)).backward()                 # the mean over the step's pairs, in parts
+            means.add(metrics)
+            run.counts["tokens_trained"] += int(batch.attention_mask.sum())
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        run.log(step, means.result() | {"grad_norm": norm})
+        if run.evaluation_due(step):                            # every --eval_every steps, and after the last
+            run.evaluate(**held_out_metrics())
 
-    for step, pairs in common.steps(run, plan, measure):
-        common.log(run, step, common.minimise(run, step, pairs, losses_of))
-
-
-def run(config):
-    """One training run; returns the metrics after it, and the trace of evaluations."""
-    run = common.start(config)
-    train(run, training_plan(config, run.task), held_out_pairs(config, run.task))
-    return common.finish(run)
-
-
-def at_beta(beta):
-    return {"beta": beta, "eval_every": 24}
-
-
-BETAS = [0.05, 0.1, 0.3, 1.0, 3.0]
-STRONG = {"pairs": "strong>weak", "loss": "sft"}
-CONTRASTIVE = {"start": "SFT on strong", "pairs": "strong>weak"}
-
-EXPERIMENTS = {
-    "beta": dict(
-        question="Does beta trade reward for KL, and what becomes of the chosen answers?",
-        arms={"SFT": {"epochs": 0}} | {f"beta {beta:g}": at_beta(beta) for beta in BETAS},
-        claims=[
-            dict(claim="gold rises above SFT at every beta", source="IMDb frontier", paper="plot only:",
-                 metric="eval/gold", holds=[(f"beta {beta:g}", ">", "SFT") for beta in BETAS]),
-            dict(claim="larger beta, smaller KL", source="Eq. 3, IMDb frontier", paper="plot only:",
-                 metric="eval/kl", holds=[(f"beta {b:g}", "<", f"beta {a:g}") for a, b in zip(BETAS, BETAS[1:])]),
-            dict(claim="chosen log-prob falls", source="issues 8, 32, 36 of the official code", paper="reported in",
-                 metric="eval/logps/chosen:change", holds=[(f"beta {beta:g}", "<", 0.0) for beta in BETAS]),
-            dict(claim="while the margin rises", source="Eq. 7", paper="expected from",
-                 metric="eval/rewards/margins:change", holds=[(f"beta {beta:g}", ">", 0.0) for beta in BETAS]),
-        ],
-        panels=[dict(x="eval/kl", y=["eval/gold"], best_of_n=True, title="gold reward against KL"),
-                dict(x="step", y=["eval/logps/chosen", "eval/logps/rejected"], arms=["beta 0.1", "beta 1"],
-                     title="held-out log-probs")],
-    ),
-    "curriculum": dict(
-        question="Do pairs of known writers add to SFT on the strong one, and does their order matter?",
-        arms={"SFT on strong": STRONG | {"epochs": 4},
-              "SFT continued": STRONG | {"start": "SFT on strong"},
-              "strong>weak": CONTRASTIVE,
-              "strong>medium": CONTRASTIVE | {"pairs": "strong>medium"},
-              "mixed": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "mixed"},
-              "easy to hard": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "easy_to_hard"},
-              "hard to easy": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "hard_to_easy"},
-              "style only": CONTRASTIVE | {"pairs": "chatty>dry"}},
-        claims=[
-            dict(claim="where SFT on the strong writer saturates, DPO on strong>weak steps beyond it",
-                 source="Xu et al., abstract", paper="no number checked:", metric="eval/gold",
-                 holds=[("strong>weak", ">", "SFT continued")]),
-            dict(claim="easy to hard beats either kind of pair alone",
-                 source="Xu et al., abstract", paper="no number checked:", metric="eval/gold",
-                 holds=[("easy to hard", ">", "strong>weak"), ("easy to hard", ">", "strong>medium")]),
-            dict(claim="easy to hard beats other orders",
-                 source="Xu et al., abstract", paper="no number checked:", metric="eval/gold",
-                 holds=[("easy to hard", ">", "mixed"), ("easy to hard", ">", "hard to easy")]),
-            dict(claim="control: pairs of equal gold and other style gain nothing (within 0.1)",
-                 source="ours", paper="-", metric="eval/gold:change",
-                 holds=[("style only", "<", 0.1), ("style only", ">", -0.1)]),
-        ],
-        panels=[dict(kind="bars", y=["eval/gold"], title="gold reward"),
-                dict(kind="bars", y=["eval/kl"], title="KL to the policy that the arm started from")],
-    ),
-}
 
 if __name__ == "__main__":
-    common.main(Config, run, EXPERIMENTS)
+    harness.main(Config, train)

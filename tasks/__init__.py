@@ -2,13 +2,24 @@
 
 `tasks/reviews.py` makes one out of nothing, with a gold reward; `tasks/preferences.py` reads one from a file.
 """
+import json
+import os
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
 
-class UserError(ValueError):
-    """A mistake the user can mend. `common.main` prints it as one line and exits with status 2."""
+
+def write_json(path, value):
+    """Write under another name, then rename: a killed run leaves the old file or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 class Pair(NamedTuple):
@@ -26,9 +37,10 @@ class Pair(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """Several responses to one prompt. Higher scores are better; `systems` names the writers where they are known.
+    """Several responses to one prompt. Higher scores are better; `systems` names the writers where known.
 
-    `ended` says which responses end by themselves, empty: all. A sample that was cut off must not be taught to end there.
+    `ended` says which responses end by themselves, empty: all. A sample that was cut off must not be taught
+    to end there.
     """
     prompt: str
     responses: Sequence[str]
@@ -47,12 +59,13 @@ class Demonstration(NamedTuple):
 class Task:
     """Every dict but `pool` maps a split ("train", "test") to rows; no prompt stands in both splits.
 
-    `pool` maps train prompts to samples of the initial policy, where they are at hand. pairs["off_policy"]: train pairs of a
-    writer that no policy learned from. `ratings`: responses, good and bad, with levels of attributes that people gave them.
+    `pool` maps train prompts to samples of the initial policy, where they are at hand. pairs["off_policy"]:
+    train pairs of a writer that no policy learned from. `ratings`: responses, good and bad, with levels of
+    attributes that people gave them.
 
-    `annotate(prompt, a, b, rng) -> bool` (does an annotator prefer a to b?), `gold(prompt, response, stopped) -> float`,
-    `fluent(response) -> bool` and `attributes(prompt, response) -> {name: level}` exist only where text can be judged
-    exactly; elsewhere they are None.
+    `annotate(prompt, a, b, rng) -> bool` (does an annotator prefer a to b?), `gold(prompt, response, stopped)
+    -> float`, `fluent(response) -> bool` and `attributes(prompt, response) -> {name: level}` exist only where
+    text can be judged exactly; elsewhere they are None.
     """
     name: str
     prompts: dict[str, list[str]]

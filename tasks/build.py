@@ -1,31 +1,37 @@
 """The embedded task's models, one set per seed: SFT policy, annotated pairs, proxy and judge, and the scored pool.
 
-    demonstrations by the crowd writer -> SFT policy -> its samples -> annotators' labels -> proxy, judge -> scored pool
+    demonstrations by the crowd writer -> SFT policy -> its samples -> annotators' labels -> proxy, judge ->
+    scored pool
 
-Everything lies in cache/reviews/<hash>/seed<k>, where the hash covers the code that made it. Each part is written under
-a temporary name and then renamed, so a build that is killed goes on with the next part that is missing.
+Everything lies in cache/reviews/<hash>/seed<k>, where the hash covers the code that made it. Each part is
+written under a temporary name and then renamed, so a build that is killed goes on with the next part that is
+missing.
 """
+import argparse
 import functools
 import hashlib
 import inspect
 import json
 import random
 import time
-from dataclasses import replace
 
 import tokenizers
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
-from tasks import Demonstration, Pair, Ranking, Task, reviews
+import tasks
+from harness.stages import Recipe, fit, reward_model_losses, shuffled_batches, train_reward_model, train_sft
+from tasks import Demonstration, Pair, Ranking, Task, reviews, write_json
 
 DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
-POOL = 512, 16                # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
+POOL = 512, 16               # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
 PAIRS = 6                     # annotated pairs per pool prompt and reward model, of samples outside the pool
 TEST = 128, 64                # test prompts, SFT samples of each for best-of-n curves
 RANKED = 2048                 # train prompts answered by every writer
 RATED = 8                     # samples of each prompt that people rate
+LIMITS = {"max_length": 160, "max_new_tokens": 40}      # tokens, whatever the user's options are
+TOKEN_BUDGET = 2048           # small: rows of like length come together, which saves a third of the padding
 
 
 def tiny_tokenizer(max_length):
@@ -46,22 +52,17 @@ def tiny_model(tokenizer):
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
-def stage(config, **settings):
-    """Options of a training stage that depend on nothing but the seed and the machine."""
-    # a small token budget puts rows of like length together, which saves a third of the padding
-    return common.Config(seed=config.seed, device=config.device, dtype=config.dtype, token_budget=2048, **settings)
-
-
 def home(config):
-    return common.CACHE / "reviews" / code_hash() / f"seed{config.seed}"
+    return tasks.CACHE / "reviews" / code_hash() / f"seed{config.seed}"
 
 
 @functools.cache
 def code_hash():
     """Of the code that makes the models: another grammar or recipe is built anew, into a directory of its own."""
-    makers = (reviews, tiny_tokenizer, tiny_model, stage, models, rate, sample, annotated, common.fit, common.epochs,
-              common.optimizer_and_schedule, common.train_sft, common.reward_model_losses, common.train_reward_model)
-    code = "".join(map(inspect.getsource, makers)) + repr((DEMONSTRATIONS, POOL, PAIRS, TEST))
+    makers = (reviews, tiny_tokenizer, tiny_model, models, rate, sample, annotated, fit, shuffled_batches, train_sft,
+              reward_model_losses, train_reward_model, common.adamw, common.encode, common.prompt_ids, common.pack,
+              common.batches, common.token_logps, common.pick_logps, common.sequence_scores, common.generate)
+    code = "".join(map(inspect.getsource, makers)) + repr((DEMONSTRATIONS, POOL, PAIRS, TEST, LIMITS, TOKEN_BUDGET))
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
@@ -71,35 +72,33 @@ def models(config):
     if (path / "vitals.json").exists():
         return path
     print(f"building the embedded task's models for seed {config.seed} (once, up to two minutes)")
-    config = stage(config)                         # the user's lengths and batch sizes must not leak into the cache
     began, rng = time.time(), random.Random(config.seed)
     torch.manual_seed(config.seed)
     prompts = reviews.make_prompts("train", 3000, config.seed)
 
     if not (path / "sft").exists():
-        tokenizer = tiny_tokenizer(config.max_length)
+        tokenizer = tiny_tokenizer(LIMITS["max_length"])
         written = [Demonstration(p, reviews.write("crowd", p, rng)) for p in rng.choices(prompts, k=DEMONSTRATIONS)]
         model = tiny_model(tokenizer).to(common.pick_device(config.device))
-        settings = stage(config, lr=8e-3, batch_size=64, schedule="cosine", warmup=0.05)
-        common.save_model(common.train_sft(model, tokenizer, written, settings), tokenizer, path / "sft")
+        recipe = Recipe(lr=8e-3, batch_size=64, warmup=0.05, token_budget=TOKEN_BUDGET, seed=config.seed)
+        common.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
     print(f"  SFT policy {time.time() - began:.0f} s")
 
     if not (path / "samples.json").exists():
         torch.manual_seed(config.seed)
-        policy = common.load_policy(replace(config, policy=str(path / "sft")))
-        tokenizer = common.load_tokenizer(path / "sft", config)
+        policy, tokenizer = load_sft(path, config)
         test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
-        rows = {"pool": sample(policy, tokenizer, prompts[:POOL[0]], POOL[1], config),
-                "shown": sample(policy, tokenizer, prompts[:POOL[0]], 2 * PAIRS, config),
-                "test": sample(policy, tokenizer, test_prompts, 2 * PAIRS, config)}
-        common.write_json(path / "samples.json", rows)
+        rows = {"pool": sample(policy, tokenizer, prompts[:POOL[0]], POOL[1]),
+                "shown": sample(policy, tokenizer, prompts[:POOL[0]], 2 * PAIRS),
+                "test": sample(policy, tokenizer, test_prompts, 2 * PAIRS)}
+        write_json(path / "samples.json", rows)
     print(f"  samples {time.time() - began:.0f} s")
-    rows = json.loads((path / "samples.json").read_text())
+    rows = read(path / "samples.json")
 
     for name in ("proxy", "judge"):
         rate(path / name, annotated(rows["shown"], name, config.seed), rows["pool"], config)
         print(f"  {name} {time.time() - began:.0f} s")
-    common.write_json(path / "vitals.json", {**vitals(path, rows, config), "seconds": round(time.time() - began)})
+    write_json(path / "vitals.json", {**vitals(path, rows, config), "seconds": round(time.time() - began)})
     return path
 
 
@@ -108,18 +107,28 @@ def rate(path, pairs, pool, config):
     if path.exists():
         return
     torch.manual_seed(config.seed)
-    tokenizer = common.load_tokenizer(path.parent / "sft", config)
-    model = common.load(AutoModelForSequenceClassification, path.parent / "sft", config, num_labels=1)
-    settings = stage(config, lr=3e-3, batch_size=32, epochs=4, schedule="cosine")
-    common.train_reward_model(model, tokenizer, pairs, settings)
+    tokenizer = common.load_tokenizer(path.parent / "sft", LIMITS["max_length"])
+    model = common.load(AutoModelForSequenceClassification, path.parent / "sft", config.device, config.dtype, num_labels=1)
+    recipe = Recipe(lr=3e-3, batch_size=32, epochs=4, token_budget=TOKEN_BUDGET, seed=config.seed)
+    train_reward_model(model, tokenizer, pairs, recipe)
     scores = common.RewardModel(model, tokenizer)(*texts(pool))
     model.config.reward_scale = {"mean": scores.mean().item(), "std": scores.std().item()}
     common.save_model(model, tokenizer, path)
 
 
-def sample(policy, tokenizer, prompts, n, config):
+def load_sft(path, config):
+    """The SFT policy in this seed's directory, and its tokenizer."""
+    return (common.load_policy(path / "sft", config.device, config.dtype),
+            common.load_tokenizer(path / "sft", LIMITS["max_length"]))
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sample(policy, tokenizer, prompts, n):
     """[{prompt, responses [n], gold [n]}] of SFT samples, n for each prompt."""
-    batch = common.generate(policy, tokenizer, prompts, n, max_new_tokens=config.max_new_tokens)
+    batch = common.generate(policy, tokenizer, prompts, n, max_new_tokens=LIMITS["max_new_tokens"])
     responses, ended = common.decode(tokenizer, batch), common.finished(tokenizer, batch).tolist()
     return [{"prompt": p, "responses": responses[i * n:i * n + n],
              "gold": [reviews.gold(p, r, e) for r, e in zip(responses[i * n:i * n + n], ended[i * n:i * n + n])]}
@@ -148,9 +157,10 @@ def annotated(rows, name, seed):
 def load_task(config):
     """The reviews task of this seed: annotated pairs of SFT samples, and rankings of known writers.
 
-    The rankings' scores are gold; systems are the writers, and chatty and dry, whose texts differ in style alone.
+    The rankings' scores are gold; systems are the writers, and chatty and dry, whose texts differ in style
+    alone.
     """
-    rows = json.loads((models(config) / "samples.json").read_text())
+    rows = read(models(config) / "samples.json")
     rng, rankings = random.Random(f"writers {config.seed}"), []
     writers = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
     for prompt in reviews.make_prompts("train", 3000, config.seed)[:RANKED]:
@@ -194,14 +204,15 @@ def reward_models(config):
     path = models(config)
     if not config.label_noise:
         return {"proxy": path / "proxy", "judge": path / "judge"}
-    rows, noisy = json.loads((path / "samples.json").read_text()), path / f"proxy-{config.label_noise:g}"
-    rate(noisy, with_noise(annotated(rows["shown"], "proxy", config.seed), config), rows["pool"], stage(config))
+    rows, noisy = read(path / "samples.json"), path / f"proxy-{config.label_noise:g}"
+    rate(noisy, with_noise(annotated(rows["shown"], "proxy", config.seed), config), rows["pool"], config)
     return {"proxy": noisy, "judge": path / "judge"}
 
 
 def score_pool(path, rows, config, name="proxy"):
     """(scores, gold), both [prompts, n]."""
-    scores = common.load_reward_model(path / name, config)(*texts(rows))
+    reward = common.load_reward_model(path / name, LIMITS["max_length"], config.device, config.dtype)
+    scores = reward(*texts(rows))
     return scores.view(len(rows), -1), torch.tensor([row["gold"] for row in rows])
 
 
@@ -209,12 +220,11 @@ def test_pool(config):
     """(proxy, gold), both TEST: SFT samples of the test prompts, as many as best-of-n curves need. Kept in the cache."""
     path = models(config)
     if not (path / "test_pool.json").exists():
-        config = stage(config)
         torch.manual_seed(config.seed + 1)
-        policy, tokenizer = common.load_policy(config), common.load_tokenizer(path / "sft", config)
-        rows = sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1], config)
-        common.write_json(path / "test_pool.json", rows)
-    return score_pool(path, json.loads((path / "test_pool.json").read_text()), config)
+        policy, tokenizer = load_sft(path, config)
+        rows = sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1])
+        write_json(path / "test_pool.json", rows)
+    return score_pool(path, read(path / "test_pool.json"), config)
 
 
 def vitals(path, rows, config):
@@ -240,8 +250,16 @@ def vitals(path, rows, config):
 
 
 def report(config):
-    """What `python common.py` prints."""
+    """What `python -m tasks.build` prints."""
     path = models(config)
-    for name, value in json.loads((path / "vitals.json").read_text()).items():
+    for name, value in read(path / "vitals.json").items():
         print(f"{name:32}{value:>8}")
     print(f"{'directory':32}{path}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tasks.build", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    report(parser.parse_args())

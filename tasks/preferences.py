@@ -9,10 +9,11 @@ One JSON object a line, all lines of one kind:
     demonstration  {"prompt", "completion"}, with "attributes": {name: int} for SteerLM ("response" is understood too)
     prompt         {"prompt"} alone, for methods that sample their own responses
 
-A list of {"role", "content"} messages may stand for a prompt or an answer, and makes the row a chat: its prompt goes
-through the tokenizer's chat template. HH transcripts keep their own "Human:" and "Assistant:".
+A list of {"role", "content"} messages may stand for a prompt or an answer, and makes the row a chat: its
+prompt goes through the tokenizer's chat template. HH transcripts keep their own "Human:" and "Assistant:".
 
-A line that cannot be used is an error, not a guess; `skip_bad_rows` leaves out the kinds that real data is full of.
+A line that cannot be used is an error, not a guess; `skip_bad_rows` leaves out the kinds that real data is
+full of.
 """
 import gzip
 import hashlib
@@ -29,7 +30,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from jinja2 import TemplateError
 
-from tasks import Demonstration, Pair, Ranking, Task, UserError
+from common import UserError
+from tasks import Demonstration, Pair, Ranking, Task
 
 KIND_OF_FIELD = {
     "chosen": "pair", "rejected": "pair", "responses": "ranking", "completions": "ranking",

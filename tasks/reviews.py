@@ -3,9 +3,10 @@
     prompt     review this french western and mention the ending:
     response    the ending was not very good, but i loved the songs.
 
-Real preference data cannot tell whether a method made the policy better: the only judge is another model. Here
-a response is text of a regular language, `parse` reads it back into clauses, and `gold` scores the clauses, so
-that the true reward of every sample is known, next to the proxy reward that a method is allowed to see.
+Real preference data cannot tell whether a method made the policy better: the only judge is another model.
+Here a response is text of a regular language, `parse` reads it back into clauses, and `gold` scores the
+clauses, so that the true reward of every sample is known, next to the proxy reward that a method is allowed
+to see.
 
     prompts      make_prompts, parse_prompt     genre x aspect x origin, in four wordings
     grammar      parse, fluent                  the exact counterpart of perplexity: is it a review at all?
@@ -25,7 +26,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple, Sequence
 
-from tasks import UserError
+from common import UserError
 
 TOKEN_PATTERN = r" ?\w+|[^\w\s]"  # as in GPT-2, the space belongs to the word after it
 
@@ -221,8 +222,9 @@ def gold(prompt: str, response: str, stopped: bool = True, length_bonus: float =
     + GENRE_OFFSET[genre]   [-0.6, 0.6]
     + length_bonus * clauses               a bias towards length to switch on, as annotators have it
 
-    Valence of a clause: that of its word, times 1.3 with an intensifier (capped at 1), times -0.5 under "not".
-    Weight of a clause: 1; "but" and "yet" halve that of the clause before them, and make that of the clause after 1.5.
+    Valence of a clause: that of its word, times 1.3 with an intensifier (capped at 1), times -0.5 under
+    "not". Weight of a clause: 1; "but" and "yet" halve that of the clause before them, and make that of the
+    clause after 1.5.
     """
     request, clauses = parse_prompt(prompt), parse(response)
     if clauses is None:
@@ -243,7 +245,8 @@ ATTRIBUTES = ("sentiment", "topicality", "verbosity", "intensity", "personal")
 
 def attributes(prompt: str, response: str) -> dict[str, int]:
     """Levels 0 to 9: the sentiment from worst to best; the share of clauses that name the aspect or the genre
-    asked for; a level for every three words from the sixth on; the share of strong clauses; the share of clauses
+    asked for; a level for every three words from the sixth on; the share of strong clauses; the share of
+    clauses
     in the first person. Text that the grammar does not parse gets 0 throughout."""
     request, clauses = parse_prompt(prompt), parse(response)
     if clauses is None:
@@ -393,7 +396,8 @@ def style_pair(prompt: str, rng: random.Random) -> tuple[str, str]:
 def annotate(gold_a: float, gold_b: float, rng: random.Random, temperature: float = 0.5, flip: float = 0.1) -> bool:
     """Does this annotator prefer a? Bradley-Terry on gold, then a label the wrong way round with probability flip.
 
-    With the defaults a label on two crowd responses to one prompt agrees with gold 73% of the time, about as people do.
+    With the defaults a label on two crowd responses to one prompt agrees with gold 73% of the time, about as
+    people do.
     """
     sigmoid = 0.5 + 0.5 * math.tanh((gold_a - gold_b) / temperature / 2)  # in a form that cannot overflow
     return (rng.random() < sigmoid) != (rng.random() < flip)

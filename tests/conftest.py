@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 
 
 def tensor(values):
@@ -29,23 +28,24 @@ def close(actual, expected, tolerance=1e-9):
 
 
 def cases(name):
-    """Inputs and expected values of independent implementations; skips where they are not at hand."""
-    path = SHARED / "fixtures" / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"needs shared/fixtures/{name}.json")
-    found = json.loads(path.read_text())
+    """Inputs and expected values from independent implementations."""
+    found = json.loads((ROOT / "tests" / "fixtures" / f"{name}.json").read_text(encoding="utf-8"))
     assert found
     return found
 
 
-def sgd(model, optimizer, schedule, config):
-    """Stands in for stages.optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.01 * parameter.grad
-                parameter.grad = None
-    return 0.0
+def method_names():
+    """The methods: every experiments/<name>.py that has a <name>.py beside the package."""
+    return sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if (ROOT / path.name).exists())
+
+
+def sgd(model, lr, steps, schedule="constant", warmup=0.0):
+    """Stands in for common.adamw: plain steps of 0.01 times the gradient, whose scale Adam's first steps would hide.
+
+    Clipping hides it too: give such a run max_grad_norm=1e9.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def parameters(model):

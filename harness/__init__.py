@@ -1,0 +1,17 @@
+"""What surrounds a method: options, runs, evaluation, SFT and reward model, rewards, samples.
+
+    harness.main(Config, train)     the command line of a script: makes a Run, calls train(run), saves, prints
+
+What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.log, run.evaluate.
+"""
+from common import UserError, warn
+from harness.conditioning import add_tags, complete_prompt, curve, parse_request, slope, table
+from harness.config import Config, option
+from harness.evaluation import probe
+from harness.loading import load_policy, load_task, load_tokenizer, policy_path, test_pool
+from harness.rewards import reward_to_maximise
+from harness.run import Means, Run, launch, main, start
+from harness.samples import (candidate_reward, candidates, distinct, given_answers, response_logps, rollout,
+                             sample_rankings, score_metrics, scored)
+from harness.stages import Recipe, check_finite, fit, shuffled_batches, train_reward_model, train_sft
+from tasks import Demonstration, Pair, Ranking, write_json

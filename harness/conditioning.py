@@ -1,0 +1,134 @@
+"""What a policy that is conditioned on attributes needs around it: tags in prompts, and what they bring.
+
+A conditioned policy reads what is wanted of its response as tags after the prompt: "mention the
+songs:<sentiment:9><verbosity:0>". They stand in the prompt, so no loss ever falls on them. Training and
+inference write them through one function of the method.
+"""
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import common
+from common import UserError
+from harness.evaluation import extend_vocabulary, probe
+from harness.loading import load_policy, load_tokenizer
+from tasks import ROOT
+
+
+def add_tags(run, attributes):
+    """Make each tag one token of the policy and its tokenizer; known ones stay as they are.
+
+    attributes: {attribute: {tag: the responses that carry it}}. A tag starts where prompts end, moved towards
+    the words of its responses as far as these differ from the others': it is looked at like the end of a
+    prompt, and read like a word of its kind. (Drawn at random, tags went unnoticed for epochs.) Without
+    responses, a tag differs from the others by noise.
+    """
+    old, generator = run.policy.get_input_embeddings().weight.detach(), torch.Generator().manual_seed(0)
+
+    def tokens_of(texts):
+        return sum(run.tokenizer(texts, add_special_tokens=False).input_ids, []) if texts else []
+
+    end = torch.stack([old[tokens_of([prompt])[-1]] for prompt in run.task.prompts["train"]]).mean(0)
+    usual, starts = old.norm(dim=1).mean(), {}
+    for tags in attributes.values():
+        words = [tokens_of(texts) for texts in tags.values()]
+        every = sum(words, [])
+        noise = torch.randn(len(tags), old.shape[1], generator=generator).to(old) * old.std(0)
+        away = torch.stack([old[own].mean(0) - old[every].mean(0) if own else row * (not every)
+                            for own, row in zip(words, noise)])
+        furthest = away.norm(dim=1).max()
+        starts |= zip(tags, end + (away * usual / furthest if furthest > 1e-5 * usual else 0 * away))
+    new = [tag for tag in starts if tag not in run.tokenizer.get_vocab()]
+    if new:
+        run.tokenizer.add_tokens(new)
+        rows, first = torch.stack([starts[tag] for tag in new]), run.tokenizer.convert_tokens_to_ids(new[0])
+        spare = min(max(len(old) - first, 0), len(new))         # some models have more embeddings than tokens
+        run.policy.get_input_embeddings().weight.data[first:first + spare] = rows[:spare]
+        if spare < len(new):
+            extend_vocabulary(run.policy, rows[spare:])
+
+
+def curve(run, asked, measure):
+    """What each request brings: [{"asked", "words": mean length, and what measure(texts, ended) returns}].
+
+    asked: [(what it is called, the prompts that ask for it)].
+    """
+    rows = []
+    for name, prompts in asked:
+        texts, ended = probe(run, prompts)
+        words = statistics.fmean(len(text.split()) for text in texts)
+        rows.append({"asked": name, "words": words} | measure(texts, ended.tolist()))
+    return rows
+
+
+def slope(rows, key):
+    """By how much the key of a curve's rows rises for each unit asked for: least squares."""
+    x, y = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in ("asked", key))
+    return ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
+
+
+def table(lines, width=12):
+    """Rows of cells as text, numbers with two digits."""
+    def text(cell):
+        return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+    return "\n".join("".join(f"{text(cell):>{width}}" for cell in line) for line in lines)
+
+
+def parse_request(text, known):
+    """--steer "sentiment=9,humor=0" as {"sentiment": 9, "humor": 0}; known: {name: its highest level}."""
+    request = {}
+    for part in filter(None, text.split(",")):
+        name, equals, level = (piece.strip() for piece in part.partition("="))
+        if not equals or not level.isdecimal():
+            raise UserError(f"--steer {text!r}: write it as NAME=LEVEL,NAME=LEVEL with whole levels")
+        if name not in known:
+            raise UserError(f"--steer {text!r}: the policy knows no attribute {name!r}, "
+                            f"it knows {', '.join(sorted(known))}")
+        if int(level) > known[name]:
+            raise UserError(f"--steer {text!r}: the levels of {name} go from 0 to {known[name]}")
+        if name in request:
+            raise UserError(f"--steer {text!r} names {name} twice")
+        request[name] = int(level)
+    return request
+
+
+def latest_run(method):
+    """The newest run of this method that was finished with something to ask for."""
+    runs = sorted((ROOT / "runs" / method).glob("*/attributes.json"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise UserError("there is no run to ask: train one first (the same script without --prompt), "
+                        "or give its --policy")
+    return runs[-1].parent
+
+
+def load_attributes(path, method):
+    """What the policy in this directory was conditioned on, from its attributes.json. UserError if none."""
+    file = Path(path) / "attributes.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if found.get("method") != method:
+        raise UserError(f"{path} has no attributes.json of {method}.py, so it is not known which attributes "
+                        f"its policy reads: give --policy the directory of a finished run of {method}.py")
+    return found
+
+
+def complete_prompt(config, method, tags_of):
+    """Print eval_samples responses of a trained policy to --prompt, and how it was asked.
+
+    The policy is --policy or the method's latest run; tags_of(what was saved with it, the request of --steer)
+    -> tags.
+    """
+    path = config.policy or latest_run(method)
+    saved, config = load_attributes(path, method), replace(config, policy=str(path))
+    tags = tags_of(saved, parse_request(config.steer, saved["levels"]))
+    policy, tokenizer, prompt = load_policy(config), load_tokenizer(config), config.prompt
+    if saved["chat"]:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                               add_generation_prompt=True)
+    torch.manual_seed(config.seed)
+    batch = common.generate(policy, tokenizer, [prompt + tags], config.eval_samples, config.temperature,
+                            max_new_tokens=config.max_new_tokens)
+    print(config.prompt + tags, *common.decode(tokenizer, batch), sep="\n  ")

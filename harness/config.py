@@ -1,0 +1,86 @@
+"""Options of every script. A method's Config adds its own and may change these defaults."""
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal, Optional, get_args, get_origin
+
+from common import UserError
+
+
+def option(default, text):
+    """A field of a Config: its default, and what --help says about it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """The options that all scripts share. Raises UserError for a value that makes no sense."""
+    LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}                # what lr is when it is not given
+    MAX_NEW_TOKENS: ClassVar = {"tiny": 40, "real": 128}
+    MAX_LENGTH: ClassVar = {"tiny": 160, "real": 512}
+    EPOCHS: ClassVar = {"tiny": 1.0, "real": 1.0}
+
+    model: str = option("tiny", "'tiny' (built here, no download) or any causal LM: a directory or a hub id")
+    policy: str = option("", "start from this saved policy, which is then the reference too")
+    data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
+    reward: str = option("", "reward model (directory, hub id), 'gold' or 'none'; default: trained on pairs")
+    reward_label: str = option("", "which label of a reward model with several labels is the reward")
+    reward_lr: float = option(1e-5, "learning rate of a reward model trained from the pairs of --data")
+    limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
+    skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows, do not stop")
+    chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")
+    max_length: Optional[int] = option(
+        None, "tokens of prompt and response, 3/4 for the prompt (default: tiny 160, else 512)")
+    max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
+    temperature: float = option(1.0, "sampling temperature of evaluation and of methods that sample")
+    lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
+        "constant_with_warmup", "of the learning rate")
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
+    batch_size: int = option(64, "prompts per optimizer step")
+    epochs: Optional[float] = option(None, "passes over the training rows; the default depends on the model")
+    token_budget: int = option(16384, "padded tokens per forward pass; a step is split to fit, same effect")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    eval_prompts: int = option(128, "test prompts sampled for evaluation")
+    eval_samples: int = option(4, "samples per test prompt")
+    eval_every: int = option(0, "evaluate every so many steps (0: only before and after)")
+    save_every: int = option(200, "write a checkpoint for --resume every so many steps (0: never)")
+    reward_noise: Literal["none", "prompt", "response"] = option(
+        "none", "noise of deviation 1 on the reward that is maximised: one draw per prompt, or per response")
+    label_noise: float = option(0.0, "embedded task: share of the labels of pairs and proxy that are flipped")
+    rating_noise: float = option(2.0, "embedded task: standard deviation of the raters' errors, in levels")
+    seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 on CUDA, else float32")
+    out: str = option("", "where the run is written (default: the first free runs/<method>/<number>)")
+    resume: bool = option(False, "go on with the run in --out")
+    reproduce: bool = option(False, "run the paper's experiments: experiments/<method>.py")
+    seeds: int = option(5, "how many seeds --reproduce runs")
+    quiet: bool = option(False, "no tables and no samples on the screen")
+
+    def __post_init__(self):
+        for f in fields(self):                                      # the command line checks these itself
+            for kind in (f.type, *get_args(f.type)):                 # Literal, or Optional of one
+                if get_origin(kind) is Literal:
+                    choices = get_args(kind)
+                    self.check(lambda value: value in choices, f"be one of {', '.join(choices)}", f.name)
+        kind = "tiny" if self.model == "tiny" else "real"
+        for name in ("lr", "epochs", "max_new_tokens", "max_length"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self, name.upper())[kind])
+        self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
+                   "max_new_tokens", "eval_prompts", "eval_samples", "seeds")
+        self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
+        self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every",
+                   "save_every", "warmup", "rating_noise")
+        if self.max_new_tokens > self.max_length // 4:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
+                            f"{self.max_length}; prompts may take the other three: raise --max_length")
+        if self.resume and not self.out:
+            raise UserError("--resume needs --out: the directory of the run to go on with")
+        if self.model != "tiny" and self.data == "reviews":
+            raise UserError(f"--model {self.model} needs --data: a .jsonl file or a hub data set id")
+
+    def check(self, good, must, *names):
+        """UserError for the first of the named options that is given and not good."""
+        for name in names:
+            if getattr(self, name) is not None and not good(getattr(self, name)):
+                raise UserError(f"--{name} must {must}, not {getattr(self, name)}")

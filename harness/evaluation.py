@@ -1,0 +1,129 @@
+"""Evaluation: sample the test prompts, score the samples, measure the KL to the initial policy."""
+import torch
+
+import common
+from harness.loading import load_reference
+from harness.stages import check_finite
+
+
+def check_policy(policy, tokenizer, task, step):
+    """UserError in one line for a policy that has become nan, which would crash the sampling."""
+    prompt = (task.prompts["train"] + task.prompts["test"])[0]
+    with torch.no_grad():
+        probe = common.sequence_logps(policy, common.encode(tokenizer, [prompt], [""]).to(policy.device))
+    check_finite(probe, step, [prompt], "the policy's log-prob")
+
+
+def mean_and_error(values):
+    """Mean and standard error of values [P, n]: n samples of each of P independent prompts."""
+    means = values.float().mean(1)
+    return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else 0.0
+
+
+def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
+    """Sample the test prompts and measure; the same prompts and random numbers at every call with one config.
+
+    Args: rewards: {name: RewardModel}. start: what this function returned as samples before training. ask:
+        what the policy is asked in place of a prompt; the reference and the rewards see the prompt itself.
+    Returns: metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts}. gold, fluency if
+        the task has
+            them; proxy, judge; kl = nats per sequence against the initial policy, the k1 estimate on the
+            policy's own samples; win_rate against `start` by gold, else proxy (a tie counts half),
+            win_rate_<name> by the other rewards; length in tokens with EOS; eos_rate; distinct_2 = different
+            word pairs over all pairs.
+        samples: {"prompts", "responses", and each reward's scores}, lists of eval_prompts * eval_samples.
+    """
+    n = config.eval_samples
+    prompts = task.prompts["test"][:config.eval_prompts]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        asked = [ask(prompt) for prompt in prompts]
+        batch = common.generate(policy, tokenizer, asked, n, config.temperature,
+                                max_new_tokens=config.max_new_tokens)
+    same = asked == prompts
+    prompts = [prompt for prompt in prompts for _ in range(n)]
+    plain = None if same else with_prompts(tokenizer, batch, prompts)
+    responses, ended = common.decode(tokenizer, batch), common.finished(tokenizer, batch)
+    values = {"length": batch.lengths, "eos_rate": ended, "kl": kl_to_reference(config, policy, batch, plain)}
+    if task.gold:
+        values["gold"] = torch.tensor([task.gold(*row) for row in zip(prompts, responses, ended.tolist())])
+    if task.fluent:
+        values["fluency"] = torch.tensor([task.fluent(text) for text in responses])
+    values |= {name: model(prompts, responses) for name, model in rewards.items()}
+    samples = {"prompts": prompts, "responses": responses}
+    for name in ("gold", *rewards):
+        if name in values:
+            samples[name] = values[name].tolist()
+            if start:
+                before = torch.tensor(start[name])
+                wins = (values[name] > before) + 0.5 * (values[name] == before)
+                values["win_rate" if "win_rate" not in values else f"win_rate_{name}"] = wins
+    metrics = {}
+    for name, value in values.items():
+        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(value.view(-1, n))
+    words = [text.split() for text in responses]
+    bigrams = [pair for text in words for pair in zip(text, text[1:])]
+    metrics["eval/distinct_2"] = len(set(bigrams)) / max(len(bigrams), 1)
+    return metrics, samples
+
+
+def with_prompts(tokenizer, batch, prompts):
+    """The responses of the batch, token for token, as answers to other prompts [B]."""
+    responses = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
+    rows = zip(common.prompt_ids(tokenizer, prompts), responses, strict=True)
+    return common.pack([*rows], tokenizer.pad_token_id)
+
+
+def kl_to_reference(config, policy, batch, plain=None):
+    """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref).
+
+    Where the policy was asked in another form than the reference understands, `plain` holds the same
+    responses to the plain prompts, for the reference.
+    """
+    reference = load_reference(config)
+    embeddings = policy.get_input_embeddings().weight.detach()
+    known = reference.get_input_embeddings().num_embeddings
+    if len(embeddings) > known:                                     # tags, see conditioning.add_tags
+        extend_vocabulary(reference, embeddings[known:])
+    logps = [common.in_parts(lambda part: common.sequence_logps(model, part, config.temperature), rows,
+                             config.token_budget, policy.device)
+             for model, rows in ((policy, batch), (reference, plain or batch))]
+    return (logps[0] - logps[1]).cpu()
+
+
+def extend_vocabulary(model, rows):
+    """Let the model read more tokens: rows [n, D] are the input embeddings of those after its last.
+
+    It starts to predict a new token as it predicts an average one (or, where the two are tied, by the same
+    rows).
+    """
+    known = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(known + len(rows), mean_resizing=False)
+    head, embeddings = model.get_output_embeddings().weight.data, model.get_input_embeddings().weight.data
+    head[known:] = head[:known].mean(0)
+    embeddings[known:] = rows
+
+
+@torch.no_grad()
+def probe(run, prompts):
+    """One response to each prompt by the policy as it is now: (texts, did each end with EOS? [N]).
+
+    Outside the run's random numbers and counts: the same numbers are drawn at every call.
+    """
+    config = run.config
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.temperature,
+                                max_new_tokens=config.max_new_tokens)
+    return common.decode(run.tokenizer, batch), common.finished(run.tokenizer, batch)
+
+
+def before_and_after(before, after):
+    """A table of the metrics, each with its standard error over test prompts."""
+    lines = [f"{'':28}{'before':>18}{'after':>18}"]
+    for name in after:
+        if name.startswith("eval/") and not name.endswith("_se"):
+            cells = [f"{row[name]:.3f}" + (f" ± {row[name + '_se']:.3f}" if name + "_se" in row else " " * 8)
+                     if name in row else "" for row in (before, after)]
+            lines.append(f"{name.removeprefix('eval/'):28}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,277 @@
+"""One training run from start to finish: its directory, steps, records, checkpoints, and the command line."""
+import inspect
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Callable, Optional
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import common
+from common import UserError, warn
+from harness import loading
+from harness.config import Config
+from harness.evaluation import before_and_after, check_policy, evaluate
+from harness.rewards import load_rewards
+from tasks import ROOT, Pair, Ranking, Task, write_json
+
+PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpoint keeps beside the weights
+
+
+@dataclass
+class Run:
+    """One training run: what it works with and what it has recorded."""
+    config: Config
+    out: Path
+    task: Task
+    tokenizer: transformers.PreTrainedTokenizerBase
+    policy: torch.nn.Module
+    rewards: dict[str, common.RewardModel]
+    state: dict = field(default_factory=dict)       # a method's own plain values, which --resume must restore
+    ask: Callable[[str], str] = str                   # what a trained policy is asked in place of a prompt
+    results: dict = field(default_factory=dict)       # a method's own numbers beside the final metrics
+    notes: list[str] = field(default_factory=list)    # a method's own text for the screen, after all is saved
+    trained: Optional[torch.nn.Module] = None         # with optimizer and schedule: what run.steps registered
+    optimizer: Optional[torch.optim.Optimizer] = None
+    schedule: Optional[object] = None
+    bar: Optional[tqdm] = None
+    step: int = 0                                     # steps done
+    n_steps: int = 0
+    trace: list[dict] = field(default_factory=list)   # evaluations: before, on the way, after
+    samples: dict[str, dict] = field(default_factory=dict)     # "before" and "after"
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(
+        ("tokens_generated", "tokens_trained", "seconds_generating", "seconds_training"), 0))
+    warned: bool = False
+    began: float = field(default_factory=time.time)
+    clock: float = 0.0                                # when the step began
+
+    # ----------------------------------------------------------------------------- what a method's loop calls
+
+    def steps(self, plan, trained, optimizer, schedule):
+        """Yield (step, plan[step]), steps counted from 0, with a progress bar.
+
+        Every step starts from random numbers of its own, drawn from the seed. Every --save_every steps a
+        checkpoint is written: trained (a module), optimizer, schedule, run.state. With --resume they are
+        restored first, and the run goes on exactly as if it had not been cut.
+        """
+        self.trained, self.optimizer, self.schedule, self.n_steps = trained, optimizer, schedule, len(plan)
+        if self.config.resume:
+            self.restore()
+        self.open()
+        with tqdm(total=len(plan), initial=self.step, disable=self.config.quiet or None) as self.bar:
+            for step in range(self.step, len(plan)):
+                torch.manual_seed(random.Random(f"{self.config.seed} {step}").getrandbits(62))
+                self.clock = time.time()
+                yield step, plan[step]
+                self.bar.update()
+                if self.config.save_every and (step + 1) % self.config.save_every == 0:
+                    self.checkpoint()
+
+    def microbatches(self, rows):
+        """Yield (indices [n], Batch [n*k, T]) of rows that have a prompt and k responses.
+
+        Parts fit --token_budget; rows of like length come together; the k responses of a row keep their
+        order.
+        """
+        return common.batches(self.tokenizer, [row.prompt for row in rows], [row.responses for row in rows],
+                              self.config.token_budget, self.policy.device, [row.ended for row in rows])
+
+    def log(self, step, metrics):
+        """One line of metrics.jsonl, and the progress bar's. Ends the step: the clock of the step stops."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        self.counts["seconds_training"] += time.time() - self.clock
+        self.step = step + 1
+        self.write({"step": self.step, **metrics})
+        shown = list(metrics.items())[:3]
+        self.bar.set_postfix({name.split("/")[-1]: f"{value:.3g}" for name, value in shown})
+
+    def evaluation_due(self, step):
+        """After every --eval_every steps, and after the last one."""
+        n = self.config.eval_every
+        return step + 1 == self.n_steps or bool(n) and (step + 1) % n == 0
+
+    def evaluate(self, **own):
+        """Sample the test prompts, score them, record that in metrics.jsonl; `own`: the method's own metrics.
+
+        The first evaluation is the one before training. A run that is resumed has it already, and goes on.
+        """
+        if self.config.resume and self.trained is None:
+            return
+        if not self.trace:
+            self.open()
+        check_policy(self.policy, self.tokenizer, self.task, self.step)
+        metrics, samples = evaluate(self.config, self.task, self.policy, self.tokenizer, self.rewards,
+                                    self.samples.get("before"), self.ask if self.trace else str)
+        self.samples["after" if self.trace else "before"] = samples
+        metrics = {"step": self.step, **metrics, **own}
+        self.write(metrics)
+        self.trace.append(metrics | {"tokens_generated": self.counts["tokens_generated"],
+                                     "seconds_training": round(self.counts["seconds_training"], 2)})
+
+    def load_reference(self):
+        """A frozen copy of the initial policy (a model of its own)."""
+        return loading.load_reference(self.config)
+
+    # ------------------------------------------------------------------------------------ directory and files
+
+    def open(self):
+        """Make the directory and args.json; drop lines of metrics.jsonl from beyond the current step."""
+        write_json(self.out / "args.json", asdict(self.config))
+        file = self.out / "metrics.jsonl"
+        kept = file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []
+        kept = [line for line in kept if json.loads(line)["step"] <= self.step]
+        file.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row):
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def checkpoint(self):
+        """state.pt: everything that --resume needs, tensors and plain values only."""
+        part = self.out / "state.pt.part"
+        state = {name: getattr(self, name).state_dict() for name in ("trained", "optimizer", "schedule")}
+        torch.save(state | {name: getattr(self, name) for name in PLAIN}, part)
+        part.replace(self.out / "state.pt")
+
+    def restore(self):
+        with torch.serialization.safe_globals([Pair, Ranking]):
+            state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu")
+        for name in ("trained", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in PLAIN:
+            setattr(self, name, state[name])
+
+    def finish(self):
+        """Save the policy and samples.txt, print before and after; returns the final metrics."""
+        self.policy.save_pretrained(self.out)
+        self.tokenizer.save_pretrained(self.out)
+        before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
+        texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
+                 zip(before["prompts"], before["responses"], after["responses"])]
+        (self.out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
+        seconds = time.time() - self.began
+        counts = self.counts | {"state_mb": training_state_mb(self.optimizer),
+                                "seconds_per_step": self.counts["seconds_training"] / max(self.step, 1)}
+        if not self.config.quiet:
+            shown = texts[::self.config.eval_samples][:3]
+            print(before_and_after(self.trace[0], self.trace[-1]), "", *shown, sep="\n")
+            where = os.path.relpath(self.out)
+            print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {where}")
+            if counts["seconds_generating"]:
+                print(f"{counts['tokens_generated'] / counts['seconds_generating']:.0f} tokens/s generated, "
+                      f"{counts['seconds_generating'] / counts['seconds_training']:.0%} of the training time")
+            for note in self.notes:
+                print(note)
+        final = {k: v for k, v in self.trace[-1].items() if k.startswith("eval/")}
+        return final | counts | {"seconds": seconds, "trace": self.trace, "out": str(self.out)} | self.results
+
+
+class Means:
+    """Means over a step of values [n] that come in microbatches."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, values):
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach().float())
+
+    def result(self):
+        return {name: torch.cat(values).mean() for name, values in self.values.items()}
+
+
+def training_state_mb(optimizer):
+    """Megabytes (1e6) of what is trained: weights, their gradients and the optimizer's moments."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    return sum(tensor.nbytes for tensor in (*weights, *weights, *moments)) / 1e6
+
+
+# ------------------------------------------------------------------------------------- start and command line
+
+def method_name(config):
+    """The method whose Config this is: the name of its file."""
+    return Path(inspect.getfile(type(config))).stem
+
+
+def output_directory(config):
+    """--out, or the first free number under runs/<method>. UserError for a directory of another run."""
+    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds")
+    settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
+    if not config.out:
+        home = ROOT / "runs" / method_name(config)
+        taken = [int(d.name) for d in home.glob("*") if d.name.isdigit()]
+        return home / f"{max(taken, default=0) + 1:03d}"
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a directory")
+    if config.resume:
+        if not (out / "state.pt").exists():
+            raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it")
+        old = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        changed = [k for k, v in settings.items() if old.get(k) != v]
+        if changed:
+            raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} "
+                            "as before")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds another run: --resume goes on with one that was cut; or give another "
+                        "--out")
+    return out
+
+
+def count_cut_prompts(tokenizer, task):
+    """Say once how many prompts are longer than the context allows."""
+    room = tokenizer.model_max_length
+    prompts = [p for rows in task.prompts.values() for p in rows]
+    long = sum(len(ids) > room * 3 // 4 for ids in tokenizer(prompts, add_special_tokens=False).input_ids)
+    if long:
+        warn(f"{long} of {len(prompts)} prompts are longer than {room * 3 // 4} tokens: cut from the left "
+             "(--max_length sets the limit)")
+
+
+def start(config):
+    """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
+    torch.manual_seed(config.seed)
+    out = output_directory(config)
+    task = loading.load_task(config)
+    began = time.time()
+    rewards = load_rewards(config, task)
+    policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)
+    count_cut_prompts(tokenizer, task)
+    check_policy(policy, tokenizer, task, 0)
+    torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
+    return Run(config, out, task, tokenizer, policy, rewards, began=began)
+
+
+def launch(train, config):
+    """One run of a method: its train(run) between start and finish. Returns the final metrics."""
+    run = start(config)
+    train(run)
+    return run.finish()
+
+
+def main(config_class, train, answer=None):
+    """The command line of a script: one run, --reproduce, or answer(config) for --prompt.
+
+    A UserError is printed as one line, with exit status 2.
+    """
+    try:
+        about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
+        config = config_class(**vars(HfArgumentParser(config_class, description=about).parse_args()))
+        if config.reproduce:
+            from referee.runs import reproduce
+            reproduce(method_name(config), config)
+        elif answer and config.prompt:
+            answer(config)
+        else:
+            launch(train, config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,143 @@
+"""What methods train on: samples of the policy, the task's pool of them, scored candidates, log-probs."""
+import time
+
+import torch
+
+import common
+from common import UserError, warn
+from harness.evaluation import check_policy
+from harness.rewards import reward_to_maximise
+from harness.stages import check_finite
+from tasks import Ranking
+
+
+def rollout(run, prompts, greedy=False):
+    """One response of the current policy to each prompt: (Batch on the CPU, texts, ended with EOS? [N])."""
+    config, began = run.config, time.time()
+    check_policy(run.policy, run.tokenizer, run.task, run.step)
+    batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy,
+                            config.max_new_tokens)
+    run.counts["seconds_generating"] += time.time() - began
+    if run.bar is None:                  # before the first step; from then on run.steps and run.log keep time
+        run.counts["seconds_training"] += time.time() - began
+    run.counts["tokens_generated"] += int(batch.lengths.sum())
+    responses, ended = common.decode(run.tokenizer, batch), common.finished(run.tokenizer, batch)
+    empty = sum(not text.strip() for text in responses)
+    if (not ended.any() or empty == len(responses)) and not run.warned:
+        run.warned = True
+        warn(f"step {run.step + 1}: {int(ended.sum())} of {len(responses)} responses end with EOS, {empty} "
+             f"are empty (said once); --max_new_tokens is {config.max_new_tokens}")
+    return batch, responses, ended
+
+
+def sample_rankings(run, prompts, n):
+    """n responses of the policy, as it is now, to each prompt: Rankings without scores.
+
+    While the policy is still the one that the task's pool was sampled from, the pool is used, as far as it
+    goes.
+    """
+    config, pool = run.config, run.task.pool
+    fresh = run.step == 0 and not config.policy and config.temperature == 1
+    if fresh and all(len(pool.get(prompt, [])) >= n for prompt in prompts):
+        return [Ranking(prompt, pool[prompt][:n], [], ended=[True] * n) for prompt in prompts]
+    _, texts, ended = rollout(run, [prompt for prompt in prompts for _ in range(n)])
+    rows = [slice(i * n, i * n + n) for i in range(len(prompts))]
+    return [Ranking(prompt, texts[row], [], ended=ended[row].tolist()) for prompt, row in zip(prompts, rows)]
+
+
+def distinct(ranking):
+    """The ranking with only the first of equal responses."""
+    prompt, responses, *lists = ranking
+    keep = [i for i, text in enumerate(responses) if text not in responses[:i]]
+    return Ranking(prompt, *([values[i] for i in keep] if values else [] for values in (responses, *lists)))
+
+
+def scored(rankings, reward, step=0):
+    """The rankings with the reward's scores in place of their own. UserError where one is not finite."""
+    prompts = [ranking.prompt for ranking in rankings for _ in ranking.responses]
+    scores = reward(prompts, [text for ranking in rankings for text in ranking.responses])
+    check_finite(scores, step, prompts, "the reward")
+    scores = iter(scores.tolist())
+    return [ranking._replace(scores=[next(scores) for _ in ranking.responses]) for ranking in rankings]
+
+
+def candidate_reward(run, sources):
+    """What scores the candidates: the reward to maximise.
+
+    None where the data's own scores are used: its answers are the only candidates (sources P) and no reward
+    is named. The embedded task's own scores are gold, which no method may see.
+    """
+    config = run.config
+    unnamed = config.reward in ("", "none") and config.reward_noise == "none"
+    return None if sources == "P" and not run.task.gold and unnamed else reward_to_maximise(run)
+
+
+def given_answers(task, sources, systems=""):
+    """The data's own answers to train prompts, if `sources` has a P; only of the writers "A,B" if given.
+
+    Raises UserError where there are none.
+    """
+    known, wanted, given = set(task.prompts["train"]), set(filter(None, systems.split(","))), []
+    for row in task.rankings.get("train", []) if "P" in sources else []:
+        keep = [i for i in range(len(row.responses))
+                if not wanted or not row.systems or row.systems[i] in wanted]
+        if keep and row.prompt in known:
+            given.append(Ranking(row.prompt, [row.responses[i] for i in keep], [row.scores[i] for i in keep],
+                                 ended=[True] * len(keep)))
+    if "P" in sources and not given:
+        names = sorted({name for row in task.rankings.get("train", []) for name in row.systems})
+        raise UserError(f"the data has no answers of its own{' by ' + systems if systems else ''} to rank "
+                        f"(it names {', '.join(names) or 'no writers'}): "
+                        "--sources D samples them from the policy")
+    return given
+
+
+def candidates(run, reward, given, n):
+    """Scored candidates: n samples of the policy, as it is now, for each prompt, and the given answers.
+
+    Args: reward: from candidate_reward; given: from given_answers; where it is empty, all train prompts are
+    used.
+    Returns: one Ranking a prompt, in order, each response once; those with nothing to rank are counted on the
+    screen.
+    """
+    prompts = [row.prompt for row in given] or run.task.prompts["train"]
+    rankings = sample_rankings(run, prompts, n) if n else given
+    if given and n:
+        rankings = [Ranking(row.prompt, row.responses + more.responses, [], ended=row.ended + more.ended)
+                    for row, more in zip(rankings, given)]
+    rankings = [distinct(row) for row in rankings]
+    rankings = scored(rankings, reward, run.step) if reward else rankings
+    single = sum(len(row.responses) < 2 for row in rankings)
+    tied = sum(len(set(row.scores)) < 2 for row in rankings) - single
+    if single or tied:
+        warn(f"of {len(rankings)} rankings, {single} have one response only and {tied} have equal scores "
+             "throughout: no order to learn there")
+    return rankings
+
+
+@torch.no_grad()
+def response_logps(run, rows, model=None):
+    """log pi(y|x) of every response, EOS included, and its length |y| in tokens: two tensors [N, k].
+
+    Without gradient. Of the policy as it is now, unless another model is given.
+    """
+    model = model or run.policy
+    values = torch.zeros(2, len(rows), len(rows[0].responses) if rows else 0, device=model.device)
+    for part, batch in run.microbatches(rows):
+        logps = common.sequence_logps(model, batch)
+        values[:, part] = torch.stack([logps, batch.lengths.float()]).view(2, len(part), -1)
+    return values.unbind()
+
+
+def score_metrics(run, pairs):
+    """Held-out pairs under the policy: {} without pairs, else
+
+    eval/score_accuracy: how often the chosen answer has the higher log-prob per token; a tie counts half.
+    eval/nll: mean negative log-likelihood of a token of the chosen answers, in nats.
+    """
+    if not pairs:
+        return {}
+    logps, lengths = response_logps(run, pairs)                                                       # [N, 2]
+    chosen, rejected = (logps / lengths).unbind(1)
+    return {"eval/score_accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).mean().item(),
+            "eval/nll": -(logps[:, 0].sum() / lengths[:, 0].sum()).item()}
