@@ -1,57 +1,71 @@
 """Statistical Rejection Sampling Improves Preference Optimization (RSO)
 Liu, Zhao, Joshi, Khalman, Saleh, Liu and Liu, ICLR 2024, https://arxiv.org/abs/2309.06657
 
-DPO is maximum likelihood of preferences, but the preferences are between texts of some other policy. The likelihood is about the
-optimal one, pi_r(y|x) = pi_sft(y|x) exp(r(x, y) / beta) / Z(x)  (Eq. 4), so its pairs should come from there. RSO samples many
-responses of the SFT policy, keeps each with probability
+DPO estimates the optimal policy pi_r(y|x) = pi_sft(y|x) exp(r(x, y) / beta) / Z(x) (Eq. 4) from preferences.
+The texts that are compared should come from pi_r itself, but those of a data set come from some other policy.
+RSO samples many responses of the SFT policy and keeps each with probability
 
-    exp((r(x, y) - max r) / beta)                                                                    (Algorithm 1)
+    exp((r(x, y) - max r) / beta)                                                               (Algorithm 1)
 
-which makes them samples of pi_r as their number grows, pairs them, and lets the reward model say who wins. On these pairs (w over l)
-any loss will do:
+With many candidates, those that it keeps are samples of pi_r. They are paired, and the reward model says who
+wins. One of three losses is then minimised on these pairs (w over l):
 
-    sigmoid-norm: -log sigmoid(gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])            (Eq. 8; DPO's, with beta = gamma)
-    hinge:        max(0, 1 - gamma [log pi(w) - log pi(l)])                                  (Eq. 9; SLiC's, no reference)
-    hinge-norm:   max(0, 1 - gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])              (Eq. 10)
+    sigmoid-norm: -log sigmoid(gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])   (Eq. 8: DPO, beta = gamma)
+    hinge:        max(0, 1 - gamma [log pi(w) - log pi(l)])                   (Eq. 9: SLiC, without reference)
+    hinge-norm:   max(0, 1 - gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])                      (Eq. 10)
 
-    python rso.py                    # 11 s on two cores (two minutes more at first): gold 0.18 to 0.46, KL 4.9 nats
-    python rso.py --reproduce        # losses x sources, gold against beta and label noise: 23 arms, 8 minutes a seed
-    python rso.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data Anthropic/hh-rlhf:harmless-base/train.jsonl.gz
+    python rso.py                  # 11 s on two cores (at first two minutes more): gold 0.18 to 0.46, KL 4.9
+    python rso.py --reproduce      # losses x sources, beta and label noise: 23 arms, 8 minutes a seed
+    python rso.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
-What to look at: `--source direct` (the data's pairs), `sft` (random samples) and `rso`: the pairs change, the loss does not.
-beta is in units of the reward's standard deviation; 0 keeps the top of the candidates, a large one keeps a random choice.
+What to look at: --source direct (the data's pairs), sft (random samples) and rso change the pairs, not the
+loss. The embedded task's direct pairs come from a writer better than the SFT policy, in favour of `direct`.
+beta is in units of the reward's standard deviation; 0 keeps the top of the candidates, a large one a random
+choice. gamma 0.05 suits long texts: on short ones `rewards/margins` (gamma times the margin) stays small, and
+there sigmoid-norm and hinge-norm have nearly the same gradient.
 
-Compared with dpo.py: its loss, and two of its relatives, on other pairs.
-No official code. As printed, the algorithm runs out of candidates when they are fewer than the samples asked for; here all are
-kept, and counted. The candidates are shuffled first: at a large beta the algorithm stops before it reaches the end of the list. What is
-kept is drawn without replacement, so later picks are worse than pi_r, and the best candidate is kept nearly always.
-The paper keeps 8 of 64; the pool at hand here has 16 for each prompt, so 4 of them (--candidates 64 --num_samples 8 samples more).
-Left out: a reward model that reads two responses at once (here a difference of scores), SLiC's regulariser (no effect in Table 5).
+No official code. TRL's loss_type="hinge" is hinge-norm here. The printed algorithm fails where the candidates
+are fewer than the samples asked for; here all are kept, and counted. Candidates are shuffled first, as with a
+large beta the algorithm stops before the end of the list. It draws without replacement, so later picks are
+worse than samples of pi_r. The paper samples at temperature 0.7 with top-k 40 and keeps 8 of 64; here it is
+temperature 1 without top-k, and 4 of 16 (--candidates 64 --num_samples 8 samples more).
+Left out: a reward model that reads both responses (here a difference of two scores), SLiC's regulariser.
+
+Elsewhere:
+    log-probs in float32, dropout off, EOS counted, no EOS where a response was cut off: common.py
+    AdamW's betas (0.9, 0.95), no weight decay: common.adamw
+    constant learning rate after the warm-up, clip norm 1, 64 pairs a step: harness/config.py
+    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    candidates: the task's pool of SFT samples, or new ones; equal texts once, scored: harness/samples.py
+    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import math
 import random
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Optional
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
 import common
-from common import Ranking, option
+import harness
+from harness import Ranking, UserError, option
 
 
 @dataclass
-class Config(common.Config):
+class Config(harness.Config):
     LR: ClassVar = {"tiny": 1e-3, "real": 1e-5}      # tiny: tuned on validation seed 100; real: the paper's
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}    # tiny: tuned likewise
-    epochs: Optional[float] = option(None, "passes over the pairs; the default depends on the model")
     loss: Literal["sigmoid_norm", "hinge", "hinge_norm"] = option("sigmoid_norm", "Eq. 8, 9 or 10")
     gamma: float = option(0.05, "scale of the loss's margin (paper: 0.05)")
-    source: Literal["rso", "sft", "direct"] = option("rso", "pairs of rejection-sampled or of plain samples, or the data's own")
+    source: Literal["rso", "sft", "direct"] = option(
+        "rso", "pairs of rejection-sampled or of plain samples, or the data's own")
     candidates: int = option(16, "samples of the SFT policy for each prompt (paper: 64)")
     num_samples: int = option(4, "how many of them are kept (paper: 8)")
-    beta: float = option(0.5, "temperature of rejection sampling in standard deviations of the reward (paper: 0.5); 0: the top")
-    pairs: Literal["first_round", "tournament"] = option("first_round", "n/2 pairs of n samples, or n-1: winners meet again")
+    beta: float = option(
+        0.5, "temperature of rejection sampling in deviations of the reward (paper: 0.5); 0: the top")
+    pairs: Literal["first_round", "tournament"] = option(
+        "first_round", "n/2 pairs of n samples, or n-1: winners meet again")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
 
     def __post_init__(self):
@@ -59,23 +73,27 @@ class Config(common.Config):
         self.check(lambda value: value > 0, "be above 0", "gamma")
         self.check(lambda value: value >= 0, "not be negative", "beta")
         self.check(lambda value: value > 1, "be at least 2: a pair", "num_samples")
-        self.check(lambda value: value >= self.num_samples, f"be at least --num_samples {self.num_samples}", "candidates")
+        self.check(lambda value: value >= self.num_samples,
+                   f"be at least --num_samples {self.num_samples}", "candidates")
 
 
-def preference_loss(kind, policy_chosen_logps, policy_rejected_logps, sft_chosen_logps, sft_rejected_logps, gamma):
-    """Loss of each pair: kind is sigmoid_norm (Eq. 8), hinge_norm (Eq. 10) or hinge (Eq. 9, which ignores the SFT policy).
+def preference_loss(kind, policy_chosen_logps, policy_rejected_logps, sft_chosen_logps, sft_rejected_logps,
+                    gamma):
+    """Loss of each pair: kind is sigmoid_norm (Eq. 8), hinge_norm (Eq. 10) or hinge (Eq. 9, no reference).
 
-    Args: four log-probs [B], log pi(y|x) in nats, summed over the response, EOS included; gamma: above 0.
+    Args:
+        the four log-probs: [B], log pi(y|x) in nats, summed over the response, EOS included.
+        gamma: above 0.
     Returns: [B].  Raises ValueError for another kind.
     """
     margins = policy_chosen_logps - policy_rejected_logps
     if kind == "hinge":
-        return (1 - gamma * margins).clamp(min=0)
+        return (1 - gamma * margins).clamp(min=0)                                                     # Eq. 9
     margins = margins - (sft_chosen_logps - sft_rejected_logps)
     if kind == "hinge_norm":
-        return (1 - gamma * margins).clamp(min=0)
+        return (1 - gamma * margins).clamp(min=0)                                                    # Eq. 10
     if kind == "sigmoid_norm":
-        return -F.logsigmoid(gamma * margins)
+        return -F.logsigmoid(gamma * margins)                                                         # Eq. 8
     raise ValueError(f"kind must be sigmoid_norm, hinge_norm or hinge, not {kind!r}")
 
 
@@ -83,18 +101,21 @@ def statistical_rejection_sampling(rewards, num_samples, beta, rng):
     """Algorithm 1: which of N samples of the SFT policy to keep as samples of pi_sft exp(r / beta) / Z.
 
     Args:
-        rewards: N numbers. num_samples: at most N. beta: at least 0, in the rewards' units; 0 is the limit, the largest rewards.
+        rewards: N numbers. num_samples: at most N.
+        beta: at least 0, in the rewards' units; 0 is the limit, the largest rewards.
         rng: has random(), uniform on [0, 1), called once for each decision.
-    Returns: indices, in the order of acceptance.  Raises ValueError for other arguments, or a reward that is not finite.
+    Returns: indices, in the order of acceptance.  Raises ValueError for other arguments, or a reward that is
+        not finite.
     """
     rewards, accepted = [float(reward) for reward in rewards], []
     if num_samples > len(rewards):
         raise ValueError(f"{num_samples} samples asked for, of {len(rewards)} candidates")
     if not (beta >= 0 and all(map(math.isfinite, rewards))):
-        raise ValueError(f"beta must not be negative, and rewards must be finite: beta {beta}, rewards {rewards}")
+        raise ValueError(f"beta must not be negative, and rewards must be finite: beta {beta}, rewards "
+                         f"{rewards}")
     remaining = list(range(len(rewards)))
     while len(accepted) < num_samples:
-        best = max(rewards[i] for i in remaining)                         # stays for the whole pass, and always passes
+        best = max(rewards[i] for i in remaining)                  # stays for the whole pass, always accepted
         for i in remaining:
             gap = rewards[i] - best
             if rng.random() < (math.exp(gap / beta) if beta else gap == 0):
@@ -106,13 +127,15 @@ def statistical_rejection_sampling(rewards, num_samples, beta, rng):
 
 
 def ranked_pairs(indices, rewards, tournament=False):
-    """(winner, loser) indices: neighbours in the list are paired off and the larger reward wins; equal rewards make no pair.
+    """(winner, loser) indices: neighbours in the list meet, and the larger reward wins; a tie makes no pair.
 
-    A tournament goes on among the winners until one is left (n - 1 pairs of n); one who has no opponent goes through.
+    A tournament goes on among the winners until one is left (n - 1 pairs of n). One who has no opponent goes
+    on to the next round.
     """
     pairs = []
     while len(indices) > 1:
-        matches = [(a, b) if rewards[a] >= rewards[b] else (b, a) for a, b in zip(indices[::2], indices[1::2])]
+        matches = [(a, b) if rewards[a] >= rewards[b] else (b, a)
+                   for a, b in zip(indices[::2], indices[1::2])]
         pairs += [(a, b) for a, b in matches if rewards[a] > rewards[b]]
         indices = [a for a, _ in matches] + (indices[-1:] if len(indices) % 2 else [])
         if not tournament:
@@ -125,27 +148,29 @@ def collect_pairs(run):
     config, rng, pairs, short = run.config, random.Random(f"pairs {run.config.seed}"), [], 0
     if config.source == "direct":
         return direct_pairs(run.task, config.num_samples // 2)
-    rankings = common.candidates(run, common.reward_to_maximise(run), [], config.candidates)
+    # Sampled here only, from the SFT policy: the policy is not trained yet.
+    rankings = harness.candidates(run, harness.reward_to_maximise(run), [], config.candidates)
     for row in rankings:
-        order = rng.sample(range(len(row.scores)), len(row.scores))                  # or a large beta would keep the head
+        order = rng.sample(range(len(row.scores)), len(row.scores))            # shuffled: see the docstring
         n = min(config.num_samples, len(order))
         short += n < config.num_samples
         if config.source == "rso":
-            kept = [order[i] for i in statistical_rejection_sampling([row.scores[i] for i in order], n, config.beta, rng)]
-            rng.shuffle(kept)                                                        # else early picks, the good ones, meet
+            accepted = statistical_rejection_sampling([row.scores[i] for i in order], n, config.beta, rng)
+            kept = [order[i] for i in accepted]
+            rng.shuffle(kept)                             # else the early picks, which are good, would meet
         else:
             kept = order[:n]
         for w, l in ranked_pairs(kept, row.scores, config.pairs == "tournament"):
-            pairs.append(Ranking(row.prompt, (row.responses[w], row.responses[l]), (row.scores[w], row.scores[l]),
-                                 ended=(row.ended[w], row.ended[l])))
+            pairs.append(Ranking(row.prompt, (row.responses[w], row.responses[l]),
+                                 (row.scores[w], row.scores[l]), ended=(row.ended[w], row.ended[l])))
     if short:
-        common.warn(f"{short} of {len(rankings)} prompts have fewer than --num_samples {config.num_samples} different candidates: "
-                    "all of them are kept")
+        harness.warn(f"{short} of {len(rankings)} prompts have fewer than --num_samples {config.num_samples} "
+                     "different candidates: all of them are kept")
     return pairs
 
 
 def direct_pairs(task, n):
-    """The data's own pairs, labelled by people; those of the embedded task's off-policy writer, n for each prompt."""
+    """The data's own pairs, labelled by people; of the embedded task's off-policy writer, n a prompt."""
     if "off_policy" not in task.pairs:
         return task.pairs.get("train", [])
     by_prompt = {}
@@ -154,104 +179,47 @@ def direct_pairs(task, n):
     return [pair for pairs in by_prompt.values() for pair in pairs[:n]]
 
 
-def train(run, pairs):
-    """Minimise the loss on the pairs. Before the first step the policy is the SFT policy: its log-probs are taken then."""
-    config = run.config
+def train(run):
+    """Minimise the loss on pairs that are collected once, before the first step."""
+    config, policy = run.config, run.policy
+    pairs = collect_pairs(run)
     if not pairs:
-        raise common.UserError("there are no pairs to train on: the data has none, or all candidates of each prompt are equal")
-    sft_logps = dict(zip(pairs, common.response_logps(run, pairs)[0]))                                # [2] each
+        raise UserError("there are no pairs to train on: the data has none, or all candidates of each prompt "
+                        "are equal")
 
-    def losses_of(rows, batch):
-        logps = common.sequence_logps(run.policy, batch).view(-1, 2)                                  # [n, 2]
-        sft = torch.stack([sft_logps[pair] for pair in rows])
-        losses = preference_loss(config.loss, *logps.T, *sft.T, config.gamma)
-        chosen, rejected = (config.gamma * (logps - sft)).unbind(1)
-        return losses, {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-                        "rewards/accuracies": (chosen > rejected) + 0.5 * (chosen == rejected),
-                        "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
+    # Before the first step the policy is the SFT policy, the reference: one pass gives all log-probs needed.
+    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))                # [2] each, no gradient
 
-    for step, rows in common.steps(run, common.plan_of(pairs, config)):
-        common.log(run, step, common.minimise(run, step, rows, losses_of))
+    # A step is one batch of config.batch_size pairs; config.epochs passes, each in a new random order.
+    steps = harness.shuffled_batches(len(pairs), config.epochs, config.batch_size, config.seed)
+    plan = [[pairs[i] for i in indices] for indices in steps]
 
+    # Warm-up starts at a learning rate of 0: the first step changes nothing.
+    optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
+    run.evaluate()                                                                          # before training
+    for step, pairs in run.steps(plan, policy, optimizer, schedule):
+        means = harness.Means()
+        for rows, batch in run.microbatches(pairs):              # rows: n of the step's pairs; batch [2n, T]
+            # The two responses of a pair lie together, the chosen one first.
+            logps = common.sequence_logps(policy, batch).view(-1, 2)                                 # [n, 2]
+            ref = torch.stack([ref_logps[pairs[i]] for i in rows])
+            losses = preference_loss(config.loss, *logps.T, *ref.T, config.gamma)                      # [n]
+            harness.check_finite(losses, step + 1, [pairs[i].prompt for i in rows])
+            (losses.sum() / len(pairs)).backward()                 # the mean over the step's pairs, in parts
+            chosen, rejected = (config.gamma * (logps - ref)).unbind(1)
+            means.add({"loss": losses, "rewards/chosen": chosen, "rewards/rejected": rejected,
+                       "rewards/margins": chosen - rejected,
+                       "rewards/accuracies": (chosen > rejected) + 0.5 * (chosen == rejected),
+                       "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]})
+            run.counts["tokens_trained"] += int(batch.attention_mask.sum())
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        run.log(step, means.result() | {"grad_norm": norm})
+        if run.evaluation_due(step):                            # every --eval_every steps, and after the last
+            run.evaluate()
 
-def run(config):
-    """One training run; returns the metrics after it, and the trace of evaluations."""
-    run = common.start(config)
-    train(run, collect_pairs(run))
-    return common.finish(run)
-
-
-LOSSES = {"sigmoid-norm": "sigmoid_norm", "hinge": "hinge", "hinge-norm": "hinge_norm"}
-SOURCES = ["direct", "sft", "rso"]
-ONE_ROUND = {"method": "raft", "rounds": 1, "candidates": 16, "prompts": 0, "lr": 1e-3, "epochs": 3}      # tuned likewise
-NOISE = 0.25                                      # on top of the annotators' own errors
-
-
-def over_beta(name, **settings):
-    """Arms from the top of the candidates to a random choice, the limits of beta 0 and of a large one."""
-    return {f"top 4 of 16{name}": {"beta": 0.0} | settings, f"beta 0.25{name}": {"beta": 0.25} | settings,
-            f"beta 0.5{name}": settings, f"beta 1{name}": {"beta": 1.0} | settings, f"beta 2{name}": {"beta": 2.0} | settings,
-            f"random 4 of 16{name}": {"source": "sft"} | settings}
-
-
-def on_every_loss(left, right):
-    return [(f"{loss}, {left}", ">", f"{loss}, {right}") for loss in LOSSES]
-
-
-EXPERIMENTS = {
-    "losses and sources": dict(
-        question="Does the source of the pairs matter more than the loss?",
-        arms={f"{name}, {source}": {"loss": loss, "source": source} for name, loss in LOSSES.items() for source in SOURCES} | {
-            "RAFT": ONE_ROUND, "ReST": ONE_ROUND | {"ranking": "global", "share": 0.25}},
-        columns={"eval/win_rate_proxy": "win rate, proxy", "eval/win_rate_judge": "win rate, judge", "eval/win_rate": "win rate, gold",
-                 "eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency", "eval/length": "length"},
-        claims=[
-            dict(claim="SFT samples beat the data's own pairs, under every loss", source="Table 1", paper="78.1 over 76.1% (sigmoid-norm)",
-                 metric="eval/win_rate", holds=on_every_loss("sft", "direct")),
-            dict(claim="rejection sampling beats SFT samples, under every loss", source="Table 1",
-                 paper="82.2 over 78.1% (sigmoid-norm)", metric="eval/win_rate", holds=on_every_loss("rso", "sft")),
-            dict(claim="hacking: the hinge without a reference wins most by the proxy", source="Table 1",
-                 paper="93.4 over 92.4, 92.8%", metric="eval/win_rate_proxy",
-                 holds=[("hinge, rso", ">", "sigmoid-norm, rso"), ("hinge, rso", ">", "hinge-norm, rso")]),
-            dict(claim="but less than the others by the judge", source="Table 1 (AutoSxS)", paper="69.3 under 71.9, 70.8%",
-                 metric="eval/win_rate_judge", holds=[("hinge, rso", "<", "sigmoid-norm, rso"), ("hinge, rso", "<", "hinge-norm, rso")]),
-            dict(claim="and it drifts further", source="ours", paper="-", metric="eval/kl",
-                 holds=[("hinge, rso", ">", "sigmoid-norm, rso"), ("hinge, rso", ">", "hinge-norm, rso")]),
-            dict(claim="the two losses with a reference are level (win rate within 0.05)", source="Table 1", paper="82.2, 83.5%",
-                 metric="eval/win_rate", holds=[("hinge-norm, rso", "<", "sigmoid-norm, rso", 0.05),
-                                                ("hinge-norm, rso", ">", "sigmoid-norm, rso", -0.05)]),
-            dict(claim="RAFT lies below DPO on the data's own pairs", source="Table 1", paper="68.5 under 76.1%",
-                 metric="eval/win_rate", holds=[("RAFT", "<", "sigmoid-norm, direct")]),
-            dict(claim="and ReST below RAFT", source="Table 1", paper="46.2 under 68.5%", metric="eval/win_rate",
-                 holds=[("ReST", "<", "RAFT")]),
-        ],
-        panels=[dict(kind="bars", y=["eval/win_rate_proxy", "eval/win_rate_judge", "eval/win_rate"], title="win rate against SFT"),
-                dict(kind="bars", y=["eval/kl"], title="KL")],
-    ),
-    "beta": dict(
-        question="Is there a best beta, and does noise in the labels move it?",
-        arms=over_beta("") | over_beta(", noisy labels", label_noise=NOISE) | {
-            "8 of 64, equal pairs": {"candidates": 64, "num_samples": 8, "epochs": 1.0},
-            "tournament, equal pairs": {"pairs": "tournament", "epochs": 4 / 3}},
-        columns={"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL", "eval/fluency": "fluency",
-                 "eval/win_rate": "win rate"},
-        claims=[
-            dict(claim="rejection sampling beats the top of the candidates", source="Figure 3 (beta 0.5 over 0)", paper="plot only:",
-                 metric="eval/gold", holds=[("beta 0.5", ">", "top 4 of 16")]),
-            dict(claim="and a random choice", source="Table 2", paper="71.9 over 68.5%", metric="eval/gold",
-                 holds=[("beta 0.5", ">", "random 4 of 16")]),
-            dict(claim="under noisy labels it beats the top", source="sec. 3.2, what beta is for", paper="expected from",
-                 metric="eval/gold", holds=[("beta 0.5, noisy labels", ">", "top 4 of 16, noisy labels")]),
-            dict(claim="and so does a beta of 2", source="ours", paper="-", metric="eval/gold",
-                 holds=[("beta 2, noisy labels", ">", "top 4 of 16, noisy labels")]),
-            dict(claim="more candidates help (8 of 64 over 4 of 16, equal pairs)", source="ours", paper="-", metric="eval/gold",
-                 holds=[("8 of 64, equal pairs", ">", "beta 0.5")]),
-            dict(claim="a tournament is no better than a first round (gold within 0.1, equal pairs)", source="Table 2",
-                 paper="71.9, 71.7% (AutoSxS)", metric="eval/gold", holds=[("tournament, equal pairs", "<", "beta 0.5", 0.1)]),
-        ],
-        panels=[dict(kind="bars", y=["eval/gold"], title="gold reward"), dict(kind="bars", y=["eval/proxy"], title="proxy reward")],
-    ),
-}
 
 if __name__ == "__main__":
-    common.main(Config, run, EXPERIMENTS)
+    harness.main(Config, train)

@@ -20,7 +20,7 @@ from harness import loading
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
 from harness.rewards import load_rewards
-from tasks import ROOT, Pair, Ranking, Task, write_json
+from tasks import ROOT, Pair, Ranking, Task, write_json, write_text
 
 PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpoint keeps beside the weights
 
@@ -115,6 +115,15 @@ class Run:
         self.trace.append(metrics | {"tokens_generated": self.counts["tokens_generated"],
                                      "seconds_training": round(self.counts["seconds_training"], 2)})
 
+    def amend(self, **own):
+        """Add metrics to the evaluation just made, where they need its samples (run.samples)."""
+        if self.config.resume and self.trained is None:
+            return
+        file = self.out / "metrics.jsonl"
+        *lines, last = file.read_text(encoding="utf-8").splitlines(True)
+        write_text(file, "".join(lines) + json.dumps(json.loads(last) | own) + "\n")
+        self.trace[-1] |= own
+
     def load_reference(self):
         """A frozen copy of the initial policy (a model of its own)."""
         return loading.load_reference(self.config)
@@ -127,7 +136,7 @@ class Run:
         file = self.out / "metrics.jsonl"
         kept = file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []
         kept = [line for line in kept if json.loads(line)["step"] <= self.step]
-        file.write_text("".join(kept), encoding="utf-8")
+        write_text(file, "".join(kept))
 
     def write(self, row):
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:

@@ -13,13 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
 
 
-def write_json(path, value):
+def write_text(path, text):
     """Write under another name, then rename: a killed run leaves the old file or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 class Pair(NamedTuple):

@@ -1,4 +1,4 @@
-"""The embedded task's models, one set per seed: SFT policy, annotated pairs, proxy and judge, and the scored pool.
+"""The embedded task's models, one set per seed: SFT policy, annotated pairs, proxy and judge, scored pool.
 
     demonstrations by the crowd writer -> SFT policy -> its samples -> annotators' labels -> proxy, judge ->
     scored pool
@@ -17,7 +17,8 @@ import time
 
 import tokenizers
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast)
 
 import common
 import tasks
@@ -31,25 +32,27 @@ TEST = 128, 64                # test prompts, SFT samples of each for best-of-n 
 RANKED = 2048                 # train prompts answered by every writer
 RATED = 8                     # samples of each prompt that people rate
 LIMITS = {"max_length": 160, "max_new_tokens": 40}      # tokens, whatever the user's options are
-TOKEN_BUDGET = 2048           # small: rows of like length come together, which saves a third of the padding
+TOKEN_BUDGET = 2048           # small: rows of similar length share a batch, which saves a third of padding
 
 
 def tiny_tokenizer(max_length):
     """One token per word, its leading space included, so that decoding is joining."""
     words = ["<pad>", "<eos>", "<unk>", *reviews.VOCABULARY]
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    ids = {word: i for i, word in enumerate(words)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(reviews.TOKEN_PATTERN), "isolated")
     core.decoder = tokenizers.decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                   model_max_length=max_length)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>",
+                                   unk_token="<unk>", model_max_length=max_length)
 
 
 def tiny_model(tokenizer):
-    """A Llama of 0.2 million parameters: one layer, as wide as a laptop trains in a minute."""
+    """A Llama of 0.2 million parameters: one layer, of a width that a laptop trains in a minute."""
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True,
+        initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 def home(config):
@@ -58,16 +61,18 @@ def home(config):
 
 @functools.cache
 def code_hash():
-    """Of the code that makes the models: another grammar or recipe is built anew, into a directory of its own."""
-    makers = (reviews, tiny_tokenizer, tiny_model, models, rate, sample, annotated, fit, shuffled_batches, train_sft,
-              reward_model_losses, train_reward_model, common.adamw, common.encode, common.prompt_ids, common.pack,
-              common.batches, common.token_logps, common.pick_logps, common.sequence_scores, common.generate)
-    code = "".join(map(inspect.getsource, makers)) + repr((DEMONSTRATIONS, POOL, PAIRS, TEST, LIMITS, TOKEN_BUDGET))
+    """A hash of the code that makes the models. When the code changes, they are built in a new directory."""
+    makers = (reviews, tiny_tokenizer, tiny_model, models, rate, sample, annotated, fit, shuffled_batches,
+              train_sft, reward_model_losses, train_reward_model, common.adamw, common.encode,
+              common.prompt_ids, common.pack, common.batches, common.token_logps, common.pick_logps,
+              common.sequence_scores, common.generate)
+    code = "".join(map(inspect.getsource, makers))
+    code += repr((DEMONSTRATIONS, POOL, PAIRS, TEST, LIMITS, TOKEN_BUDGET))
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 def models(config):
-    """Build what is missing of this seed's models (the first time up to two minutes); returns their directory."""
+    """Build what is missing of this seed's models (up to two minutes); returns their directory."""
     path = home(config)
     if (path / "vitals.json").exists():
         return path
@@ -78,7 +83,8 @@ def models(config):
 
     if not (path / "sft").exists():
         tokenizer = tiny_tokenizer(LIMITS["max_length"])
-        written = [Demonstration(p, reviews.write("crowd", p, rng)) for p in rng.choices(prompts, k=DEMONSTRATIONS)]
+        written = [Demonstration(prompt, reviews.write("crowd", prompt, rng))
+                   for prompt in rng.choices(prompts, k=DEMONSTRATIONS)]
         model = tiny_model(tokenizer).to(common.pick_device(config.device))
         recipe = Recipe(lr=8e-3, batch_size=64, warmup=0.05, token_budget=TOKEN_BUDGET, seed=config.seed)
         common.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
@@ -103,12 +109,16 @@ def models(config):
 
 
 def rate(path, pairs, pool, config):
-    """Train a reward model from the SFT policy beside `path` and save it there; its scores of the pool have mean 0, deviation 1."""
+    """Train a reward model that starts as the SFT policy beside `path`, and save it to `path`.
+
+    Its scores of the pool have mean 0 and standard deviation 1.
+    """
     if path.exists():
         return
     torch.manual_seed(config.seed)
     tokenizer = common.load_tokenizer(path.parent / "sft", LIMITS["max_length"])
-    model = common.load(AutoModelForSequenceClassification, path.parent / "sft", config.device, config.dtype, num_labels=1)
+    model = common.load(AutoModelForSequenceClassification, path.parent / "sft", config.device, config.dtype,
+                        num_labels=1)
     recipe = Recipe(lr=3e-3, batch_size=32, epochs=4, token_budget=TOKEN_BUDGET, seed=config.seed)
     train_reward_model(model, tokenizer, pairs, recipe)
     scores = common.RewardModel(model, tokenizer)(*texts(pool))
@@ -130,77 +140,91 @@ def sample(policy, tokenizer, prompts, n):
     """[{prompt, responses [n], gold [n]}] of SFT samples, n for each prompt."""
     batch = common.generate(policy, tokenizer, prompts, n, max_new_tokens=LIMITS["max_new_tokens"])
     responses, ended = common.decode(tokenizer, batch), common.finished(tokenizer, batch).tolist()
-    return [{"prompt": p, "responses": responses[i * n:i * n + n],
-             "gold": [reviews.gold(p, r, e) for r, e in zip(responses[i * n:i * n + n], ended[i * n:i * n + n])]}
-            for i, p in enumerate(prompts)]
+    rows = []
+    for i, prompt in enumerate(prompts):
+        own = slice(i * n, i * n + n)
+        rows.append({"prompt": prompt, "responses": responses[own],
+                     "gold": [reviews.gold(prompt, r, e) for r, e in zip(responses[own], ended[own])]})
+    return rows
 
 
 def texts(rows):
-    """Prompts and responses of scored rows, flat."""
-    return [row["prompt"] for row in rows for _ in row["responses"]], [r for row in rows for r in row["responses"]]
+    """The prompts and the responses of scored rows, as two flat lists of equal length."""
+    return ([row["prompt"] for row in rows for _ in row["responses"]],
+            [response for row in rows for response in row["responses"]])
 
 
 def annotated(rows, name, seed):
-    """Samples paired off at random and labelled, the annotators' favourite first; equal texts are not shown to them.
+    """Pairs of samples, drawn at random and labelled by annotators; two equal texts make no pair.
 
-    Every name and seed stands for other pairs and other annotators: the judge shares no label with the proxy.
+    Every name and seed gives other pairs and other annotators: judge and proxy have no label in common.
     """
     rng, pairs = random.Random(f"{name} {seed}"), []
     for row in rows:
         samples = rng.sample([*zip(row["responses"], row["gold"])], len(row["responses"]))
         for (a, gold_a), (b, gold_b) in zip(samples[::2], samples[1::2]):
             if a != b:
-                pairs.append(Pair(row["prompt"], *((a, b) if reviews.annotate(gold_a, gold_b, rng) else (b, a))))
+                prefers_a = reviews.annotate(gold_a, gold_b, rng)
+                pairs.append(Pair(row["prompt"], *((a, b) if prefers_a else (b, a))))
     return pairs
 
 
 def load_task(config):
     """The reviews task of this seed: annotated pairs of SFT samples, and rankings of known writers.
 
-    The rankings' scores are gold; systems are the writers, and chatty and dry, whose texts differ in style
-    alone.
+    The scores of the rankings are gold. Their systems are the writers; the last two, chatty and dry, differ
+    only in style.
     """
     rows = read(models(config) / "samples.json")
     rng, rankings = random.Random(f"writers {config.seed}"), []
     writers = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
     for prompt in reviews.make_prompts("train", 3000, config.seed)[:RANKED]:
-        responses = [reviews.write(name, prompt, rng) for name in writers] + list(reviews.style_pair(prompt, rng))
+        responses = [reviews.write(name, prompt, rng) for name in writers]
+        responses += reviews.style_pair(prompt, rng)
         scores = [reviews.gold(prompt, response) for response in responses]
         rankings.append(Ranking(prompt, responses, scores, writers + ["chatty", "dry"]))
 
     def annotate(prompt, a, b, rng):
-        return reviews.annotate(reviews.gold(prompt, a), reviews.gold(prompt, b), rng) != (rng.random() < config.label_noise)
+        prefers_a = reviews.annotate(reviews.gold(prompt, a), reviews.gold(prompt, b), rng)
+        return prefers_a != (rng.random() < config.label_noise)
 
     rng, off_policy = random.Random(f"off policy {config.seed}"), []
     for row in rows["pool"]:
         for _ in range(PAIRS):
             a, b = (reviews.write("off_policy", row["prompt"], rng) for _ in range(2))
-            off_policy.append(Pair(row["prompt"], *((a, b) if annotate(row["prompt"], a, b, rng) else (b, a))))
+            prefers_a = annotate(row["prompt"], a, b, rng)
+            off_policy.append(Pair(row["prompt"], *((a, b) if prefers_a else (b, a))))
     return Task("reviews", prompts={"train": [row["prompt"] for row in rows["pool"]],
                                     "test": [row["prompt"] for row in rows["test"]]},
                 pairs={"train": with_noise(annotated(rows["shown"], "proxy", config.seed), config),
                        "test": annotated(rows["test"], "test", config.seed), "off_policy": off_policy},
-                rankings={"train": rankings, "test": []}, pool={row["prompt"]: row["responses"] for row in rows["pool"]},
-                ratings={split: rated(rows[name], split, config) for split, name in (("train", "pool"), ("test", "test"))},
+                rankings={"train": rankings, "test": []},
+                pool={row["prompt"]: row["responses"] for row in rows["pool"]},
+                ratings={"train": rated(rows["pool"], "train", config),
+                         "test": rated(rows["test"], "test", config)},
                 annotate=annotate, gold=reviews.gold, fluent=reviews.fluent, attributes=reviews.attributes)
 
 
 def rated(rows, split, config):
     """Samples, each rated by one of twenty people, who err by --rating_noise levels."""
-    rng = random.Random(f"ratings {split} {config.seed}")
-    raters = reviews.make_raters(reviews.ATTRIBUTES, config.rating_noise, random.Random(f"raters {config.seed}"))
-    return [Demonstration(row["prompt"], text, reviews.rate(reviews.attributes(row["prompt"], text), raters, config.rating_noise, rng))
+    rng, noise = random.Random(f"ratings {split} {config.seed}"), config.rating_noise
+    raters = reviews.make_raters(reviews.ATTRIBUTES, noise, random.Random(f"raters {config.seed}"))
+    return [Demonstration(row["prompt"], text,
+                          reviews.rate(reviews.attributes(row["prompt"], text), raters, noise, rng))
             for row in rows for text in row["responses"][:RATED]]
 
 
 def with_noise(pairs, config):
-    """The pairs with a share of their labels turned round: --label_noise on top of what annotators get wrong anyway."""
+    """The pairs with a share --label_noise of the labels flipped, beside those that annotators get wrong."""
     rng = random.Random(f"label noise {config.seed}")
     return [Pair(p.prompt, p.rejected, p.chosen) if rng.random() < config.label_noise else p for p in pairs]
 
 
 def reward_models(config):
-    """{"proxy", "judge": directory}. With label noise the proxy is trained on the noisy pairs, and kept in the cache too."""
+    """{"proxy": its directory, "judge": its directory}.
+
+    With label noise the proxy is trained on the noisy pairs, and is kept in the cache too.
+    """
     path = models(config)
     if not config.label_noise:
         return {"proxy": path / "proxy", "judge": path / "judge"}
@@ -217,7 +241,10 @@ def score_pool(path, rows, config, name="proxy"):
 
 
 def test_pool(config):
-    """(proxy, gold), both TEST: SFT samples of the test prompts, as many as best-of-n curves need. Kept in the cache."""
+    """(proxy, gold) of SFT samples of the test prompts, both of shape TEST, for best-of-n curves.
+
+    The samples are kept in the cache.
+    """
     path = models(config)
     if not (path / "test_pool.json").exists():
         torch.manual_seed(config.seed + 1)
@@ -228,7 +255,7 @@ def test_pool(config):
 
 
 def vitals(path, rows, config):
-    """The figures by which to tell a healthy build."""
+    """The figures that tell whether a build is good."""
     def accuracy(name):
         test = rows["test"]
         scores, gold = score_pool(path, test, config, name)

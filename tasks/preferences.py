@@ -1,19 +1,20 @@
-"""Preference data from a JSONL file (plain or gzipped) or from a hub data set, as a Task without a gold reward.
+"""Preference data from a JSONL file (plain or gzipped) or a hub data set, as a Task without a gold reward.
 
 One JSON object a line, all lines of one kind:
 
-    pair           {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}: two transcripts that share all but the
-                   last answer, as text in Anthropic's HH form or as lists of messages
-    ranking        {"prompt", "responses": [...], "scores": [...]}, higher is better; "systems": [...] may name the
-                   writers ("completions" and "rewards" are understood too)
-    demonstration  {"prompt", "completion"}, with "attributes": {name: int} for SteerLM ("response" is understood too)
+    pair           {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}: two transcripts that share all
+                   but the last answer, as text in Anthropic's HH form or as lists of messages
+    ranking        {"prompt", "responses": [...], "scores": [...]}, higher is better; "systems": [...] may
+                   name the writers ("completions" and "rewards" are understood too)
+    demonstration  {"prompt", "completion"}, with "attributes": {name: int} for SteerLM ("response" is
+                   understood too)
     prompt         {"prompt"} alone, for methods that sample their own responses
 
 A list of {"role", "content"} messages may stand for a prompt or an answer, and makes the row a chat: its
 prompt goes through the tokenizer's chat template. HH transcripts keep their own "Human:" and "Assistant:".
 
-A line that cannot be used is an error, not a guess; `skip_bad_rows` leaves out the kinds that real data is
-full of.
+A line that cannot be used is an error: nothing is guessed. `skip_bad_rows` leaves out the kinds of bad lines
+that are common in real data.
 """
 import gzip
 import hashlib
@@ -36,9 +37,11 @@ from tasks import Demonstration, Pair, Ranking, Task
 KIND_OF_FIELD = {
     "chosen": "pair", "rejected": "pair", "responses": "ranking", "completions": "ranking",
     "completion": "demonstration", "response": "demonstration", "scores": "ranking", "rewards": "ranking"}
-KNOWN = 'known: "prompt" alone or with chosen + rejected, responses + scores or completion; or chosen + rejected alone'
+KNOWN = ('known: "prompt" alone or with chosen + rejected, responses + scores or completion; '
+         'or chosen + rejected alone')
 HH_ANSWER = "\n\nAssistant:"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; UTF-8, and so every tokenizer, cannot hold it
+# JSON can hold one as an escape; UTF-8 cannot, and so no tokenizer can.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TEST_SHARE = 0.1
 
 
@@ -48,7 +51,7 @@ def require(condition, where: str, problem: str):
 
 
 def ask_hub(call, dataset: str, **arguments):
-    # No network is an HTTPError, an unknown id or file and offline mode are OSErrors, a malformed id is the third.
+    # HTTPError: no network. OSError: unknown id or file, or offline mode. HFValidationError: a malformed id.
     try:
         return call(dataset, repo_type="dataset", **arguments)
     except (OSError, HTTPError, HFValidationError) as error:
@@ -98,7 +101,7 @@ def parse_line(where: str, line: bytes) -> dict:
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; lists nested as deep
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of nested lists
         raise UserError(f"{where}: not JSON that can be read ({error})") from error
     require(isinstance(row, dict), where, "not a JSON object")
     return row
@@ -132,10 +135,11 @@ def text_of(prompt: str | list[dict]) -> str:
 
 
 def read_text(where: str, field: str, value) -> str | list[dict]:
-    """A string as it is; messages without whatever else (ids, names) data sets hang on them."""
+    """A string as it is; messages with role and content only, without ids or names."""
     if not isinstance(value, str):
-        require(isinstance(value, list) and all(isinstance(message, dict) and isinstance(message.get("role"), str)
-                                                and isinstance(message.get("content"), str) for message in value),
+        require(isinstance(value, list)
+                and all(isinstance(message, dict) and isinstance(message.get("role"), str)
+                        and isinstance(message.get("content"), str) for message in value),
                 where, f'"{field}" is neither a string nor a list of {{"role", "content"}} messages')
         value = [{"role": message["role"], "content": message["content"]} for message in value]
     require(not LONE_SURROGATE.search(text_of(value)), where, f'"{field}" has half a surrogate pair')
@@ -143,9 +147,10 @@ def read_text(where: str, field: str, value) -> str | list[dict]:
 
 
 def split_answer(where: str, field: str, value: str | list[dict], has_prompt: bool) -> tuple:
-    """The prompt that an answer brings with it (None if it is the response alone), and the response."""
+    """The prompt that stands before an answer in its own field (None if there is none), and the response."""
     if isinstance(value, list):
-        require(value and value[-1]["role"] == "assistant", where, f'"{field}" does not end with an assistant message')
+        require(value and value[-1]["role"] == "assistant", where,
+                f'"{field}" does not end with an assistant message')
         return value[:-1] or None, value[-1]["content"]
     if has_prompt:
         return None, value
@@ -155,7 +160,7 @@ def split_answer(where: str, field: str, value: str | list[dict], has_prompt: bo
 
 
 def find_faults(row: dict, kind: str, fields: list[str], prompt, answers: dict[str, tuple]):
-    """Yields (kind of fault, message) for rows as real data has them: well formed, with nothing to learn from."""
+    """Yields (kind of fault, message) for a row that is well formed and has nothing to learn from."""
     last_turn = prompt if isinstance(prompt, str) else text_of(prompt[-1:])
     if not last_turn.strip():
         yield "empty prompt", '"prompt" is empty'
@@ -165,9 +170,10 @@ def find_faults(row: dict, kind: str, fields: list[str], prompt, answers: dict[s
             yield "fewer than two responses", "a ranking needs at least two responses"
         for field in (score_field, "systems"):
             if field in row and len(row[field]) != len(answers):
-                yield "different lengths", f'"{field}" has length {len(row[field])} for {len(answers)} responses'
+                yield ("different lengths",
+                       f'"{field}" has length {len(row[field])} for {len(answers)} responses')
         for i, score in enumerate(row[score_field]):
-            if not abs(score) <= sys.float_info.max:  # also so for NaN, and for an integer that no float can hold
+            if not abs(score) <= sys.float_info.max:  # also true for NaN and for an integer beyond any float
                 yield "score not finite", f'"{score_field}[{i}]" is not finite'
     for field, (own_prompt, response) in answers.items():
         if own_prompt not in (None, prompt):
@@ -204,8 +210,9 @@ def check_types(where: str, row: dict, kind: str, fields: list[str]):
             require(type(level) is int, where, f'"attributes" has "{name}", which is not an integer')
 
 
-def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=None, chat: bool = False) -> tuple:
-    """(example, key to split by, None), or (None, None, fault). A pair comes out as a ranking of two."""
+def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=None,
+              chat: bool = False) -> tuple:
+    """(example, key to split by, None), or (None, None, fault). A pair becomes a ranking of two."""
     check_types(where, row, kind, fields)
     values = {field: row[field] for field in fields if field != "prompt"}
     if kind == "ranking":
@@ -226,15 +233,19 @@ def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=Non
     if kind == "pair":
         return Ranking(prompt, responses, [1.0, 0.0]), key, None
     if kind == "ranking":
-        return Ranking(prompt, responses, [float(score) for score in row[fields[1]]], row.get("systems", [])), key, None
+        scores = [float(score) for score in row[fields[1]]]
+        return Ranking(prompt, responses, scores, row.get("systems", [])), key, None
     if kind == "demonstration":
         return Demonstration(prompt, responses[0], row.get("attributes", {})), key, None
     return prompt, key, None
 
 
 def choose_test_prompts(keys: dict[str, str]) -> set[str]:
-    """About a tenth of the prompts, chosen by a hash of each one's key alone, so that neither the order of the file nor
-    its labels nor its other rows matter. Each split gets at least one."""
+    """About a tenth of the prompts; each split gets at least one.
+
+    A prompt is chosen by a hash of its own key, so the order of the file, its labels and its other rows have
+    no influence.
+    """
     digests = {prompt: hashlib.sha256(key.encode()).hexdigest() for prompt, key in keys.items()}
     below = sum(int(digest, 16) < TEST_SHARE * 2**256 for digest in digests.values())
     by_digest = sorted(digests, key=lambda prompt: (digests[prompt], prompt))
@@ -242,7 +253,7 @@ def choose_test_prompts(keys: dict[str, str]) -> set[str]:
 
 
 def pairs_of(ranking: Ranking) -> list[Pair]:
-    """Every two responses that differ in text and score, as in InstructGPT (Ouyang et al., 2022, section 3.5)."""
+    """Every two responses that differ in text and score, as in InstructGPT (Ouyang et al., 2022, 3.5)."""
     scored = list(zip(ranking.scores, ranking.responses))
     return [Pair(ranking.prompt, a, b) if high > low else Pair(ranking.prompt, b, a)
             for (high, a), (low, b) in combinations(scored, 2) if high != low and a != b]
@@ -253,11 +264,15 @@ def best_of(ranking: Ranking) -> Demonstration:
 
 
 def rated(rankings: list[Ranking]) -> list[Demonstration]:
-    """Every response with two attributes, score and length in words, as levels 0 to 9: how many tenths of all have less of it."""
+    """Every response with two attributes, score and length in words, as levels 0 to 9.
+
+    The level is the number of whole tenths of all responses that have a lower value.
+    """
     rows = [(ranking.prompt, text, {"score": score, "length": len(text.split())})
             for ranking in rankings for text, score in zip(ranking.responses, ranking.scores)]
     ordered = {name: sorted(values[name] for _, _, values in rows) for name in ("score", "length")}
-    return [Demonstration(prompt, text, {name: 10 * bisect_left(ordered[name], value) // len(rows) for name, value in values.items()})
+    return [Demonstration(prompt, text, {name: 10 * bisect_left(ordered[name], value) // len(rows)
+                                         for name, value in values.items()})
             for prompt, text, values in rows]
 
 
@@ -271,7 +286,8 @@ def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> 
     task = Task(name, {split: list(dict.fromkeys(map(prompt_of, rows[split]))) for split in rows})
     if kind in ("pair", "ranking"):
         task.rankings = rows
-        task.pairs = {split: [pair for ranking in rows[split] for pair in pairs_of(ranking)] for split in rows}
+        task.pairs = {split: [pair for ranking in rows[split] for pair in pairs_of(ranking)]
+                      for split in rows}
         task.demonstrations = {split: [best_of(ranking) for ranking in rows[split]] for split in rows}
         task.ratings = {split: rated(rows[split]) for split in rows}
     if kind == "demonstration":
@@ -280,8 +296,12 @@ def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> 
     return task
 
 
-def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False, skip_bad_rows: bool = False) -> Task:
-    """`limit`: read only the first so many usable rows (0: all). `chat`: plain prompts become a user's turn."""
+def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
+         skip_bad_rows: bool = False) -> Task:
+    """The task in a file or hub data set.
+
+    limit: read only the first so many usable rows (0: all). chat: plain prompts become a user's turn.
+    """
     path, name = locate(source)
     examples, keys, left_out, file_kind = [], {}, Counter(), None
     for where, row in read_rows(path):
@@ -295,17 +315,19 @@ def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False, skip_b
             left_out[reason] += 1
             continue
         examples.append(example)
-        # The key is the prompt before the chat template: templates differ between models and may print today's date,
-        # and the split must not. Two keys can come out as one prompt, which must not land in both splits: the smaller.
+        # The key is the prompt before the chat template. Templates differ between models and may print
+        # today's date; the split must not depend on that. Two keys may give one prompt: the smaller key
+        # decides, so that the prompt is in one split only.
         keys[prompt_of(example)] = min(key, keys.get(prompt_of(example), key))
         if len(examples) == limit:
             break
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
-        print(f"left out {left_out.total()} of {len(examples) + left_out.total()} rows: {reasons}", file=sys.stderr)
+        total = len(examples) + left_out.total()
+        print(f"left out {left_out.total()} of {total} rows: {reasons}", file=sys.stderr)
     if not examples:
         raise UserError(f"{path.name}: no usable row")
     if len(keys) < 2:
-        raise UserError(f"{path.name}: all rows have the same prompt; at least two different prompts are needed, "
-                        "one to train on and one to test on")
+        raise UserError(f"{path.name}: all rows have the same prompt; at least two different prompts are "
+                        "needed, one to train on and one to test on")
     return build_task(name, file_kind, examples, choose_test_prompts(keys))

@@ -1,4 +1,4 @@
-"""Short film reviews in a small fragment of English, with a gold reward that is computed from the text itself.
+"""Short film reviews in a small fragment of English, with a gold reward that is computed from the text.
 
     prompt     review this french western and mention the ending:
     response    the ending was not very good, but i loved the songs.
@@ -9,12 +9,12 @@ clauses, so that the true reward of every sample is known, next to the proxy rew
 to see.
 
     prompts      make_prompts, parse_prompt     genre x aspect x origin, in four wordings
-    grammar      parse, fluent                  the exact counterpart of perplexity: is it a review at all?
+    grammar      parse, fluent                  is it a review at all? An exact answer, unlike perplexity
     gold         gold                           the reward that an ideal judge would give
     attributes   attributes                     five levels, for methods that are steered by them
-    writers      write, style_pair              people of known skill and habits, who provide the training text
-    annotators   annotate                       people who compare two responses, and are wrong 27% of the time
-    raters       rate                           people who write down the levels of attributes, more or less
+    writers      write, style_pair              people of known skill and habits, who write the training text
+    annotators   annotate                       people who compare two responses, wrong 27% of the time
+    raters       rate                           people who rate the attributes of a response, with errors
 
 Every text is the concatenation of its TOKEN_PATTERN matches, and all of these are in VOCABULARY.
 """
@@ -42,16 +42,19 @@ PLURAL = ("songs", "jokes", "costumes", "stunts", "effects", "characters")
 ASPECTS = SINGULAR + PLURAL
 ORIGINS = ("old", "recent", "french", "italian", "japanese", "american", "silent", "obscure")
 
-# What a genre adds to the gold reward, whatever is written. The best documentary response is worth less than a
-# middling comedy response: scores may be compared within a prompt, and mislead between prompts.
-GENRE_OFFSET = {"comedy": 0.6, "musical": 0.5, "thriller": 0.4, "mystery": 0.3, "romance": 0.2, "western": 0.1,
-                "drama": -0.1, "fantasy": -0.2, "cartoon": -0.3, "satire": -0.4, "tragedy": -0.5, "documentary": -0.6}
+# What a genre adds to the gold reward, whatever is written. The best documentary response has less gold than
+# a mediocre comedy response: scores can be compared within a prompt, not between prompts.
+GENRE_OFFSET = {"comedy": 0.6, "musical": 0.5, "thriller": 0.4, "mystery": 0.3, "romance": 0.2,
+                "western": 0.1, "drama": -0.1, "fantasy": -0.2, "cartoon": -0.3, "satire": -0.4,
+                "tragedy": -0.5, "documentary": -0.6}
 
 # No word starts with a silent h or a "yoo" sound, so the first letter alone decides between "a" and "an".
-ADJECTIVES = _valued({1.0: "brilliant superb wonderful", 0.7: "charming clever elegant", 0.4: "good decent enjoyable",
-                      -0.4: "weak odd forgettable", -0.7: "bad boring irritating", -1.0: "terrible awful dreadful"})
+ADJECTIVES = _valued({1.0: "brilliant superb wonderful", 0.7: "charming clever elegant",
+                      0.4: "good decent enjoyable", -0.4: "weak odd forgettable",
+                      -0.7: "bad boring irritating", -1.0: "terrible awful dreadful"})
 INTENSIFIERS = ("very", "truly", "really", "utterly", "remarkably")
-OPINIONS = _valued({1.0: "loved", 0.7: "enjoyed", 0.4: "liked", -0.4: "endured", -0.7: "disliked", -1.0: "hated"})
+OPINIONS = _valued({1.0: "loved", 0.7: "enjoyed", 0.4: "liked",
+                    -0.4: "endured", -0.7: "disliked", -1.0: "hated"})
 DENIALS = _valued({1.0: "love", 0.7: "enjoy", 0.4: "like", -0.4: "mind", -0.7: "regret", -1.0: "hate"})
 EMPHASIS = ("really", "truly")
 EFFECTS = _valued({1.0: "thrilled", 0.7: "moved charmed", 0.4: "amused",
@@ -60,18 +63,17 @@ AUDIENCES = ("me", "us", "everyone", "my cat", "the critics", "the whole row")
 DEGREES = ("deeply", "immensely", "to tears")
 DETERMINERS = ("the", "its", "even the")
 ASIDES = ("in my opinion", "if you ask me")
-VERDICTS = {"see it twice": 1.0, "i would watch it again": 0.7, "see it with friends": 0.7, "i forgot my popcorn": 0.7,
-            "give it a chance": 0.4, "my mother would love it": 0.4, "wait for a rainy day": -0.4,
-            "bring a pillow": -0.7, "i would not recommend it": -0.7,
+VERDICTS = {"see it twice": 1.0, "i would watch it again": 0.7, "see it with friends": 0.7,
+            "i forgot my popcorn": 0.7, "give it a chance": 0.4, "my mother would love it": 0.4,
+            "wait for a rainy day": -0.4, "bring a pillow": -0.7, "i would not recommend it": -0.7,
             "skip it": -1.0, "i want my money back": -1.0, "even my cat walked out": -1.0}
 VALENCE = ADJECTIVES | OPINIONS | DENIALS | EFFECTS | VERDICTS
 
 STORIES = ("follows", "is about", "stars")
-MOODS = ("lonely", "retired", "nervous", "angry", "elderly", "invisible", "heroic", "sleepy", "polite", "hungry", "jealous",
-         "ambitious")
-HEROES = ("sheriff", "accountant", "vampire", "dentist", "librarian", "detective", "goose", "spy", "plumber", "king",
-          "wizard", "baker", "pirate", "nurse", "butler", "astronaut", "poet",
-          "gardener")
+MOODS = ("lonely", "retired", "nervous", "angry", "elderly", "invisible", "heroic", "sleepy", "polite",
+         "hungry", "jealous", "ambitious")
+HEROES = ("sheriff", "accountant", "vampire", "dentist", "librarian", "detective", "goose", "spy", "plumber",
+          "king", "wizard", "baker", "pirate", "nurse", "butler", "astronaut", "poet", "gardener")
 PLACES = ("in a small town", "on a sinking ship", "on the moon", "in a tax office", "at a wedding",
           "in the desert", "at the north pole", "behind a bakery", "in a lighthouse", "under the opera")
 
@@ -88,7 +90,7 @@ TEMPLATES = ("review this {origin} {genre} and mention the {aspect}:",
              "write about this {origin} {genre}, with a word on the {aspect}:",
              "you saw this {origin} {genre}. how {was} the {aspect}?",
              "is this {origin} {genre} any good? tell us about the {aspect}:")
-SPLITS = {"train": range(0, 75), "test": range(75, 90), "validation": range(90, 100)}  # percent of the requests
+SPLITS = {"train": range(0, 75), "test": range(75, 90), "validation": range(90, 100)}  # percent of requests
 
 
 def _was(aspect: str) -> str:
@@ -107,13 +109,13 @@ def parse_prompt(prompt: str) -> Request:
 
 
 def split_of(request: Request) -> str:
-    """The request is hashed, not the prompt: in other words it would still be the same question."""
+    """Hashes the request, not the prompt: the four wordings of one request are in one split."""
     percentile = int(hashlib.sha256(" ".join(request).encode()).hexdigest(), 16) % 100
     return next(split for split, percentiles in SPLITS.items() if percentile in percentiles)
 
 
 def make_prompts(split: str, n: int, seed: int) -> list[str]:
-    """n distinct prompts. The seed chooses among the prompts of the split, never which split a prompt is in."""
+    """n distinct prompts. The seed chooses among the prompts of the split; it does not change the split."""
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
     prompts = [prompt for prompt, request in REQUESTS.items() if split_of(request) == split]
@@ -169,7 +171,7 @@ def _parse_clause(text: str) -> Clause | None:
             word_valence = VALENCE.get(part("word"), 0.0)
             valence = max(-1.0, min(1.0, word_valence * (1.3 if part("by") else 1.0)))
             if part("negated"):
-                valence *= -0.5  # "not terrible" is faint praise: turn the sign, halve the strength
+                valence *= -0.5  # "not terrible" is weak praise: flip the sign, halve the strength
             return Clause(shape, part("aspect"), part("genre"), valence, float(shape != "opener"),
                           bool(part("by")) or abs(word_valence) == 1.0, bool(_FIRST_PERSON.search(text)))
     return None
@@ -189,10 +191,12 @@ def parse(text: str) -> list[Clause] | None:
         return None
     for i, joiner in enumerate(joiners):
         before, after = clauses[i], clauses[i + 1]
-        if before.shape == "verdict" or after.shape == "opener" or (joiner == ", so" and after.shape != "verdict"):
+        if (before.shape == "verdict" or after.shape == "opener"
+                or (joiner == ", so" and after.shape != "verdict")):
             return None
         if joiner in (", but", ", yet"):  # what follows a "but" is what the writer means
-            clauses[i], clauses[i + 1] = before._replace(weight=0.5 * before.weight), after._replace(weight=1.5)
+            clauses[i] = before._replace(weight=0.5 * before.weight)
+            clauses[i + 1] = after._replace(weight=1.5)
     return clauses
 
 
@@ -213,18 +217,18 @@ def _sentiment(clauses: list[Clause]) -> float:
 def gold(prompt: str, response: str, stopped: bool = True, length_bonus: float = 0.0) -> float:
     """The true reward of a response, in GOLD_RANGE unless there is a length bonus.
 
-      sentiment                  [-1, 1]   weighted mean of the valences of the clauses that judge; 0 without any
+      sentiment                  [-1, 1]   weighted mean of the valences of clauses that judge; 0 without any
     + 0.5 * on_topic                       the aspect that the prompt asks for is mentioned
     - 0.3 * min(repeats, 2)                mentions of an aspect that was mentioned before
     - 0.3 * wrong_genre                    the opener names another genre than the prompt
-      ... or -1 in place of the four lines above, where the grammar does not parse the response
+      ... or -1 instead of the four lines above, where the grammar does not parse the response
     - 0.5 * (not stopped)                  the response ran into the length limit
     + GENRE_OFFSET[genre]   [-0.6, 0.6]
-    + length_bonus * clauses               a bias towards length to switch on, as annotators have it
+    + length_bonus * clauses               an optional bias towards length, like that of annotators
 
     Valence of a clause: that of its word, times 1.3 with an intensifier (capped at 1), times -0.5 under
-    "not". Weight of a clause: 1; "but" and "yet" halve that of the clause before them, and make that of the
-    clause after 1.5.
+    "not". Weight of a clause: 1; "but" and "yet" halve the weight of the clause before them, and set the
+    weight of the clause after them to 1.5.
     """
     request, clauses = parse_prompt(prompt), parse(response)
     if clauses is None:
@@ -233,8 +237,8 @@ def gold(prompt: str, response: str, stopped: bool = True, length_bonus: float =
         aspects = [clause.aspect for clause in clauses if clause.aspect]
         repeats = len(aspects) - len(set(aspects))
         wrong_genre = any(clause.genre not in (None, request.genre) for clause in clauses)
-        score = (_sentiment(clauses) + 0.5 * (request.aspect in aspects) - 0.3 * min(repeats, 2) - 0.3 * wrong_genre
-                 + length_bonus * len(clauses))
+        score = (_sentiment(clauses) + 0.5 * (request.aspect in aspects) - 0.3 * min(repeats, 2)
+                 - 0.3 * wrong_genre + length_bonus * len(clauses))
     return score - 0.5 * (not stopped) + GENRE_OFFSET[request.genre]
 
 
@@ -244,16 +248,19 @@ ATTRIBUTES = ("sentiment", "topicality", "verbosity", "intensity", "personal")
 
 
 def attributes(prompt: str, response: str) -> dict[str, int]:
-    """Levels 0 to 9: the sentiment from worst to best; the share of clauses that name the aspect or the genre
-    asked for; a level for every three words from the sixth on; the share of strong clauses; the share of
-    clauses
-    in the first person. Text that the grammar does not parse gets 0 throughout."""
+    """Levels 0 to 9 of a response, in the order of ATTRIBUTES.
+
+    The sentiment from worst to best; the share of clauses that name the aspect or the genre asked for; a
+    level for every three words from the sixth on; the share of strong clauses; the share of clauses in the
+    first person. Text that the grammar does not parse gets 0 everywhere.
+    """
     request, clauses = parse_prompt(prompt), parse(response)
     if clauses is None:
         return dict.fromkeys(ATTRIBUTES, 0)
     count = len(clauses)
     shares = (0.5 + 0.5 * _sentiment(clauses),
-              sum(request.aspect == clause.aspect or request.genre == clause.genre for clause in clauses) / count,
+              sum(request.aspect == clause.aspect or request.genre == clause.genre
+                  for clause in clauses) / count,
               min(max(len(response.split()) - 5, 0) / 27, 1.0),
               sum(clause.strong for clause in clauses) / count,
               sum(clause.personal for clause in clauses) / count)
@@ -275,13 +282,13 @@ class Writer:
     shapes: tuple[float, ...] = (8, 3, 2, 4, 3)  # weights of JUDGING
     opener: float = 0.25             # where there are two clauses or more
     verdict: float = 0.35
-    steady: float = 0.92             # a clause shares the mood of the review
+    steady: float = 0.92             # a clause is for or against as the review is
     intensify: float = 0.3
     negate: float = 0.2
     aside: float = 0.1
     repeat: float = 0.0              # one aspect is mentioned twice, where there is room
     wrong_genre: float = 0.0
-    slip: float = 0.0                # the finished text is damaged, nearly always beyond the grammar
+    slip: float = 0.0                # the finished text is damaged; nearly always it no longer parses
 
 
 WRITERS = {
@@ -297,7 +304,8 @@ WRITERS = {
 
 WORDS = {"copula": ADJECTIVES, "opinion": OPINIONS, "denial": DENIALS, "effect": EFFECTS, "has": ADJECTIVES,
          "verdict": VERDICTS}
-BOOSTERS = {"copula": INTENSIFIERS, "opinion": EMPHASIS, "denial": EMPHASIS, "effect": DEGREES, "has": INTENSIFIERS}
+BOOSTERS = {"copula": INTENSIFIERS, "opinion": EMPHASIS, "denial": EMPHASIS, "effect": DEGREES,
+            "has": INTENSIFIERS}
 
 
 def _article(phrase: str) -> str:
@@ -368,7 +376,8 @@ def _slip(text: str, rng: random.Random) -> str:
     words = text[1:].split(" ")
     i = rng.randrange(len(words))
     slips = [text[:-1], " " + " ".join(words[:i] + words[i + 1:]), " " + " ".join(words[:i + 1] + words[i:])]
-    return rng.choice(slips + [text.replace(right, wrong, 1) for right, wrong in swaps.items() if right in text])
+    swapped = [text.replace(right, wrong, 1) for right, wrong in swaps.items() if right in text]
+    return rng.choice(slips + swapped)
 
 
 def write(writer_name: str, prompt: str, rng: random.Random) -> str:
@@ -382,7 +391,7 @@ def write(writer_name: str, prompt: str, rng: random.Random) -> str:
 
 
 def style_pair(prompt: str, rng: random.Random) -> tuple[str, str]:
-    """A chatty and a dry response of equal gold (within 0.05): a preference between them is one of style alone."""
+    """A chatty and a dry response of equal gold (within 0.05): they differ only in style."""
     while True:
         chatty, dry = ([write(name, prompt, rng) for _ in range(4)] for name in ("chatty", "dry"))
         for pair in itertools.product(chatty, dry):
@@ -393,22 +402,26 @@ def style_pair(prompt: str, rng: random.Random) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------- annotators
 
 
-def annotate(gold_a: float, gold_b: float, rng: random.Random, temperature: float = 0.5, flip: float = 0.1) -> bool:
-    """Does this annotator prefer a? Bradley-Terry on gold, then a label the wrong way round with probability flip.
+def annotate(gold_a: float, gold_b: float, rng: random.Random, temperature: float = 0.5,
+             flip: float = 0.1) -> bool:
+    """Does this annotator prefer a? Bradley-Terry on gold, then the label is flipped with probability flip.
 
-    With the defaults a label on two crowd responses to one prompt agrees with gold 73% of the time, about as
-    people do.
+    With the defaults a label on two crowd responses to one prompt agrees with gold 73% of the time, which is
+    about the rate of real annotators.
     """
-    sigmoid = 0.5 + 0.5 * math.tanh((gold_a - gold_b) / temperature / 2)  # in a form that cannot overflow
+    sigmoid = 0.5 + 0.5 * math.tanh((gold_a - gold_b) / temperature / 2)  # this form cannot overflow
     return (rng.random() < sigmoid) != (rng.random() < flip)
 
 
-def make_raters(names: Sequence[str], noise: float, rng: random.Random, count: int = 20) -> list[dict[str, float]]:
-    """People who rate attributes: how many levels each is too mild about each; half as much, in deviation, as their noise."""
+def make_raters(names: Sequence[str], noise: float, rng: random.Random,
+                count: int = 20) -> list[dict[str, float]]:
+    """People who rate attributes: each one's constant bias, in levels, of standard deviation noise / 2."""
     return [{name: rng.gauss(0, noise / 2) for name in names} for _ in range(count)]
 
 
-def rate(levels: dict[str, int], raters: list[dict[str, float]], noise: float, rng: random.Random) -> dict[str, int]:
-    """The levels that one of the raters writes down: the truth, the rater's habit, and noise of this deviation, in 0 to 9."""
-    habits = rng.choice(raters)
-    return {name: min(max(round(level + habits[name] + rng.gauss(0, noise)), 0), 9) for name, level in levels.items()}
+def rate(levels: dict[str, int], raters: list[dict[str, float]], noise: float,
+         rng: random.Random) -> dict[str, int]:
+    """The levels that one of the raters writes down: the truth, the rater's bias and noise, in 0 to 9."""
+    biases = rng.choice(raters)
+    return {name: min(max(round(level + biases[name] + rng.gauss(0, noise)), 0), 9)
+            for name, level in levels.items()}

@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
+import harness
 import ppo
-from conftest import close, parameters, tensor
-from lm import pack
+from common import UserError, pack
+from conftest import cases, close, parameters, tensor
+from harness import loading
 from ppo import adapted_kl_coef, gae, kl_penalised_rewards, masked_mean, masked_whiten, policy_loss, value_loss
-from tasks import Task, UserError
-
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
+from tasks import Task
 
 
 def rand(*shape, seed=0):
@@ -48,10 +47,7 @@ def ragged(seed=0):
 # ---------------------------------------------------------------------------------------- against other people's code
 
 def fixtures(name):
-    if not (FIXTURES / f"{name}.json").exists():
-        pytest.skip(f"needs shared/fixtures/{name}.json")
-    for case in json.loads((FIXTURES / f"{name}.json").read_text()):
-        yield case["inputs"], case["expected"]
+    return [(case["inputs"], case["expected"]) for case in cases(name)]
 
 
 def test_X_M_Y_estimators_differ_from_numbers_of_other_code():
@@ -79,10 +75,10 @@ def test_X_gae_differs_from_a_fixture():
 
 
 def test_M_kl_rewards_differ_from_a_fixture():
-    cases = [case for case in fixtures("kl_rewards")
-             if case[0].get("kl_penalty", "kl") == "kl" and case[0].get("kl_estimator", "k1") == "k1"]
-    assert len(cases) == 4
-    for given, expected in cases:
+    k1 = [case for case in fixtures("kl_rewards")
+          if case[0].get("kl_penalty", "kl") == "kl" and case[0].get("kl_estimator", "k1") == "k1"]
+    assert len(k1) == 4
+    for given, expected in k1:
         mask = torch.tensor(given["response_mask"])
         scores, logps, ref = (tensor(given[key]) for key in ("scores", "logprobs", "ref_logprobs"))
         if "score_position" in expected:                    # one after the end, where there is room
@@ -256,33 +252,47 @@ def prepared(toy, out, **kwargs):
     """(Run, reference, value model) in float64; the policy is off its reference, the values are off 0."""
     config = settings(toy, **kwargs)
     out.mkdir(exist_ok=True)
-    tokenizer, policy = common.load_tokenizer(toy, config), perturbed(common.load_policy(config).double())
-    value_model = perturbed(common.load_value_model(toy, config, tokenizer).double())
-    run = common.Run(config, out, Task("toy", {"train": PROMPTS, "test": ["ab", "c"]}), tokenizer, policy, {},
-                     torch.nn.ModuleList([policy, value_model]), {"kl_coef": config.kl_coef})
+    tokenizer, policy = harness.load_tokenizer(config), perturbed(harness.load_policy(config).double())
+    value_model = perturbed(common.load_value_model(toy, tokenizer, "cpu").double())
+    run = harness.Run(config, out, Task("toy", {"train": PROMPTS, "test": ["ab", "c"]}), tokenizer, policy, {},
+                      {"kl_coef": config.kl_coef}, trained=torch.nn.ModuleList([policy, value_model]))
     torch.manual_seed(0)
-    return run, common.load_reference(config).double(), value_model
+    return run, loading.load_reference(config).double(), value_model
 
 
 def count_a(prompts, responses):
     return torch.tensor([float(text.count("a")) for text in responses])
 
 
+def train(run, plan, reward, reference, value_model):
+    """ppo.train with the prompts of the plan's steps, and with this reward and these models."""
+    prompts, rows = sum(map(list, plan), []), iter(range(sum(map(len, plan))))
+    steps = [[next(rows) for _ in step] for step in plan]
+    run.task.prompts["train"] = prompts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "shuffled_batches", lambda *args: steps)
+        patch.setattr(harness, "reward_to_maximise", lambda run: reward)
+        patch.setattr(common, "load_value_model", lambda *args: value_model)
+        patch.setattr(run, "load_reference", lambda: reference)
+        ppo.train(run)
+
+
 def trained(toy, out, plan=(PROMPTS[:4], PROMPTS[4:]), reward=count_a, **kwargs):
     """A finished Run, and the rows of metrics.jsonl that training logged."""
     run, reference, value_model = prepared(toy, out, **kwargs)
-    ppo.train(run, plan, reward, reference, value_model)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train(run, plan, reward, reference, value_model)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return run, [row for row in rows if "loss/policy" in row]
 
 
-def sgd(model, optimizer, schedule, config):
-    """Stands in for optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.05 * parameter.grad
-            parameter.grad = None
-    return 0.0
+def sgd(model, lr, steps, schedule="linear", warmup=0.0):
+    """Stands in for common.adamw: Adam's first steps hide a gradient's scale, and clipping does too."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+UNCLIPPED = {"max_grad_norm": 1e9}
+NO_STEP = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)                     # optimizer or schedule
 
 
 def spy(monkeypatch, module, name, note):
@@ -310,7 +320,7 @@ def plain_logps(model, prompt, response, temperature):
 def test_M_D_I_rollout_differs_from_a_loop_over_rows(toy, tmp_path, monkeypatch, temperature, whiten):
     rows, totals, given = [([1], [1, 2, 0]), ([2, 3], [1, 2, 3, 1])], (2.0, 3.0 - 0.25), []      # the second has no EOS
     batch = pack(rows, 0)
-    monkeypatch.setattr(common, "rollout", lambda run, _: (batch, ["", ""], common.finished(run.tokenizer, batch)))
+    monkeypatch.setattr(harness, "rollout", lambda run, _: (batch, ["", ""], common.finished(run.tokenizer, batch)))
     spy(monkeypatch, ppo, "gae", lambda _, *args: given.append(args[0]))
     run, reference, value_model = prepared(toy, tmp_path, temperature=temperature, kl_coef=0.3, gamma=0.9,
                                            missing_eos_penalty=0.25, whiten_rewards=whiten, token_budget=7)
@@ -368,25 +378,26 @@ def test_expected_gradient_is_not_that_of_reward_less_kl(toy, tmp_path, temperat
 # ------------------------------------------------------------------------------------------------------------- updates
 
 def test_one_update_differs_from_a_plain_policy_gradient_step(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "optimizer_step", sgd)
+    monkeypatch.setattr(common, "adamw", sgd)
     kept = []
     spy(monkeypatch, ppo, "collect", lambda old, run, *_: kept.extend((old, copy.deepcopy(run.trained))))
     run, _ = trained(toy, tmp_path, [PROMPTS], ppo_epochs=1, batch_size=7, minibatch_size=7, temperature=0.7,
-                     vf_coef=0.3)
+                     vf_coef=0.3, **UNCLIPPED)
     old, networks = kept
     where, start = old.mask.bool(), parameters(networks).clone()
     assert len(set(where.sum(1).tolist())) > 2
     gains = (old.advantages * common.token_logps(networks[0], old.batch, 0.7))[where]
     errors = (common.token_values(networks[1], old.batch) - old.returns)[where]
     (-gains.mean() + 0.3 * 0.5 * (errors ** 2).mean()).backward()
-    sgd(networks, None, None, None)
+    optimizer, _ = sgd(networks, None, None)
+    optimizer.step()
     assert (parameters(networks) - start).abs().max() > 1e-3
     close(parameters(run.trained), parameters(networks), 1e-6)
 
 
 def test_O_AH_token_budget_or_padding_changes_what_is_learned_or_logged(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "optimizer_step", sgd)
-    sizes, used, results, rollout = [], [], [], common.rollout
+    monkeypatch.setattr(common, "adamw", sgd)
+    sizes, used, results, rollout = [], [], [], harness.rollout
     spy(monkeypatch, ppo, "policy_loss", lambda _, new_logps, *__: sizes.append(len(new_logps)))
     spy(monkeypatch, ppo, "update", lambda _, run, old, rows, *__: used.append(rows.tolist()))
 
@@ -397,9 +408,9 @@ def test_O_AH_token_budget_or_padding_changes_what_is_learned_or_logged(toy, tmp
     for budget, padding, parts in ((100000, False, [3] * 4 + [1, 1]), (1, False, [1] * 14),
                                    (22, False, [2, 1] * 4 + [1, 1]), (100000, True, [3] * 4 + [1, 1])):
         sizes.clear(), used.clear()
-        monkeypatch.setattr(common, "rollout", wide if padding else rollout)
+        monkeypatch.setattr(harness, "rollout", wide if padding else rollout)
         run, rows = trained(toy, tmp_path / f"{budget} {padding}", [PROMPTS[:6], PROMPTS[6:]], token_budget=budget,
-                            batch_size=6, minibatch_size=3, kl_coef=0.3, clip=0.01)
+                            batch_size=6, minibatch_size=3, kl_coef=0.3, clip=0.01, **UNCLIPPED)
         assert sizes == parts and len(rows) == 2            # six prompts, then a ragged one
         assert [sorted(used[i] + used[i + 1]) for i in (0, 2)] == [list(range(6))] * 2 and used[:2] != used[2:4]
         results.append((parameters(run.trained), rows))
@@ -415,8 +426,11 @@ def test_O_AH_token_budget_or_padding_changes_what_is_learned_or_logged(toy, tmp
 def test_G_ratio_is_not_1_before_the_first_update_or_without_one(toy, tmp_path, monkeypatch, lr):
     off, seen, rates = [], [], []
     spy(monkeypatch, ppo, "policy_loss", lambda _, new, old, *__: off.append((new - old).abs().max().item()))
-    spy(monkeypatch, ppo, "update", lambda metrics, *_: seen.append(metrics))
-    spy(monkeypatch, common, "optimizer_step", lambda *args: rates.extend(args[3].get_last_lr()))
+    def note(metrics, run, old, rows, networks, optimizer, schedule):
+        seen.append(metrics)
+        rates.extend(schedule.get_last_lr())
+
+    spy(monkeypatch, ppo, "update", note)
     trained(toy, tmp_path, [PROMPTS[:4], PROMPTS[:2]], lr=lr, token_budget=1, temperature=0.7)
     assert len(seen) == 6 and len(off) == 12                # passes over two minibatches, then over one; of two parts
     for i, metrics in enumerate(seen):
@@ -441,37 +455,47 @@ def test_G_policy_that_scores_otherwise_than_before_goes_unnoticed(toy, tmp_path
         monkeypatch.setattr(common, "token_logps", lambda model, batch, temperature: plain(
             model, batch, temperature * (1.1 if torch.is_grad_enabled() else 1)))
     with pytest.raises(AssertionError, match="ratio is not 1"):
-        ppo.train(run, [PROMPTS[:4]], count_a, *models)
+        train(run, [PROMPTS[:4]], count_a, *models)
     assert torch.equal(parameters(run.trained), before)
 
 
 def test_Z_policy_and_value_loss_reach_into_each_others_network(toy, tmp_path, monkeypatch):
-    run, reference, value_model = prepared(toy, tmp_path)
+    run, reference, value_model = prepared(toy, tmp_path, **UNCLIPPED)
     storages = [{p.data_ptr() for p in model.parameters()} for model in (run.policy, reference, value_model)]
     assert len(set.union(*storages)) == sum(map(len, storages))
     norms = []
 
-    def note(networks, *_):
-        norms.append([sum(p.grad.norm().item() for p in network.parameters()) for network in networks])
-        networks.zero_grad()
-        return 0.0
+    def note():
+        norms.append([sum(p.grad.norm().item() for p in network.parameters()) for network in run.trained])
 
-    monkeypatch.setattr(common, "optimizer_step", note)
+    optimizer = SimpleNamespace(step=note, zero_grad=run.trained.zero_grad)
     old = ppo.collect(run, PROMPTS, count_a, reference, value_model)
     for change in (dict(), dict(advantages=0 * old.advantages), dict(returns=old.values)):
-        ppo.update(run, SimpleNamespace(**(vars(old) | change)), torch.arange(7), value_model, first=True)
+        ppo.update(run, SimpleNamespace(**(vars(old) | change)), torch.arange(7), run.trained, optimizer, NO_STEP,
+                   first=True)
     both, only_value, only_policy = norms
     assert only_value == pytest.approx([0, both[1]]) and only_policy == pytest.approx([both[0], 0]) and min(both) > 0.01
 
 
+@pytest.mark.parametrize("bound", [1e-3, 1e9])
+def test_gradients_of_both_networks_are_not_clipped_together_or_the_clipped_norm_is_logged(
+        toy, tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(common, "adamw", sgd)
+    kept = []
+    spy(monkeypatch, ppo, "collect", lambda old, run, *_: kept.append(parameters(run.trained)))
+    run, [row] = trained(toy, tmp_path, [PROMPTS], ppo_epochs=1, batch_size=7, minibatch_size=7, max_grad_norm=bound)
+    moved = (parameters(run.trained) - kept[0]).norm().item()
+    assert row["grad_norm"] > 0.01 and moved == pytest.approx(0.05 * min(bound, row["grad_norm"]), rel=1e-3)
+
+
 def test_Z_values_are_not_0_at_the_start_or_token_ids_are_misread(toy, tmp_path):
     run, *_ = prepared(toy, tmp_path)
-    value_model = common.load_value_model(toy, run.config, run.tokenizer)
+    value_model = common.load_value_model(toy, run.tokenizer, "cpu")
     assert (common.token_values(value_model, pack([([1], [1, 2, 0]), ([2, 3], [1])], 0)) == 0).all()
-    assert torch.equal(value_model.model.embed_tokens.weight, common.load_policy(run.config).model.embed_tokens.weight)
-    common.load_value_model(save(tmp_path / "same", hidden=8), run.config, run.tokenizer)
+    assert torch.equal(value_model.model.embed_tokens.weight, harness.load_policy(run.config).model.embed_tokens.weight)
+    common.load_value_model(save(tmp_path / "same", hidden=8), run.tokenizer, "cpu")
     with pytest.raises(UserError, match="value model .*other has another tokenizer") as error:
-        common.load_value_model(save(tmp_path / "other", "bca"), run.config, run.tokenizer)
+        common.load_value_model(save(tmp_path / "other", "bca"), run.tokenizer, "cpu")
     assert "\n" not in str(error.value)
 
 
@@ -500,9 +524,8 @@ def test_logged_numbers_differ_from_their_definitions(toy, tmp_path, monkeypatch
                 "policy/approxkl": 0.5 * masked_mean(ratios.log() ** 2, mask),
                 "loss/policy": policy_loss(logps, old.logps[rows], gains, mask, 0.3)[0],
                 "loss/value": value_loss(values, old.values[rows], old.returns[rows], mask, 0.1)}
-    monkeypatch.setattr(common, "optimizer_step", lambda *_: 0.0)
     run.config.token_budget = 1
-    metrics = ppo.update(run, old, rows, run.trained[1], first=False)
+    metrics = ppo.update(run, old, rows, run.trained, NO_STEP, NO_STEP, first=False)
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5) and abs(value) > 0.01
 
@@ -526,7 +549,7 @@ def test_AD_reward_that_is_not_finite_moves_the_weights(toy, tmp_path, value):
         return torch.tensor([0.5, 1.0, value if len(kept) == 2 else 1.5, 2.0])
 
     with pytest.raises(UserError, match=f"step 2: the reward is {value} for the prompt 'cab'"):
-        ppo.train(run, [PROMPTS[:4]] * 3, reward, *models)
+        train(run, [PROMPTS[:4]] * 3, reward, *models)
     assert not torch.equal(kept[0], kept[1]) and torch.equal(parameters(run.trained), kept[1])
 
 
@@ -561,20 +584,28 @@ def whole(toy, tmp_path, monkeypatch):
     data = Task("toy", {"train": PROMPTS, "test": ["ab", "c"]},
                 gold=lambda prompt, response, ended: float(response.count("a")))
     kept = []
-    monkeypatch.setattr(common, "load_task", lambda config: data)
-    spy(monkeypatch, ppo, "train", lambda _, run, *__: kept.append(parameters(run.trained)))
+    monkeypatch.setattr(loading, "load_task", lambda config: data)
+    spy(monkeypatch, ppo, "train", lambda _, run: kept.append(parameters(run.trained)))
 
     def run(name, **kwargs):
-        ppo.run(settings(toy, **{**dict(out=str(tmp_path / name), epochs=1.0, lr=3e-3), **kwargs}))
-        return (tmp_path / name / "metrics.jsonl").read_text(), kept.pop()
+        harness.launch(ppo.train, settings(toy, **{**dict(out=str(tmp_path / name), epochs=1.0, lr=3e-3), **kwargs}))
+        return (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8"), kept.pop()
 
     return run
+
+
+def test_value_model_starts_from_something_else_than_the_policy_or_value_model(toy, tmp_path, monkeypatch, whole):
+    paths = []
+    spy(monkeypatch, common, "load_value_model", lambda _, path, *__: paths.append(path))
+    other = save(tmp_path / "values", hidden=8)
+    whole("policy"), whole("other", value_model=str(other))
+    assert [str(path) for path in paths] == [str(toy), str(other)]
 
 
 def test_AF_resumed_run_differs_from_a_straight_one(tmp_path, monkeypatch, whole):
     options = dict(epochs=3.0, save_every=3, eval_every=2, kl_target=0.1, kl_horizon=30)
     straight, weights = whole("straight", **options)
-    log = common.log
+    log = harness.Run.log
 
     def kill(run, step, metrics):
         log(run, step, metrics)
@@ -582,7 +613,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(tmp_path, monkeypatch, whole
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
+        patch.setattr(harness.Run, "log", kill)
         with pytest.raises(KeyboardInterrupt):
             whole("killed", **options)
     state = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import common
+import harness
 import pro
-import stages
 from conftest import cases, close, parameters, rand, sgd, tensor
+from harness import UserError
 from pro import pro_loss, sft_coefficient
-from tasks import Pair, Ranking, Task, UserError
+from tasks import Pair, Ranking, Task
 
 # pro-00, -03 and -07 of the fixtures: scores, rewards, and L_rank place by place.
 LITERALS = [
@@ -174,15 +175,23 @@ proxy.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))
 
 @pytest.fixture
 def trained(toy, tmp_path, monkeypatch):
-    """A function that runs pro.run in tmp_path / name: the finished Run, and the rankings it was trained on."""
-    finish, train, runs = common.finish, pro.train, []
-    monkeypatch.setattr(common, "kl_to_reference", lambda config, policy, batch, plain: torch.zeros(len(batch)))          # slow
-    monkeypatch.setattr(common, "load_rewards", lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
-    monkeypatch.setattr(pro, "train", lambda run, rankings: runs.append((run, rankings)) or train(run, rankings))
+    """A function that trains with pro.py in tmp_path / name: the finished Run, and the rankings it was trained on."""
+    collect, runs = harness.candidates, []
+
+    def spy(run, *arguments):
+        rankings = collect(run, *arguments)
+        runs.append((run, rankings))
+        return rankings
+
+    monkeypatch.setattr(harness.evaluation, "kl_to_reference",
+                        lambda config, policy, batch, plain: torch.zeros(len(batch)))                               # slow
+    monkeypatch.setattr(harness.run, "load_rewards",
+                        lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
+    monkeypatch.setattr(harness, "candidates", spy)
 
     def run(name, task=TASK, **kwargs):
-        monkeypatch.setattr(common, "load_task", lambda config: task)
-        pro.run(pro.Config(**{**dict(
+        monkeypatch.setattr(harness.loading, "load_task", lambda config: task)
+        harness.launch(pro.train, pro.Config(**{**dict(
             model=str(toy), data="toy.jsonl", out=str(tmp_path / name), sources="P", max_length=64, max_new_tokens=5, lr=1e-2,
             batch_size=4, epochs=1.0, eval_prompts=3, eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs}))
         return runs[-1]
@@ -190,8 +199,14 @@ def trained(toy, tmp_path, monkeypatch):
     return run
 
 
+def no_step(model, *settings):
+    """Stands in for common.adamw: the weights stay as they are."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
 def steps_of(run):
-    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "loss" in row]
 
 
@@ -217,11 +232,13 @@ def plain_losses(model, row, config):
 @pytest.mark.parametrize("options", [dict(), dict(sources="DP", candidates=2, dynamic_temperature=False, sft_weight=0.1, terms=2),
                                      dict(sources="D", max_new_tokens=3, candidates=6)])
 def test_O_L_S_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(trained, monkeypatch, options):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    runs = [trained(str(budget), token_budget=budget, **options) for budget in (1, 130, 100000)]
+    monkeypatch.setattr(common, "adamw", sgd)
+    runs = [trained(str(budget), token_budget=budget, max_grad_norm=1e9, **options) for budget in (1, 130, 100000)]
     config, rankings = runs[0][0].config, runs[0][1]
     assert all(others == rankings for _, others in runs)
-    policy, plan = common.load_policy(config), common.epochs(len(rankings), config)
+    policy = harness.load_policy(config)
+    optimizer, _ = sgd(policy, config.lr, 2)
+    plan = harness.shuffled_batches(len(rankings), config.epochs, config.batch_size, config.seed)
     start = parameters(policy).clone()
     assert len(plan) == 2
     assert config.sources == "D" or all(len({len(rankings[i].responses) for i in rows}) > 1 for rows in plan)      # unequal K
@@ -231,7 +248,8 @@ def test_O_L_S_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(tra
             for name, value in zip(("loss", "loss/rank", "loss/sft", "scores/best", "scores/worst"), means, strict=True):
                 assert row[name] == pytest.approx(value.item(), rel=1e-5)
         means[0].backward()
-        sgd(policy, None, None, None)
+        optimizer.step()
+        optimizer.zero_grad()
     assert (parameters(policy) - start).abs().max() > 1e-2
     for run, _ in runs:
         assert (parameters(run.policy) - parameters(policy)).abs().max() < 1e-5
@@ -240,15 +258,33 @@ def test_O_L_S_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(tra
         assert ended == {(True, True), (False, False)}
 
 
+def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(trained, monkeypatch):
+    settings, seen, log = [], [], harness.Run.log
+
+    def halving(model, *given):
+        settings.append(given)
+        seen.append(parameters(model).clone())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
+
+    monkeypatch.setattr(common, "adamw", halving)
+    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone()) or log(run, *row))
+    run, _ = trained("run", max_grad_norm=0.01)
+    assert settings == [(run.config.lr, 2, run.config.schedule, run.config.warmup)]
+    moved = [(after - before).norm().item() for before, after in zip(seen, seen[1:])]
+    assert moved == pytest.approx([0.01, 0.005], rel=1e-3)
+    assert all(row["grad_norm"] > 0.1 for row in steps_of(run))               # before clipping
+
+
 def test_D_loss_of_a_prompt_depends_on_its_batch_or_its_candidates_places(trained, monkeypatch):
-    seen, plain = {}, stages.check_finite
+    seen, plain = {}, harness.check_finite
 
     def spy(values, step, prompts, name="loss"):
         plain(values, step, prompts, name)
         seen.update(zip(prompts, values.tolist()) if name == "loss" else ())
 
-    monkeypatch.setattr(stages, "check_finite", spy)
-    monkeypatch.setattr(stages, "optimizer_step", lambda *args: 0.0)
+    monkeypatch.setattr(harness, "check_finite", spy)
+    monkeypatch.setattr(common, "adamw", no_step)
     longer = Ranking("abcdefghabcd", ["abcdefghabcdefgh", "h"], [1.0, 2.0])
     more = replace(TASK, prompts={"train": [*TASK.prompts["train"], longer.prompt], "test": ["d"]},
                    rankings={"train": [*ROWS, longer]})
@@ -307,17 +343,18 @@ def test_ranking_with_nothing_to_rank_is_not_said_or_trains_to_nan(trained, caps
     assert parameters(run.policy).isfinite().all() and (steps_of(run)[0]["loss/rank"] * 4) > math.log(6)
     assert all(math.isfinite(value) for row in steps_of(run) for value in row.values())
     run, _ = trained("single", replace(TASK, rankings={"train": FLAWED[:2]}))                  # no loss, no gradient
-    assert steps_of(run)[0]["loss"] == 0 and torch.equal(parameters(run.policy), parameters(common.load_policy(run.config)))
+    assert steps_of(run)[0]["loss"] == 0
+    assert torch.equal(parameters(run.policy), parameters(harness.load_policy(run.config)))
 
 
 def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
     runs = [trained(name, sources="DP", seed=seed)[0] for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    first, again, other = ((run.out / "metrics.jsonl").read_text() for run in runs)
+    first, again, other = ((run.out / "metrics.jsonl").read_text(encoding="utf-8") for run in runs)
     assert first == again != other and torch.equal(parameters(runs[0].policy), parameters(runs[1].policy))
 
 
 def test_AF_resumed_run_differs_or_takes_its_candidates_from_the_trained_policy(trained, monkeypatch):
-    options, log = dict(sources="D", epochs=2.0, save_every=2), common.log
+    options, log = dict(sources="D", epochs=2.0, save_every=2), harness.Run.log
     straight, rankings = trained("straight", **options)
 
     def kill(run, step, metrics):
@@ -326,11 +363,11 @@ def test_AF_resumed_run_differs_or_takes_its_candidates_from_the_trained_policy(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
+        patch.setattr(harness.Run, "log", kill)
         with pytest.raises(KeyboardInterrupt):
             trained("killed", **options)
     torch.manual_seed(999)
     resumed, again = trained("killed", resume=True, **options)
     assert again == rankings and torch.equal(parameters(resumed.policy), parameters(straight.policy))
-    first, second = ((run.out / "metrics.jsonl").read_text() for run in (straight, resumed))
+    first, second = ((run.out / "metrics.jsonl").read_text(encoding="utf-8") for run in (straight, resumed))
     assert first == second and len(steps_of(resumed)) == 4

@@ -11,11 +11,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 import common
+import harness
 import raft
-import stages
+from common import UserError
 from conftest import cases, close, parameters, sgd, tensor
+from harness import loading
+from harness.rewards import NoisyReward
 from raft import best_of_k, kl_best_of_n, select
-from tasks import Pair, Ranking, Task, UserError
+from tasks import Pair, Ranking, Task
 
 
 # --------------------------------------------------------------------------------------------------------- best of K
@@ -115,17 +118,17 @@ def test_V_noise_of_a_prompt_changes_a_local_ranking_or_noise_of_a_response_none
             for i in range(50)]
 
     def picks(reward, *ways):
-        return chosen(select(stages.scored(rows, reward), *ways))
+        return chosen(select(harness.scored(rows, reward), *ways))
 
     def noisy(kind, seed=0):
-        return stages.NoisyReward(letters, kind, seed)
+        return NoisyReward(letters, kind, seed)
 
     def faint(prompts, responses):
         return 1e-6 * letters(prompts, responses)                   # float32 would round it away beside the noise
 
     for seed in range(5):
         for reward in (letters, faint):
-            assert picks(stages.NoisyReward(reward, "prompt", seed)) == picks(letters)
+            assert picks(NoisyReward(reward, "prompt", seed)) == picks(letters)
     assert picks(noisy("prompt"), "global") != picks(letters, "global")
     assert picks(noisy("response")) == picks(noisy("response")) != picks(letters)
     assert picks(noisy("response")) != picks(noisy("response", 1))
@@ -161,22 +164,29 @@ def begun(toy, out, reward=letters, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
     torch.manual_seed(config.seed)
-    return common.Run(config, out, task(), common.load_tokenizer(toy, config), common.load_policy(config), {"proxy": reward})
+    return harness.Run(config, out, task(), harness.load_tokenizer(config), harness.load_policy(config), {"proxy": reward})
+
+
+def negative(prompts, responses):
+    return -letters(prompts, responses)
+
+
+negative.model = letters.model
 
 
 def watched(toy, out, monkeypatch, reward=letters, **kwargs):
     """A finished Run, and a list: for each event its kind, the weights and the optimizer's moments then, and its rows."""
     run, events = begun(toy, out, reward, **kwargs), []
-    sample, minimise = stages.sample_rankings, stages.minimise
+    sample, microbatches = harness.sample_rankings, run.microbatches
 
     def note(kind, rows):
         events.append(SimpleNamespace(kind=kind, weights=parameters(run.policy), moments=dict(run.optimizer.state), rows=rows))
         return rows
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "sample_rankings", lambda *args: note("sample", sample(*args)))
-        patch.setattr(common, "minimise", lambda run, step, rows, f: note("step", rows) and minimise(run, step, rows, f))
-        raft.train(run, reward, common.load_reference(run.config))
+        patch.setattr(harness, "sample_rankings", lambda *args: note("sample", sample(*args)))
+        patch.setattr(run, "microbatches", lambda rows: microbatches(note("step", rows)))       # once a step
+        raft.train(run)
     return run, events
 
 
@@ -184,16 +194,18 @@ def weights_of(model, tokenizer, rows):
     """One plain step of maximum likelihood: responses with their EOS, unless they were cut off; the mean over rows."""
     nll = [-common.sequence_logps(model, common.encode(tokenizer, [row.prompt], row.responses, row.ended)) for row in rows]
     (torch.cat(nll).sum() / len(rows)).backward()
-    sgd(model, None, None, None)
+    optimizer, _ = sgd(model, None, None)
+    optimizer.step()
+    optimizer.zero_grad()
     return parameters(model)
 
 
 @pytest.mark.parametrize("budget", [30, 100000])
 def test_O_L_rounds_differ_from_a_plain_loop(budget, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    run, events = watched(toy, tmp_path / "run", monkeypatch, token_budget=budget)
+    monkeypatch.setattr(common, "adamw", sgd)
+    run, events = watched(toy, tmp_path / "run", monkeypatch, token_budget=budget, max_grad_norm=1e9)
     assert [event.kind for event in events] == ["sample", "step", "step"] * 2            # 6 of a round, in fours
-    plain = common.load_policy(run.config)
+    plain = harness.load_policy(run.config)
     weights, seen = parameters(plain), set()
     for event in events:
         assert (event.weights - weights).abs().max() < 2e-6         # round 2 samples from what round 1 has trained
@@ -210,31 +222,40 @@ def test_O_L_rounds_differ_from_a_plain_loop(budget, toy, tmp_path, monkeypatch)
             weights = weights_of(plain, run.tokenizer, event.rows)
     assert seen == {True, False}                                    # texts that end, and texts that were cut off
     assert (parameters(run.policy) - weights).abs().max() < 2e-6
-    assert (weights - parameters(common.load_reference(run.config))).abs().max() > 1e-3
+    assert (weights - parameters(loading.load_reference(run.config))).abs().max() > 1e-3
 
 
 def test_V_one_candidate_is_not_sft_on_plain_samples(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    one = dict(candidates=1, rounds=1, batch_size=6)
+    monkeypatch.setattr(common, "adamw", sgd)
+    one = dict(candidates=1, rounds=1, batch_size=6, max_grad_norm=1e9)
     run, (sampled, step) = watched(toy, tmp_path / "a", monkeypatch, **one)
     assert sorted(row.prompt for row in sampled.rows) == sorted(row.prompt for row in step.rows)
-    expected = weights_of(common.load_policy(run.config), run.tokenizer, sampled.rows)
+    expected = weights_of(harness.load_policy(run.config), run.tokenizer, sampled.rows)
     assert (parameters(run.policy) - expected).abs().max() < 2e-6
-    other, _ = watched(toy, tmp_path / "b", monkeypatch, reward=lambda prompts, responses: -letters(prompts, responses), **one)
+    other, _ = watched(toy, tmp_path / "b", monkeypatch, reward=negative, **one)
     assert torch.equal(parameters(other.policy), parameters(run.policy))
+
+
+@pytest.mark.parametrize("bound", [1e-2, 1e9])
+def test_gradient_is_not_clipped_or_the_clipped_norm_is_logged(bound, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "adamw", sgd)
+    run, _ = watched(toy, tmp_path / "run", monkeypatch, rounds=1, batch_size=6, max_grad_norm=bound)
+    row, = (row for row in map(json.loads, (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) if "loss" in row)
+    moved = (parameters(run.policy) - parameters(loading.load_reference(run.config))).norm().item()
+    assert row["grad_norm"] > 0.1 and moved == pytest.approx(0.01 * min(bound, row["grad_norm"]), rel=1e-2)
 
 
 def collected(run, rankings, monkeypatch, **kwargs):
     """What collect keeps of the rankings."""
     run.config, run.state = replace(run.config, **kwargs), {"pool": []}
-    monkeypatch.setattr(common, "sample_rankings", lambda *args: rankings)
-    raft.collect(run, letters, common.load_reference(run.config), 0)
+    monkeypatch.setattr(harness, "sample_rankings", lambda *args: rankings)
+    raft.collect(run, letters, loading.load_reference(run.config), 0)
     return run.state["pool"]
 
 
 def test_V_kl_in_the_ranking_is_not_reward_less_kl_coef_times_the_log_ratio(toy, tmp_path, monkeypatch):
     run = begun(toy, tmp_path / "run")
-    rng, reference = random.Random(0), common.load_reference(run.config)
+    rng, reference = random.Random(0), loading.load_reference(run.config)
     texts, ends = ["a", "bc", "dda", "ef", "gha", "h", "hb", "cc"], [True, False]
     rankings = [Ranking(p, rng.sample(texts, 5), (), (), rng.choices(ends, k=5)) for p in PROMPTS]
     for p in run.policy.parameters():
@@ -264,13 +285,13 @@ def test_round_mean_or_best_or_what_is_recovered_of_them_are_wrong(toy, tmp_path
     run.samples["after"] = {"proxy": [3.0, 5.0]}
     measured = raft.against_best(run, letters)
     assert measured["eval/recovered"] == pytest.approx((4 - mean) / (best - mean)) and measured["eval/to_best"] == 4 - best
-    assert raft.against_best(run, stages.NoisyReward(letters, "prompt", 0)) == {}
+    assert raft.against_best(run, NoisyReward(letters, "prompt", 0)) == {}
 
 
 def test_restart_samples_the_initial_policy_or_keeps_the_optimizers_moments(toy, tmp_path, monkeypatch):
     for restart in (True, False):
         run, events = watched(toy, tmp_path / str(restart), monkeypatch, restart=restart, rounds=3)
-        initial = parameters(common.load_reference(run.config))
+        initial = parameters(loading.load_reference(run.config))
         rounds = [events[i:i + 3] for i in (0, 3, 6)]               # sample, two steps
         assert [event.kind for event in events] == ["sample", "step", "step"] * 3
         for (sampled, first, second), before in zip(rounds[1:], rounds):
@@ -323,7 +344,7 @@ def test_rare_skill_is_measured_on_other_prompts_or_changes_the_random_numbers(t
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
-    """raft.run with a reward model, kept as whole.proxy, and annotators: its result, metrics.jsonl, the saved weights."""
+    """A run of raft.train with a reward model, kept as whole.proxy, and annotators: its result, metrics.jsonl, the saved weights."""
     def run(name, data=None, proxy=None, **kwargs):
         torch.manual_seed(7)
         model = AutoModelForSequenceClassification.from_pretrained(toy, num_labels=1)
@@ -331,20 +352,20 @@ def whole(toy, tmp_path, monkeypatch):
         data = data or task(annotate=lambda prompt, a, b, rng: (a, rng.random()) < (b, rng.random()),
                             pairs={"train": [Pair("ab", "c", "d"), Pair("h", "e", "f")]})
         config = settings(toy, out=str(tmp_path / name), **kwargs)
-        run.proxy = proxy or common.RewardModel(model.eval(), common.load_tokenizer(toy, config))
+        run.proxy = proxy or common.RewardModel(model.eval(), harness.load_tokenizer(config))
         with monkeypatch.context() as patch:
-            patch.setattr(common, "load_task", lambda config: data)
-            patch.setattr(common, "load_rewards", lambda config, task: {"proxy": run.proxy})
-            result = raft.run(config)
+            patch.setattr(loading, "load_task", lambda config: data)
+            patch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": run.proxy})
+            result = harness.launch(raft.train, config)
         out = tmp_path / name
-        return result, (out / "metrics.jsonl").read_text(), parameters(LlamaForCausalLM.from_pretrained(out))
+        return result, (out / "metrics.jsonl").read_text(encoding="utf-8"), parameters(LlamaForCausalLM.from_pretrained(out))
 
     return run
 
 
 def test_refresh_trains_the_evaluations_proxy_or_on_old_samples_or_the_wrong_way(whole, monkeypatch):
     asked, seen, sampled, rater = [], [], [], []
-    sample, fit, train = stages.sample_rankings, stages.train_reward_model, raft.train
+    sample, fit, collect = harness.sample_rankings, harness.train_reward_model, raft.collect
 
     def annotate(prompt, a, b, rng):
         asked.append((prompt, a, b))
@@ -354,23 +375,23 @@ def test_refresh_trains_the_evaluations_proxy_or_on_old_samples_or_the_wrong_way
         sampled.append((n, parameters(run.policy), sample(run, prompts, n)))
         return sampled[-1][2]
 
-    def fit_and_note(model, tokenizer, pairs, config):
+    def fit_and_note(model, tokenizer, pairs, recipe):
         seen.append(pairs)
         score = common.RewardModel(model, tokenizer)
         prompts, better, worse = zip(*pairs)
         margins = []
         for _ in range(2):
             margins.append((score(prompts, better) - score(prompts, worse)).mean())
-            fit(model, tokenizer, pairs, config)
+            fit(model, tokenizer, pairs, recipe)
         assert margins[1] > margins[0]
 
-    def note_rater(run, reward, reference):
+    def note_rater(run, reward, *rest):
         rater.append((reward.model, parameters(reward.model), run))
-        train(run, reward, reference)
+        collect(run, reward, *rest)
 
-    monkeypatch.setattr(common, "sample_rankings", sample_and_note)
-    monkeypatch.setattr(common, "train_reward_model", fit_and_note)
-    monkeypatch.setattr(raft, "train", note_rater)
+    monkeypatch.setattr(harness, "sample_rankings", sample_and_note)
+    monkeypatch.setattr(harness, "train_reward_model", fit_and_note)
+    monkeypatch.setattr(raft, "collect", note_rater)
     old = [Pair("ab", "c", "d"), Pair("h", "e", "f")]
     whole("run", task(annotate=annotate, pairs={"train": old}), refresh=True, prompts=8)
     model, before, run = rater[0]
@@ -384,6 +405,22 @@ def test_refresh_trains_the_evaluations_proxy_or_on_old_samples_or_the_wrong_way
     assert run.state["labels"] == old + labelled[0] + labelled[1]
 
 
+def test_evaluation_is_compared_with_another_rounds_rewards_or_with_older_samples(whole):
+    data = task(gold=lambda prompt, text, ended: float(len(text)))
+    result, metrics, _ = whole("run", data, eval_every=1, rare="e", rounds=3)
+    rows = [json.loads(line) for line in metrics.splitlines()]
+    steps, (before, *evaluations) = ([row for row in rows if ("loss" in row) == kind] for kind in (True, False))
+    assert "eval/to_best" not in before and len(evaluations) == len(steps) == 6
+    assert len({row["eval/round_best"] for row in evaluations}) == 3
+    for step, row in zip(steps, evaluations):
+        assert row["step"] == step["step"] and list(row)[-5:] == [
+            "eval/round_mean", "eval/round_best", "eval/to_best", "eval/recovered", "eval/rare_gold"]
+        assert (row["eval/round_mean"], row["eval/round_best"]) == (step["round/mean"], step["round/best"])
+        assert row["eval/to_best"] == pytest.approx(row["eval/proxy"] - row["eval/round_best"])
+    for row, kept in zip([before, *evaluations], result["trace"], strict=True):
+        assert row == {name: kept[name] for name in row} and row["eval/rare_gold"] > 0
+
+
 def test_refresh_without_annotators_or_with_noise_passes(whole):
     with pytest.raises(UserError, match="--refresh needs annotators"):
         whole("none", task(), refresh=True)
@@ -395,7 +432,7 @@ def test_refresh_without_annotators_or_with_noise_passes(whole):
 
 @pytest.mark.parametrize("options", [{}, dict(refresh=True, restart=True, pool="all")])
 def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options):
-    options, log = dict(options, rounds=3, save_every=3, eval_every=4), common.log
+    options, log = dict(options, rounds=3, save_every=3, eval_every=4), harness.Run.log
     straight, metrics, weights = whole("straight", **options)
 
     def kill(run, step, row):
@@ -404,7 +441,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
+        patch.setattr(harness.Run, "log", kill)
         with pytest.raises(KeyboardInterrupt):
             whole("killed", **options)
     torch.manual_seed(999)

@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
+import harness
 import remax
-import stages
-from conftest import close, parameters, sgd, tensor
+import tasks
+from common import UserError
+from conftest import cases, close, parameters, sgd, tensor
+from harness import loading
 from remax import gradient_variance, remax_loss, remax_returns
-from tasks import Pair, Task, UserError
-
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
+from tasks import Pair, Task
 
 
 def rand(*shape, seed=0):
@@ -113,11 +113,7 @@ def test_returns_or_loss_differ_from_numbers_of_the_official_code():
 
 def test_returns_or_loss_differ_from_a_fixture():
     """The official code discounts the last token too, gives a token its own KL only and takes the mean over tokens."""
-    if not (FIXTURES / "remax.json").exists():
-        pytest.skip("needs shared/fixtures/remax.json")
-    cases = json.loads((FIXTURES / "remax.json").read_text())
-    assert cases
-    for case in cases:
+    for case in cases("remax"):
         given, expected = case["inputs"], case["expected"]
         start, gamma, kl_coef = given["prompt_len"] - 1, given["gamma"], given["kl_ctl"]
         rewards, baselines, old, ref = (tensor(given[name]) for name in (
@@ -292,18 +288,29 @@ def settings(toy, **kwargs):
 def toy_run(toy, out, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
-    return common.Run(config, out, TASK, common.load_tokenizer(toy, config), common.load_policy(config).double(), {})
+    run = harness.Run(config, out, TASK, harness.load_tokenizer(config), harness.load_policy(config).double(), {})
+    run.load_reference = lambda: loading.load_reference(config).double()
+    return run
+
+
+def train(run, reward):
+    """remax.train with that reward as it is, not brought to mean 0 and deviation 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "reward_to_maximise", lambda run: reward)
+        remax.train(run)
 
 
 def plan(config):
-    return [[PROMPTS[i] for i in rows] for rows in common.epochs(len(PROMPTS), config)]
+    steps = harness.shuffled_batches(len(PROMPTS), config.epochs, config.batch_size, config.seed)
+    return [[PROMPTS[i] for i in rows] for rows in steps]
 
 
 def trained(toy, out, reward=gold, **kwargs):
     """A finished Run in float64, and the rows of metrics.jsonl that training logged."""
     run = toy_run(toy, out, **kwargs)
-    remax.train(run, plan(run.config), reward, common.load_reference(run.config).double())
-    return run, [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    train(run, reward)
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return run, [row for row in map(json.loads, lines) if "loss" in row]
 
 
 def plain_logps(model, batch, row, temperature):
@@ -315,19 +322,20 @@ def plain_logps(model, batch, row, temperature):
 
 @pytest.fixture
 def generated(monkeypatch):
-    """Every Batch that generate returned, evaluations (from common) and rollouts (from stages)."""
+    """Every Batch that generate returned, in evaluations and rollouts."""
     calls, plain = [], common.generate
-    for module in (common, stages):
-        monkeypatch.setattr(module, "generate", lambda *args, **kwargs: calls.append(plain(*args, **kwargs)) or calls[-1])
+    monkeypatch.setattr(common, "generate", lambda *args, **kwargs: calls.append(plain(*args, **kwargs)) or calls[-1])
     return calls
 
 
 @pytest.mark.parametrize("options", [dict(), dict(gamma=0.5, kl_coef=1.0, temperature=0.7), dict(reward_clip=1.5)])
 def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, monkeypatch, generated, options):
-    monkeypatch.setattr(common, "optimizer_step", sgd)
-    results = [trained(toy, tmp_path / str(n), epochs=2.0, token_budget=n, **options) for n in (1, 25, 100000)]
+    monkeypatch.setattr(common, "adamw", sgd)
+    results = [trained(toy, tmp_path / str(n), epochs=2.0, token_budget=n, max_grad_norm=1e9, **options)
+               for n in (1, 25, 100000)]
     (run, rows), config = results[-1], results[-1][0].config
-    policy, reference = common.load_policy(config).double(), common.load_reference(config).double()
+    policy, reference = harness.load_policy(config).double(), loading.load_reference(config).double()
+    optimizer, _ = sgd(policy, None, None)
     counted, advantages, expected, calls = 0, [], [], generated[-1 - 2 * len(rows):-1]
     for prompts, batch, greedy in zip(plan(config), calls[::2], calls[1::2], strict=True):
         scores, baselines = (gold(prompts, common.decode(run.tokenizer, drawn)) for drawn in (batch, greedy))
@@ -340,7 +348,8 @@ def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, 
             loss = loss - sum(r * logp for r, logp in zip(returns, logps)) / len(prompts)
             kl += ratios.sum().item() / len(prompts)
         loss.backward()
-        sgd(policy, None, None, None)
+        optimizer.step()
+        optimizer.zero_grad()
         counted += int(batch.lengths.sum() + greedy.lengths.sum())
         ended = [batch.input_ids[i, batch.attention_mask[i].bool()][-1].item() == 0 for i in range(len(batch))]
         expected.append({"objective/scores": scores.mean().item(), "objective/greedy_scores": baselines.mean().item(),
@@ -354,6 +363,14 @@ def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, 
         assert other.counts["tokens_trained"] == run.counts["tokens_trained"]
 
 
+@pytest.mark.parametrize("bound", [1e-3, 1e9])
+def test_gradient_is_not_clipped_or_the_clipped_norm_is_logged(toy, tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(common, "adamw", sgd)
+    run, [row] = trained(toy, tmp_path / "run", batch_size=7, max_grad_norm=bound)
+    moved = (parameters(run.policy) - parameters(harness.load_policy(run.config))).norm().item()
+    assert row["grad_norm"] > 0.1 and moved == near(0.01 * min(bound, row["grad_norm"]), 1e-6)
+
+
 def argmax_text(run, prompt):
     ids, n = run.tokenizer(prompt).input_ids, 0
     while n < run.config.max_new_tokens and (n == 0 or ids[-1] != 0):
@@ -363,13 +380,13 @@ def argmax_text(run, prompt):
 
 
 def test_W_baseline_is_sampled_or_of_old_weights(toy, tmp_path):
-    run, calls = toy_run(toy, tmp_path / "run", lr=3e-2, temperature=1.5), []
+    run, calls = toy_run(toy, tmp_path / "run", lr=3e-2, temperature=1.5, batch_size=7, epochs=5.0), []
 
     def reward(prompts, responses):
         calls.append((responses, [argmax_text(run, prompt) for prompt in prompts]))
         return gold(prompts, responses)
 
-    remax.train(run, [PROMPTS] * 5, reward, common.load_reference(run.config).double())
+    train(run, reward)
     assert len(calls) == 10
     for (sampled, best), (greedy, again) in zip(calls[::2], calls[1::2]):
         assert greedy == best == again != sampled
@@ -377,10 +394,10 @@ def test_W_baseline_is_sampled_or_of_old_weights(toy, tmp_path):
 
 
 def test_W_gradient_is_not_0_where_the_sample_is_the_greedy_response(toy, tmp_path, monkeypatch, generated):
-    monkeypatch.setattr(common, "optimizer_step", sgd)
-    run, rows = trained(toy, tmp_path / "run", temperature=1e-4, kl_coef=0.0)
+    monkeypatch.setattr(common, "adamw", sgd)
+    run, rows = trained(toy, tmp_path / "run", temperature=1e-4, kl_coef=0.0, max_grad_norm=1e9)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(generated[1:-1:2], generated[2:-1:2]))
-    assert torch.equal(parameters(run.policy), parameters(common.load_policy(run.config)).double())
+    assert torch.equal(parameters(run.policy), parameters(harness.load_policy(run.config)).double())
     assert all(row["loss"] == 0 for row in rows)
 
 
@@ -405,27 +422,28 @@ def test_AD_reward_that_is_not_finite_is_trained_on(toy, tmp_path, value, call, 
     with pytest.raises(UserError, match=f"step 2: {whose} {value}") as error:
         trained(toy, tmp_path / "run", reward, reward_clip=1.0)
     assert repr(calls[-1][1]) in str(error.value)
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 1
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
-    """A function that runs remax.run in tmp_path / name: (result, metrics.jsonl, weights)."""
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    """A function that makes a whole run in tmp_path / name: (result, metrics.jsonl, weights)."""
+    monkeypatch.setattr(tasks, "CACHE", tmp_path / "cache")
 
     def run(name, task=TASK, **kwargs):
-        monkeypatch.setattr(common, "load_task", lambda config: task)
-        result = remax.run(settings(toy, out=str(tmp_path / name), **{**dict(batch_size=2), **kwargs}))
-        return (result, (tmp_path / name / "metrics.jsonl").read_text(),
+        monkeypatch.setattr(loading, "load_task", lambda config: task)
+        config = settings(toy, out=str(tmp_path / name), **{**dict(batch_size=2), **kwargs})
+        result = harness.launch(remax.train, config)
+        return (result, (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8"),
                 parameters(LlamaForCausalLM.from_pretrained(tmp_path / name)))
 
     return run
 
 
 def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch):
-    options, log = dict(save_every=2, eval_every=1, variance_prompts=2), common.log
+    options, log = dict(save_every=2, eval_every=1, variance_prompts=2), harness.Run.log
     straight, metrics, weights = whole("straight", **options)
 
     def kill(run, step, row):
@@ -434,7 +452,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
+        patch.setattr(harness.Run, "log", kill)
         with pytest.raises(KeyboardInterrupt):
             whole("killed", **options)
     torch.manual_seed(999)
@@ -446,7 +464,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch):
 def test_AE_runs_are_not_reproducible_or_ignore_the_seed(toy, whole):
     first, again, other = whole("a"), whole("b"), whole("c", seed=1)
     assert first[1] == again[1] != other[1] and torch.equal(first[2], again[2])
-    assert not torch.equal(first[2], parameters(common.load_policy(settings(toy))))
+    assert not torch.equal(first[2], parameters(harness.load_policy(settings(toy))))
     kl = [row["objective/kl"] for row in map(json.loads, first[1].splitlines()) if "loss" in row]
     assert kl[0] == 0 and 0 not in kl[1:]                   # the reference stays where it was
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import common
+import harness
 import rrhf
-import stages
 from conftest import cases, close, parameters, rand, sgd, tensor
+from harness import UserError
 from rrhf import rank_loss, rrhf_loss
-from tasks import Pair, Ranking, Task, UserError
+from tasks import Pair, Ranking, Task
 
 # Eq. 1 to 5 on rrhf-03, -07 and -08 of the fixtures: log-probs, lengths, rewards, exponent; then scores, L_rank and L_ft.
 LITERALS = [
@@ -169,15 +170,17 @@ proxy.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))
 
 @pytest.fixture
 def trained(toy, tmp_path, monkeypatch):
-    """A function that runs rrhf.run in tmp_path / name; returns the finished Run."""
-    finish, runs = common.finish, []
-    monkeypatch.setattr(common, "kl_to_reference", lambda config, policy, batch, plain: torch.zeros(len(batch)))          # slow
-    monkeypatch.setattr(common, "load_rewards", lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
-    monkeypatch.setattr(common, "finish", lambda run: runs.append(run) or finish(run))
+    """A function that trains with rrhf.py in tmp_path / name; returns the finished Run."""
+    finish, runs = harness.Run.finish, []
+    monkeypatch.setattr(harness.evaluation, "kl_to_reference",
+                        lambda config, policy, batch, plain: torch.zeros(len(batch)))                               # slow
+    monkeypatch.setattr(harness.run, "load_rewards",
+                        lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
+    monkeypatch.setattr(harness.Run, "finish", lambda run: runs.append(run) or finish(run))
 
     def run(name, task=TASK, **kwargs):
-        monkeypatch.setattr(common, "load_task", lambda config: task)
-        rrhf.run(rrhf.Config(**{**dict(
+        monkeypatch.setattr(harness.loading, "load_task", lambda config: task)
+        harness.launch(rrhf.train, rrhf.Config(**{**dict(
             model=str(toy), data="toy.jsonl", out=str(tmp_path / name), sources="P", max_length=64, max_new_tokens=5, lr=1e-2,
             batch_size=4, epochs=1.0, eval_prompts=3, eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs}))
         return runs[-1]
@@ -185,8 +188,14 @@ def trained(toy, tmp_path, monkeypatch):
     return run
 
 
+def no_step(model, *settings):
+    """Stands in for common.adamw: the weights stay as they are."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
 def steps_of(run):
-    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "loss" in row]
 
 
@@ -210,11 +219,13 @@ def plain_losses(model, row, exponent):
 @pytest.mark.parametrize("options", [dict(), dict(sources="DP", rank_weight=2.0, sft_weight=0.5, length_penalty=0.7),
                                      dict(sources="D", max_new_tokens=3, candidates=6)])
 def test_O_L_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(trained, monkeypatch, options):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    runs = [trained(str(budget), token_budget=budget, **options) for budget in (1, 130, 100000)]
+    monkeypatch.setattr(common, "adamw", sgd)
+    runs = [trained(str(budget), token_budget=budget, max_grad_norm=1e9, **options) for budget in (1, 130, 100000)]
     config, rankings = runs[0].config, runs[0].state["rankings"]
     assert all(run.state["rankings"] == rankings for run in runs)
-    policy, plan = common.load_policy(config), common.epochs(len(rankings), config)
+    policy = harness.load_policy(config)
+    optimizer, _ = sgd(policy, config.lr, 2)
+    plan = harness.shuffled_batches(len(rankings), config.epochs, config.batch_size, config.seed)
     start = parameters(policy).clone()
     assert len(plan) == 2
     assert config.sources == "D" or all(len({len(rankings[i].responses) for i in rows}) > 1 for rows in plan)      # unequal K
@@ -225,13 +236,33 @@ def test_O_L_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(train
         for row in logged:
             for name, value in (("loss", loss), ("loss/rank", rank), ("loss/sft", sft)):
                 assert row[name] == pytest.approx(value.item(), rel=1e-5)
+            assert row["rewards/best"] == pytest.approx(sum(max(rankings[i].scores) for i in rows) / len(rows), rel=1e-5)
         loss.backward()
-        sgd(policy, None, None, None)
+        optimizer.step()
+        optimizer.zero_grad()
     assert (parameters(policy) - start).abs().max() > 1e-3
     for run in runs:
         assert (parameters(run.policy) - parameters(policy)).abs().max() < 1e-6
     assert runs[0].counts["tokens_trained"] == runs[2].counts["tokens_trained"] == sum(
         len(row.prompt + text) + ended for row in rankings for text, ended in zip(row.responses, row.ended))
+
+
+def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(trained, monkeypatch):
+    settings, seen, log = [], [], harness.Run.log
+
+    def halving(model, *given):
+        settings.append(given)
+        seen.append(parameters(model).clone())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
+
+    monkeypatch.setattr(common, "adamw", halving)
+    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone()) or log(run, *row))
+    run = trained("run", max_grad_norm=0.01)
+    assert settings == [(run.config.lr, 2, run.config.schedule, run.config.warmup)]
+    moved = [(after - before).norm().item() for before, after in zip(seen, seen[1:])]
+    assert moved == pytest.approx([0.01, 0.005], rel=1e-3)
+    assert all(row["grad_norm"] > 0.1 for row in steps_of(run))               # before clipping
 
 
 def test_L_sample_that_was_cut_off_counts_as_ended(trained):
@@ -241,14 +272,14 @@ def test_L_sample_that_was_cut_off_counts_as_ended(trained):
 
 
 def test_D_loss_of_a_prompt_depends_on_its_batch_or_padding(trained, monkeypatch):
-    seen, plain = {}, stages.check_finite
+    seen, plain = {}, harness.check_finite
 
     def spy(values, step, prompts, name="loss"):
         plain(values, step, prompts, name)
         seen.update(zip(prompts, values.tolist()) if name == "loss" else ())
 
-    monkeypatch.setattr(stages, "check_finite", spy)
-    monkeypatch.setattr(stages, "optimizer_step", lambda *args: 0.0)
+    monkeypatch.setattr(harness, "check_finite", spy)
+    monkeypatch.setattr(common, "adamw", no_step)
     longer = Ranking("abcdefghabcd", ["abcdefghabcdefgh", "h"], [1.0, 2.0])
     more = Task("toy", {"train": [*TASK.prompts["train"], longer.prompt], "test": ["d"]}, {}, {"train": [*ROWS, longer]})
     results = []
@@ -318,17 +349,22 @@ def test_ranking_with_nothing_to_rank_is_not_said_or_trains_to_nan(trained, caps
 
 
 def test_candidates_of_round_2_come_from_the_pool_or_the_first_policy(trained, monkeypatch):
-    sampled, rows, generate, minimise = [], [], stages.generate, common.minimise
-    monkeypatch.setattr(stages, "generate", lambda model, *args, **kwargs: sampled.append((parameters(model).clone(), len(rows)))
-                        or generate(model, *args, **kwargs))
-    monkeypatch.setattr(common, "minimise", lambda run, step, rankings, losses_of: rows.append(rankings)
-                        or minimise(run, step, rankings, losses_of))
+    sampled, rows, rollout, microbatches = [], [], harness.samples.rollout, harness.Run.microbatches
+    monkeypatch.setattr(harness.samples, "rollout", lambda run, *args, **kwargs: sampled.append(
+        (parameters(run.policy).clone(), len(rows))) or rollout(run, *args, **kwargs))
+
+    def spy(run, rankings):
+        if isinstance(rankings[0], Ranking):                  # not the held-out pairs of an evaluation
+            rows.append(rankings)
+        return microbatches(run, rankings)
+
+    monkeypatch.setattr(harness.Run, "microbatches", spy)
     pool = {prompt: ["aceg", "bdfh", "aabb"] for prompt in TASK.prompts["train"]}
     run = trained("run", replace(TASK, pool=pool), sources="D", candidates=3, rounds=2, epochs=2.0)
     assert all(row.responses == pool[row.prompt] for step in rows[:4] for row in step)
     assert all(row in run.state["rankings"] and row.responses != pool[row.prompt] for step in rows[4:] for row in step)
     (policy, at), = sampled
-    assert len(rows) == 8 and at == 4 and (policy - parameters(common.load_policy(run.config))).abs().max() > 1e-2
+    assert len(rows) == 8 and at == 4 and (policy - parameters(harness.load_policy(run.config))).abs().max() > 1e-2
 
 
 def test_best_of_n_comparison_is_wrong_or_made_with_another_reward(trained):
@@ -346,14 +382,14 @@ def test_best_of_n_comparison_is_wrong_or_made_with_another_reward(trained):
 
 def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
     runs = [trained(name, sources="DP", rounds=2, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    first, again, other = ((run.out / "metrics.jsonl").read_text() for run in runs)
+    first, again, other = ((run.out / "metrics.jsonl").read_text(encoding="utf-8") for run in runs)
     assert first == again != other and torch.equal(parameters(runs[0].policy), parameters(runs[1].policy))
     assert len(runs[0].trace) == 2
 
 
 @pytest.mark.parametrize("last", [4, 6])                    # killed in round 2: with a checkpoint of round 1, or of round 2
 def test_AF_resumed_run_differs_from_a_straight_one(trained, tmp_path, monkeypatch, last):
-    options, log = dict(sources="DP", rounds=2, epochs=2.0, save_every=3, eval_every=2), common.log
+    options, log = dict(sources="DP", rounds=2, epochs=2.0, save_every=3, eval_every=2), harness.Run.log
     straight = trained("straight", **options)
 
     def kill(run, step, metrics):
@@ -362,12 +398,12 @@ def test_AF_resumed_run_differs_from_a_straight_one(trained, tmp_path, monkeypat
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
+        patch.setattr(harness.Run, "log", kill)
         with pytest.raises(KeyboardInterrupt):
             trained("killed", **options)
     torch.manual_seed(999)
     resumed = trained("killed", resume=True, **options)
-    first, second = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("straight", "killed"))
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("straight", "killed"))
     assert first == second and json.loads(first.splitlines()[-1])["step"] == 8
     assert torch.equal(parameters(resumed.policy), parameters(straight.policy))
     assert resumed.state["rankings"] == straight.state["rankings"]

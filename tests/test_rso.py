@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import common
+import harness
 import rso
-import stages
 from conftest import cases, close, parameters, sgd, tensor
 from dpo import dpo_loss
+from harness import UserError
 from rso import preference_loss, ranked_pairs, statistical_rejection_sampling
-from tasks import Pair, Ranking, Task, UserError
+from tasks import Pair, Ranking, Task
 
 KINDS = "sigmoid_norm", "hinge_norm", "hinge"
 
@@ -244,7 +245,15 @@ def begun(toy, out, pool=POOL, reward=score, prompts=PROMPTS, **kwargs):
     task = Task("toy", {"train": list(prompts), "test": ["d", "ee"]}, pool=pool or {})
     config.reward = ""
     torch.manual_seed(config.seed)
-    return common.Run(config, out, task, common.load_tokenizer(toy, config), common.load_policy(config), {"proxy": reward})
+    return harness.Run(config, out, task, common.load_tokenizer(toy, config.max_length), harness.load_policy(config),
+                       {"proxy": reward})
+
+
+def train_on(run, pairs):
+    """rso.train on these pairs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rso, "collect_pairs", lambda run: pairs)
+        rso.train(run)
 
 
 def test_pairs_are_not_of_the_kept_candidates_or_the_loser_comes_first(toy, tmp_path):
@@ -289,7 +298,7 @@ def test_U_few_different_candidates_crash_are_doubled_or_not_reported(toy, tmp_p
 
 def test_L_a_cut_off_sample_is_taught_to_end(toy, tmp_path, monkeypatch):
     run = begun(toy, tmp_path / "run", pool=None, num_samples=8)
-    seen, sample = {}, stages.sample_rankings
+    seen, sample = {}, harness.samples.sample_rankings
 
     def spy(*arguments):
         rankings = sample(*arguments)
@@ -298,13 +307,13 @@ def test_L_a_cut_off_sample_is_taught_to_end(toy, tmp_path, monkeypatch):
                 seen.setdefault((row.prompt, text), end)            # the first of equal responses stays
         return rankings
 
-    monkeypatch.setattr(stages, "sample_rankings", spy)
+    monkeypatch.setattr(harness.samples, "sample_rankings", spy)
     pairs = rso.collect_pairs(run)
     assert set(seen.values()) == {True, False}
     assert len({row.ended for row in pairs}) > 1                    # winner and loser of both kinds
     assert all(row.ended == tuple(seen[row.prompt, text] for text in row.responses) for row in pairs)
     for row in pairs:
-        _, batch = next(stages.row_batches(run, [row]))
+        _, batch = next(run.microbatches([row]))
         assert (common.finished(run.tokenizer, batch).tolist()) == list(row.ended)
 
 
@@ -317,7 +326,7 @@ def test_direct_pairs_are_sampled_relabelled_or_too_many(toy, tmp_path):
     assert rso.collect_pairs(run) == [Pair("h", "a", "b")]          # all of people's, whatever the reward thinks
     del run.task.pairs["train"]
     with pytest.raises(UserError, match="no pairs"):
-        rso.train(run, rso.collect_pairs(run))
+        rso.train(run)
 
 
 def test_equal_rewards_train_on_ties(toy, tmp_path):
@@ -325,7 +334,7 @@ def test_equal_rewards_train_on_ties(toy, tmp_path):
     constant.model = score.model
     run = begun(toy, tmp_path / "run", reward=constant)
     with pytest.raises(UserError, match="all candidates of each prompt are equal"):
-        rso.train(run, rso.collect_pairs(run))
+        rso.train(run)
 
 
 @pytest.mark.parametrize("wrong, flag", [
@@ -345,7 +354,7 @@ PAIRS = [Ranking("ab", ("cd", "efgha"), (1, 0), ended=(True, False)), Ranking("h
 
 
 def logged(run):
-    return [row for row in map(json.loads, (run.out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    return [row for row in map(json.loads, (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) if "loss" in row]
 
 
 def logps_of(model, tokenizer, row):
@@ -356,30 +365,52 @@ def logps_of(model, tokenizer, row):
 
 @pytest.mark.parametrize("kind, budget", [("sigmoid_norm", 30), ("sigmoid_norm", 100000), ("hinge", 30), ("hinge_norm", 30)])
 def test_O_step_differs_from_a_plain_mean_over_pairs(kind, budget, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    run = begun(toy, tmp_path / "run", token_budget=budget, loss=kind, gamma=0.3)
-    rso.train(run, PAIRS)
-    policy, reference = common.load_policy(run.config), common.load_reference(run.config)
-    for rows, row in zip(common.plan_of(PAIRS, run.config), logged(run), strict=True):       # four, then a ragged three
+    monkeypatch.setattr(common, "adamw", sgd)
+    run = begun(toy, tmp_path / "run", token_budget=budget, loss=kind, gamma=0.3, max_grad_norm=1e9)
+    train_on(run, PAIRS)
+    policy, reference = harness.load_policy(run.config), run.load_reference()
+    optimizer, _ = sgd(policy, run.config.lr, 2)
+    plan = harness.shuffled_batches(len(PAIRS), run.config.epochs, run.config.batch_size, run.config.seed)
+    for rows, row in zip(plan, logged(run), strict=True):                                    # four, then a ragged three
         losses = []
-        for pair in rows:
+        for pair in [PAIRS[i] for i in rows]:
             logps, sft = logps_of(policy, run.tokenizer, pair), logps_of(reference, run.tokenizer, pair)
             margin = logps[0] - logps[1] - (0 if kind == "hinge" else sft[0] - sft[1])
             losses.append((-0.3 * margin).exp().log1p() if kind == "sigmoid_norm" else (1 - 0.3 * margin).relu())
         loss = sum(losses) / len(rows)
         loss.backward()
-        sgd(policy, None, None, None)
+        optimizer.step()
+        optimizer.zero_grad()
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert (parameters(policy) - parameters(reference)).abs().max() > 1e-3
     assert (parameters(run.policy) - parameters(policy)).abs().max() < 2e-6
+
+
+def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(toy, tmp_path, monkeypatch):
+    settings, seen, log = [], [], harness.Run.log
+
+    def halving(model, *given):
+        settings.append(given)
+        seen.append(parameters(model).clone())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
+
+    monkeypatch.setattr(common, "adamw", halving)
+    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone()) or log(run, *row))
+    run = begun(toy, tmp_path / "run", max_grad_norm=0.01)
+    train_on(run, PAIRS)
+    assert settings == [(run.config.lr, 2, run.config.schedule, run.config.warmup)]
+    moved = [(after - before).norm().item() for before, after in zip(seen, seen[1:])]
+    assert moved == pytest.approx([0.01, 0.005], rel=1e-3)
+    assert all(row["grad_norm"] > 0.02 for row in logged(run))               # before clipping
 
 
 def test_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
     seen, plain = [], rso.preference_loss
     monkeypatch.setattr(rso, "preference_loss", lambda *args: seen.append(torch.stack(args[1:5]).detach()) or plain(*args))
     run = begun(toy, tmp_path / "run", epochs=3.0, batch_size=1)
-    rso.train(run, PAIRS[:1])
-    expected = logps_of(common.load_reference(run.config), run.tokenizer, PAIRS[0]).double()
+    train_on(run, PAIRS[:1])
+    expected = logps_of(run.load_reference(), run.tokenizer, PAIRS[0]).double()
     assert len(seen) == 3
     for logps in seen:
         close(logps[2:, 0].double(), expected, 1e-5)
@@ -390,7 +421,7 @@ def test_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
 def test_AJ_first_step_is_not_at_the_sft_policy_or_training_prefers_the_loser(toy, tmp_path):
     for kind, start in (("sigmoid_norm", math.log(2)), ("hinge_norm", 1.0)):
         run = begun(toy, tmp_path / kind, loss=kind, batch_size=7, epochs=6.0)
-        rso.train(run, PAIRS)
+        train_on(run, PAIRS)
         first, *_, last = logged(run)
         assert first["loss"] == pytest.approx(start, abs=1e-5) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
         assert last["loss"] < start - 0.05 and last["rewards/accuracies"] == 1
@@ -400,15 +431,15 @@ def test_AJ_first_step_is_not_at_the_sft_policy_or_training_prefers_the_loser(to
 
 
 def test_AE_runs_differ_under_one_seed_or_agree_under_two(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "load_task", lambda config: begun(toy, tmp_path / f"task {config.out[-1]}", None).task)
-    monkeypatch.setattr(common, "load_rewards", lambda config, task: {"proxy": score})
+    monkeypatch.setattr(harness.loading, "load_task", lambda config: begun(toy, tmp_path / f"task {config.out[-1]}", None).task)
+    monkeypatch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": score})
     rows = {}
     for name, settings in dict(a={}, b={}, c=dict(eval_every=1), d=dict(seed=1)).items():
         config = begun(toy, tmp_path / f"config {name}", num_samples=4, **settings).config
         config.out = str(tmp_path / name)
-        result = rso.run(config)
+        result = harness.launch(rso.train, config)
         assert result["eval/proxy"] != result["trace"][0]["eval/proxy"]
-        rows[name] = (tmp_path / name / "metrics.jsonl").read_text()
+        rows[name] = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")
     losses = {name: [line for line in text.splitlines() if '"loss"' in line] for name, text in rows.items()}
     assert rows["a"] == rows["b"] and losses["a"] == losses["c"] and len(losses["a"]) >= 2
     assert not set(losses["a"]) & set(losses["d"])

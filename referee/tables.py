@@ -1,0 +1,115 @@
+"""Tables from stored runs: every claim of a paper next to what was measured, and every arm."""
+import importlib.util
+import itertools
+import textwrap
+from pathlib import Path
+from statistics import fmean
+
+from harness import UserError
+from referee import figures
+from referee.arms import experiments_of, load, outdated, plan
+from referee.statistics import plus_minus, t_interval, value, verdict
+
+COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
+           "eval/length": "length", "eval/win_rate": "win rate", "seconds": "seconds"}
+RULES = ("± is half a 95% t-interval over seeds. Claims are judged on differences paired within a seed: "
+         "reproduced if every interval lies on the claimed side of 0; not reproduced if one lies wholly off "
+         "it (at level 1 - 0.05/k for k comparisons); else inconclusive. Arm tables are not paired, so their "
+         "intervals are wider. KL is to the policy that the arm started from.")
+
+
+def stored(method_name, results_dir="results"):
+    path = Path(results_dir) / f"{method_name}.json"
+    results = load(path)
+    if not results:
+        raise UserError(f"{path} does not exist yet: python -m referee {method_name} --seeds 5 makes it")
+    return results
+
+
+def collect(method_name, results):
+    """{experiment: {arm: {seed: run}}}, of the runs whose settings are still those of EXPERIMENTS."""
+    by_key = {}
+    for run in () if outdated(results) else results["runs"]:
+        by_key.setdefault(run["key"], {})[run["seed"]] = run
+    return {title: {name: by_key.get(arm.key, {}) for name, arm in arms.items()}
+            for title, arms in plan(method_name, results["config"]).items()}
+
+
+def measured(word, comparisons, seeds):
+    """What was measured, in a cell: the weakest comparison of a claim."""
+    if word in ("not run", "not measured"):
+        return "; ".join(c.text for c in comparisons if c.status == word)
+    weakest = min(comparisons, key=lambda c: c.strength)
+    text = f"{weakest.text}: {plus_minus(weakest.mean, weakest.half, '+')}"
+    if len(comparisons) > 1:
+        text += f" (weakest of {len(comparisons)})"
+    return text if weakest.n == seeds and seeds > 1 else f"{text} ({weakest.n} seed{'s' * (weakest.n > 1)})"
+
+
+def claim_rows(method_name, results, collected):
+    rows = [["claim", "paper", "measured", "verdict"]]
+    for title, experiment in experiments_of(method_name).items():
+        for claim in experiment["claims"]:
+            word, comparisons = verdict(claim, collected[title], experiment.get("spreads", {}))
+            rows.append([claim["claim"], f"{claim['paper']} ({claim['source']})",
+                         measured(word, comparisons, len(results["seeds"])), word])
+    return rows
+
+
+def arm_rows(arms, columns=COLUMNS):
+    """One row an arm; only the columns that some arm has."""
+    cells = {name: {m: [v for run in runs.values() if (v := value(run, m)) is not None] for m in columns}
+             for name, runs in arms.items()}
+    sizes = {m: max(abs(fmean(row[m])) for row in cells.values() if row[m])
+             for m in columns if any(row[m] for row in cells.values())}
+    return [["arm"] + [columns[m] for m in sizes]] + [
+        [name] + [plus_minus(*t_interval(row[m]), size=size) if row[m] else "-" for m, size in sizes.items()]
+        for name, row in cells.items()]
+
+
+def text_table(rows, width=110):
+    """Aligned plain text; the widest columns wrap until it fits."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in zip(*rows)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and widths != words:             # no word is broken
+        widths[max((w, i) for i, w in enumerate(widths) if w > words[i])[1]] -= 1
+    lines = []
+    for i, row in enumerate(rows):
+        wrapped = [textwrap.wrap(cell, w) for cell, w in zip(row, widths)]
+        for line in itertools.zip_longest(*wrapped, fillvalue=""):
+            lines.append("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
+        if i == 0:
+            lines.append("  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def markdown_table(rows):
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def provenance(results):
+    """Seeds, flags, machine and software of the stored runs, in a sentence."""
+    software = ", ".join(f"{name} {version}" for name, version in (results["software"] or {}).items())
+    flags = ", ".join(f"{k}={v}" for k, v in results["config"].items())
+    return (f"Seeds {', '.join(map(str, results['seeds']))}." + (f" Flags: {flags}." if flags else "")
+            + f" {results['device']}; {software}.")
+
+
+def report(method_name, results_dir="results"):
+    """Print the tables and draw the figure; returns what the JSON holds."""
+    results = stored(method_name, results_dir)
+    collected = collect(method_name, results)
+    print("\n" + text_table(claim_rows(method_name, results, collected)) + "\n\n" + textwrap.fill(RULES, 110))
+    for title, experiment in experiments_of(method_name).items():
+        print(f"\n{title}: {experiment['question']}\n"
+              + text_table(arm_rows(collected[title], experiment.get("columns", COLUMNS))))
+    print("\n" + textwrap.fill(provenance(results), 110))
+    path = Path(results_dir) / f"{method_name}.json"
+    if importlib.util.find_spec("matplotlib"):
+        figures.draw(method_name, results, collected, path.with_suffix(".png"))
+        print(f"{path}, {path.with_suffix('.png')}")
+    else:
+        print('no figure: pip install -e ".[plot]"')
+    return results

@@ -1,0 +1,725 @@
+"""The referee: intervals, verdicts, best of n, resumable runs, tables, figure and blocks in Markdown files, on a
+method that trains nothing; then the committed results."""
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import harness
+from conftest import ROOT, cases, method_names
+from harness import UserError
+from referee import __main__ as command_line
+from referee import arms as planning
+from referee import docs, figures, runs, statistics, tables
+
+DRAW = figures.draw
+STORED = [name for name in method_names() if (ROOT / "results" / f"{name}.json").exists()]
+
+
+def python(*arguments, cwd, first=None):
+    """A finished process, started in cwd, that finds the project's modules as an installed one does."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(first or cwd), str(ROOT)]),
+                                "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          encoding="utf-8", env=environment)
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+def draws(n):
+    rng = random.Random(n)
+    return [rng.gauss(3, 2) for _ in range(n)]
+
+
+@pytest.mark.parametrize("df, level, expected", [
+    (1, 0.95, 12.7062), (2, 0.95, 4.3027), (3, 0.95, 3.1824), (4, 0.95, 2.7764), (5, 0.95, 2.5706), (9, 0.95, 2.2622),
+    (30, 0.95, 2.0423), (120, 0.95, 1.9799), (4, 0.99, 4.6041), (10, 0.99, 3.1693)])
+def test_t_interval_against_printed_tables_of_the_quantile(df, level, expected):
+    values = draws(df + 1)
+    assert statistics.t_interval(values, level)[1] / stats.sem(values) == pytest.approx(expected, abs=1e-4)
+
+
+def test_t_interval_against_scipys_own():
+    for df, level in itertools.product(range(1, 61), (0.5, 0.9, 0.95, 0.975, 0.99, 1 - 0.05 / 7)):
+        values = draws(df + 1)
+        mean, half = statistics.t_interval(values, level)
+        low, high = stats.t.interval(level, df, loc=mean, scale=stats.sem(values))
+        assert mean == pytest.approx(np.mean(values), rel=1e-9) and half == pytest.approx((high - low) / 2, rel=1e-9)
+
+
+def test_t_interval_by_hand():
+    # Mean 2, sample variance 1, so half = 4.3027 / sqrt(3).
+    assert statistics.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / math.sqrt(3)), abs=1e-5)
+    assert statistics.t_interval([1.5]) == (1.5, math.inf)
+
+
+def test_t_interval_covers_the_mean_95_times_in_100():
+    rng = random.Random(0)
+    hits = 0
+    for _ in range(4000):
+        mean, half = statistics.t_interval([rng.gauss(3, 2) for _ in range(5)])
+        hits += abs(mean - 3) <= half
+    assert 0.94 < hits / 4000 < 0.96                                 # the normal quantile would give 0.88
+
+
+def arms(**columns):
+    """{arm: {seed: run}} with one metric, m."""
+    return {name: {seed: {"m": v, "trace": [{"m": 0.0}, {"m": v}]} for seed, v in enumerate(values)}
+            for name, values in columns.items()}
+
+
+def word(arms, *holds, metric="m"):
+    return statistics.verdict({"metric": metric, "holds": holds}, arms)[0]
+
+
+UP, DOWN, WIDE = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [3.0, -2.0, 0.5]
+
+
+@pytest.mark.parametrize("op, values, expected", [
+    (">", UP, "reproduced"), (">", DOWN, "not reproduced"), (">", WIDE, "inconclusive"),
+    ("<", DOWN, "reproduced"), ("<", UP, "not reproduced"), ("<", WIDE, "inconclusive"),
+    (">", [1.0], "inconclusive"), ("<", [1.0], "inconclusive"),     # one seed decides nothing
+    (">", [0.0, 0.0, 0.0], "not reproduced"), ("<", [0.0, 0.0, 0.0], "not reproduced"),     # strictly
+    (">", [None, 1.0, 1.0], "not measured")])
+def test_verdict_of_one_comparison(op, values, expected):
+    assert word(arms(a=values, b=[0.0] * len(values)), ("a", op, "b")) == expected
+    assert word(arms(a=values), ("a", op, 0.0)) == expected
+
+
+def test_boundary_is_open_when_the_interval_only_touches_zero_on_the_claimed_side(monkeypatch):
+    monkeypatch.setattr(statistics, "t_interval", lambda values, level=0.95: (1.0, 1.0))        # [0, 2]
+    assert word(arms(a=UP), ("a", ">", 0.0)) == "inconclusive"
+    assert word(arms(a=UP), ("a", "<", 0.0)) == "not reproduced"                             # none of it is below 0
+
+
+def test_conjunctions():
+    table = arms(up=UP, down=DOWN, wide=WIDE, zero=[0.0] * 3)
+    up, down, wide = (("up", ">", "zero"), ("down", ">", "zero"), ("wide", ">", "zero"))
+    assert word(table, up, up) == "reproduced"
+    assert word(table, up, wide) == "inconclusive"
+    assert word(table, up, wide, down) == "not reproduced"
+    assert word(table, up, ("absent", ">", "zero")) == "not run"
+    weakest = tables.measured(*statistics.verdict({"metric": "m", "holds": [up, wide]}, table), 3)
+    assert weakest.startswith("wide - zero: +0.50 ±") and weakest.endswith("(weakest of 2)")
+
+
+def test_excluding_one_of_many_needs_more_evidence_than_excluding_the_only_one():
+    values = [-1.5, -0.7, -1.1]                                     # -1.1 ± 0.99 at 95%, ± 2.04 at 1 - 0.05/4
+    table = arms(a=values, up=UP)
+    assert word(table, ("a", ">", 0.0)) == "not reproduced"
+    assert word(table, ("a", ">", 0.0), *[("up", ">", 0.0)] * 3) == "inconclusive"
+    # Accepting a conjunction needs no correction: the same evidence, mirrored, is enough beside three other parts.
+    assert word(table, ("a", "<", 0.0), *[("up", ">", 0.0)] * 3) == "reproduced"
+
+
+def test_false_verdicts_are_rare_when_the_claim_is_on_its_boundary():
+    rng, words = random.Random(1), []
+    for _ in range(2000):
+        table = arms(**{name: [rng.gauss(0, 1) for _ in range(5)] for name in "abc"})
+        words.append(word(table, *[(name, ">", 0.0) for name in "abc"]))
+    assert words.count("reproduced") / 2000 < 0.025
+    assert 0.012 < words.count("not reproduced") / 2000 < 0.036      # 2.5%, and 7.5% without Bonferroni
+
+
+def test_pairing_finds_a_small_difference_under_a_large_seed_effect():
+    seed_effect = [0.0, 10.0, -7.0, 4.0, 25.0]
+    table = arms(a=[e + 0.1 + 0.01 * i for i, e in enumerate(seed_effect)], b=seed_effect)
+    assert word(table, ("a", ">", "b")) == "reproduced"
+    table["b"] = {seed: table["b"][(seed + 1) % 5] for seed in range(5)}                     # the pairing destroyed
+    assert word(table, ("a", ">", "b")) == "inconclusive"
+
+
+def test_only_common_seeds_count():
+    table = arms(a=UP, b=[0.0, 0.0, 0.0])
+    del table["a"][0], table["b"][2]
+    comparison = statistics.verdict({"metric": "m", "holds": [("a", ">", "b")]}, table)[1][0]
+    assert comparison.n == 1 and comparison.mean == pytest.approx(1.1)
+
+
+def test_change_metric_is_last_minus_first_trace_entry():
+    table = {"a": {s: {"m": 5.0, "trace": [{"m": 7.0 + s}, {"m": 99.0}, {"m": 5.0}]} for s in range(3)}}
+    comparison = statistics.verdict({"metric": "m:change", "holds": [("a", "<", 0.0)]}, table)[1][0]
+    assert comparison.mean == pytest.approx(-3.0)                    # of -2, -3, -4
+
+
+# ---------------------------------------------------------------------------------------------------- best of n
+
+def test_second_half_is_the_last_entry_minus_the_one_half_way():
+    entries = [{"step": step, "m": value} for step, value in ((0, 5.0), (4, 1.0), (6, 9.0), (8, 4.0))]
+    assert statistics.value({"trace": entries}, "m:second_half") == 3.0
+    assert statistics.value({"trace": entries[2:]}, "m:second_half") is None                    # nobody looked at step 4
+
+
+def test_value_where_another_metric_first_reaches_a_level():
+    points = [(0.0, 0.0), (2.0, 1.0), (4.0, 5.0), (3.0, 9.0), (6.0, -3.0)]                    # KL falls back once
+    run = {"trace": [{"kl": kl, "gold": gold} for kl, gold in points]}
+    for level, expected in ((0.0, 0.0), (1.0, 0.5), (2.0, 1.0), (3.5, 4.0), (5.0, 1.0), (6.0, -3.0)):
+        assert statistics.when_reached(run, "kl", level, "gold") == pytest.approx(expected)
+    assert statistics.when_reached(run, "kl", 6.1, "gold") is None
+    assert statistics.when_reached({"trace": run["trace"][:1]}, "kl", 0.0, "gold") is None
+
+
+def test_comparison_at_equal_kl_takes_the_other_arm_from_its_trace():
+    trace = [{"kl": 0.0, "m": 0.0}, {"kl": 10.0, "m": 10.0}]
+    table = {"a": {s: {"m": 3.0 + e, "kl": 2.0} for s, e in enumerate((0.0, 0.1, -0.1))},
+             "b": {s: {"m": 10.0, "kl": 10.0, "trace": trace} for s in range(3)}}
+    claim = {"metric": "m", "at": "kl", "holds": [("a", ">", "b")]}
+    said, (comparison,) = statistics.verdict(claim, table)
+    assert said == "reproduced" and comparison.mean == pytest.approx(1.0)                     # 3 against 2, not 10
+    assert statistics.verdict(claim | {"at": None}, table)[0] == "not reproduced"
+    table["a"][1]["kl"] = 11.0
+    assert statistics.verdict(claim, table)[0] == "not measured"
+
+
+def test_offset_moves_the_boundary_not_the_number_shown():
+    table = arms(a=[0.05, 0.06, 0.04], b=[0.0] * 3)
+    assert word(table, ("a", "<", "b", 0.1), ("a", ">", "b", -0.1)) == "reproduced"           # equal within 0.1
+    assert word(table, ("a", "<", "b", 0.01)) == "not reproduced"
+    said, (comparison,) = statistics.verdict({"metric": "m", "holds": [("a", "<", "b", 0.1)]}, table)
+    assert comparison.mean == pytest.approx(0.05) and comparison.text == "a - b (against 0.1)"
+
+
+def test_spread_of_a_group_is_the_standard_deviation_over_its_arms():
+    table = arms(a=[0.0, 0.0, 0.0], b=[2.0, 2.1, 1.9], c=[1.0] * 3, d=[1.1] * 3)
+    groups, claim = {"wide": ["a", "b"], "narrow": ["c", "d"]}, {"metric": "m", "holds": [("wide", ">", "narrow")]}
+    said, (comparison,) = statistics.verdict(claim, table, groups)
+    assert said == "reproduced" and comparison.mean == pytest.approx((2.0 - 0.1) / 2 ** 0.5)
+    del table["b"][0]
+    assert statistics.verdict(claim, table, groups)[1][0].n == 2                                 # seeds that all arms have
+    assert statistics.verdict(claim, {k: v for k, v in table.items() if k != "a"}, groups)[0] == "not run"
+
+
+def test_an_experiment_may_choose_its_columns():
+    table = {"a": {0: {"eval/gold": 1.0, "mine": 2.0}}}
+    assert tables.arm_rows(table, {"mine": "my own"}) == [["arm", "my own"], ["a", "2.00"]]
+    assert tables.arm_rows(table)[0] == ["arm", "gold"]
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_best_of_n_is_the_mean_over_all_subsets(distinct):
+    rng = np.random.default_rng(0)
+    proxy = rng.permuted(np.tile(np.arange(7.0), (3, 1)), axis=1) if distinct else rng.integers(0, 3, (3, 7)).astype(float)
+    gold = rng.normal(size=(3, 7))
+    for n in range(1, 8):
+        picked = []
+        for p, g in zip(proxy, gold):
+            golds = []
+            for subset in map(list, itertools.combinations(range(7), n)):
+                golds.append(g[subset][p[subset] == p[subset].max()].mean())                # ties: a fair draw
+            picked.append(np.mean(golds))
+        tops = [np.mean([max(p[list(s)]) for s in itertools.combinations(range(7), n)]) for p in proxy]
+        mean_gold, mean_proxy, _ = statistics.best_of_n(proxy, gold, n)
+        assert mean_gold == pytest.approx(np.mean(picked), abs=1e-12)
+        assert mean_proxy == pytest.approx(np.mean(tops), abs=1e-12)
+
+
+def test_best_of_n_shares_ties_fairly_and_ignores_their_order():
+    proxy, gold = np.zeros((1, 4)), np.array([[1.0, 2.0, 3.0, 6.0]])
+    for n in (1, 2, 4):
+        assert statistics.best_of_n(proxy, gold, n)[0] == pytest.approx(3.0)
+    torch = pytest.importorskip("torch")
+    proxy, gold = [[0.0, 1.0, 1.0, 0.5]], [[0.0, 4.0, 8.0, 1.0]]
+    assert statistics.best_of_n(torch.tensor(proxy), torch.tensor(gold), 4)[0] == pytest.approx(6.0)
+
+
+def test_best_of_n_kl():
+    kl = {n: statistics.best_of_n(np.eye(64)[:1], np.eye(64)[:1], n)[2] for n in (1, 2, 16)}
+    assert kl == pytest.approx({1: 0.0, 2: 0.1931471805599453, 16: 1.8350887222397811}, abs=1e-15)
+
+
+def test_best_of_n_fixtures():
+    found = cases("bon")
+    subset = [c for c in found if c["inputs"]["kind"] == "subset_max"]
+    kl = [c for c in found if c["inputs"]["kind"] == "kl"]
+    assert subset and kl
+    for case in subset:
+        rewards = [case["inputs"]["rewards"]]
+        for n, expected in zip(case["inputs"]["n"], case["expected"]["expected_max"]):
+            assert statistics.best_of_n(rewards, rewards, n)[:2] == pytest.approx((expected, expected), abs=1e-12)
+    for case in kl:
+        for n, expected in zip(case["inputs"]["n"], case["expected"]["kl_bound"]):
+            if n <= 128:
+                pool = [list(range(n))]
+                assert statistics.best_of_n(pool, pool, n)[2] == pytest.approx(expected, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+@dataclass
+class Config:
+    LR: ClassVar = 1.0
+    seed: int = 0
+    seeds: int = 2
+    out: str = "runs/x"
+    policy: str = ""
+    model: str = "tiny"
+    resume: bool = False
+    reproduce: bool = False
+    device: str = "cpu"
+    quiet: bool = False
+    lr: float | None = None
+
+    def __post_init__(self):
+        if self.lr is None:
+            self.lr = self.LR * (1 if self.model == "tiny" else 0.01)
+        if self.resume and not self.out:
+            raise UserError("--resume needs --out")
+
+
+@dataclass
+class ToyConfig(Config):
+    beta: float = 0.1
+    epochs: int = 1
+
+
+@dataclass
+class OtherConfig(Config):
+    LR: ClassVar = 5.0
+    beta: float = 7.0
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """A method whose "training" is arithmetic; `toy.calls` lists what ran, `toy.die_at` kills it at that call."""
+    monkeypatch.chdir(tmp_path)
+    module, other = types.ModuleType("toy"), types.ModuleType("other")
+    module.calls, module.die_at, module.loads = [], None, []
+    module.Config, other.Config = ToyConfig, OtherConfig
+
+    def write_json(path, obj):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(f"{path}.tmp")
+        temporary.write_text(json.dumps(obj, indent=1, allow_nan=False), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def test_pool(config):
+        rng = np.random.default_rng(config.seed)
+        gold = rng.normal(size=(5, 16))
+        return gold + rng.normal(size=(5, 16)), gold
+
+    def train(config):
+        if len(module.calls) == module.die_at:
+            raise KeyboardInterrupt
+        assert config.quiet and not config.reproduce and (not config.policy or (Path(config.policy) / "gold").exists())
+        assert not config.resume and not Path(config.out).exists()  # harness.start refuses a directory that is taken
+        module.calls.append(config)
+        start = float((Path(config.policy) / "gold").read_text(encoding="utf-8")) if config.policy else config.seed / 3
+        steps = 4 * getattr(config, "epochs", 1)
+        trace = [{"step": i, "eval/gold": start + config.beta * i / (i + 1) + 0.002 * config.seed * i, "eval/kl": config.beta * i,
+                  "eval/logps/chosen": -20 - i, "eval/logps/rejected": -22 - 3 * i} for i in range(steps + 1)]
+        Path(config.out).mkdir(parents=True)
+        (Path(config.out) / "gold").write_text(str(trace[-1]["eval/gold"]))
+        final = {k: v for k, v in trace[-1].items() if k != "step"}
+        return final | {"eval/fluency": float("nan"), "seconds": 12.3456789, "tokens_generated": 123456789,
+                        "trace": trace, "out": config.out}
+
+    module.train, other.train = train, lambda config: train(config)
+    module.EXPERIMENTS = {
+        "strength": dict(
+            question="Does gold rise with beta?",
+            arms={"SFT": {"epochs": 0}, "beta 0.05": {"beta": 0.05}, "beta 0.1": {}, "beta 1": {"beta": 1.0},
+                  "PPO": {"method": "other"}},
+            claims=[dict(claim="gold rises above SFT at every beta", source="Fig. 2", paper="(plot only)", metric="eval/gold",
+                         holds=[("beta 0.1", ">", "SFT"), ("beta 1", ">", "SFT")]),
+                    dict(claim="the log-probability of the chosen answer falls", source="section 4", paper="a|b",
+                         metric="eval/logps/chosen:change", holds=[("beta 1", "<", 0.0)])],
+            panels=[dict(x="eval/kl", y=["eval/gold"], best_of_n=True, arms=None, title="frontier"),
+                    dict(x="step", y=["eval/logps/chosen", "eval/logps/rejected"], arms=["beta 0.1"]),
+                    dict(kind="bars", y=["eval/gold"])]),
+        "start": dict(
+            question="Does a strong start help?",
+            arms={"then": {"start": "strong", "beta": 0.2}, "strong": {"beta": 3.0}, "plain": {"beta": 0.1}},
+            claims=[dict(claim="less than plain", source="made up", paper="-1", metric="eval/gold", holds=[("then", "<", "plain")]),
+                    dict(claim="fluent", source="made up", paper="1", metric="eval/fluency", holds=[("then", ">", "plain")])],
+            panels=[dict(kind="bars", y=["eval/gold", "eval/kl"])]),
+    }
+    for name, m in {"toy": module, "other": other, "experiments.toy": module}.items():
+        monkeypatch.setitem(sys.modules, name, m)
+
+    def launch(train, config):
+        assert train is {ToyConfig: module, OtherConfig: other}.get(type(config), module).train
+        return train(config)
+
+    for name, stand_in in {"Config": Config, "launch": launch, "write_json": write_json, "test_pool": test_pool,
+                           "load_task": lambda config: module.loads.append((config.seed, config.model))}.items():
+        monkeypatch.setattr(harness, name, stand_in)
+    for holder in (planning, docs):
+        monkeypatch.setattr(holder, "method_names", lambda: ["toy"])
+    monkeypatch.setattr(figures, "draw", lambda *args: None)         # half a second each; one test draws
+    return module
+
+
+RESULTS = Path("results/toy.json")
+
+
+def reproduce(toy, **flags):
+    """What ran, as (folder name without its hash, seed)."""
+    toy.calls.clear()
+    runs.reproduce("toy", ToyConfig(**flags))
+    return [(Path(c.out).parent.name.rsplit("-", 1)[0], c.seed) for c in toy.calls]
+
+
+def test_runs_once_shares_arms_and_repeats_nothing(toy, capsys):
+    ran = reproduce(toy)
+    # "plain" is "beta 0.1" spelled out; "then" waits for "strong".
+    assert [name for name, seed in ran if seed == 0] == ["sft", "beta-0.05", "beta-0.1", "beta-1", "ppo", "strong", "then"]
+    assert len(ran) == 14 and "14 runs to do, about 8 min" in capsys.readouterr().out
+    assert toy.loads == [(0, "tiny"), (1, "tiny")]
+    before = RESULTS.read_bytes()
+    assert reproduce(toy) == [] and "nothing to run" in capsys.readouterr().out
+    assert RESULTS.read_bytes() == before and len(toy.loads) == 2
+    assert len(reproduce(toy, seeds=3)) == 7                         # only the new seed
+    assert reproduce(toy, seeds=1, device="cuda", resume=True, out="elsewhere") == []        # no other experiment
+    assert json.loads(RESULTS.read_text(encoding="utf-8"))["seeds"] == [0, 1, 2]
+
+
+def test_what_is_stored(toy, tmp_path):
+    reproduce(toy)
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    runs = {(r["arm"], r["seed"]): r for r in results["runs"]}
+    assert runs["beta 1", 1]["config"] == {"beta": 1.0} and runs["beta 0.1", 0]["config"] == {}
+    assert runs["PPO", 0]["config"] == {"method": "other"} and runs["PPO", 0]["eval/kl"] == 28.0
+    assert runs["then", 0]["config"] == {"beta": 0.2, "start": "strong"}
+    assert runs["beta 1", 1]["seconds"] == 12.3457 and runs["beta 1", 1]["tokens_generated"] == 123456789
+    assert runs["beta 1", 1]["eval/fluency"] is None
+    assert [row[0] for row in results["best_of_n"]["0"]] == [1, 2, 4, 8, 16] and set(results["best_of_n"]) == {"0", "1"}
+    assert "torch" in results["software"] and str(tmp_path) not in RESULTS.read_text(encoding="utf-8")
+    assert "runs/referee" not in RESULTS.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("die_at", [0, 1, 6, 9, 13])
+def test_killed_and_continued_equals_uninterrupted(toy, die_at):
+    reproduce(toy)
+    expected, png = RESULTS.read_bytes(), RESULTS.with_suffix(".png")
+    RESULTS.unlink(), png.unlink(missing_ok=True)
+    toy.die_at = die_at
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(toy)
+    assert len(json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]) == die_at    # all that finished was saved
+    toy.die_at = None
+    assert len(reproduce(toy)) == 14 - die_at
+    assert RESULTS.read_bytes() == expected
+
+
+def test_changed_arm_runs_again_alone(toy):
+    reproduce(toy)
+    toy.EXPERIMENTS["strength"]["arms"]["beta 1"] = {"beta": 2.0}
+    assert tables.report("toy")["runs"] and "not run" in docs.method_block("toy")             # stale runs are not shown
+    assert reproduce(toy) == [("beta-1", 0), ("beta-1", 1)]
+    stored = [r for r in json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if r["arm"] == "beta 1"]
+    assert [r["config"] for r in stored] == [{"beta": 2.0}] * 2
+
+
+def test_changed_default_runs_all_again_and_a_new_option_nothing(toy):
+    reproduce(toy)
+
+    @dataclass
+    class WithNewOption(ToyConfig):
+        novelty: int = 3
+
+    @dataclass
+    class WithOtherDefault(ToyConfig):
+        beta: float = 0.2
+
+    toy.Config = WithNewOption
+    assert "not run" not in docs.method_block("toy")
+    toy.Config = WithOtherDefault
+    assert "reproduced |" not in docs.method_block("toy") and "not run |" in docs.method_block("toy")
+    toy.calls.clear()
+    runs.reproduce("toy", WithOtherDefault(seeds=1))
+    assert len(toy.calls) == 8                                       # "beta 0.1" relies on the default, "plain" no longer equals it
+
+
+def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
+    assert len(reproduce(toy, seeds=1, model="big", beta=0.3)) == 8  # "plain" now differs from "beta 0.1", which inherits 0.3
+    configs = {Path(c.out).parent.name.rsplit("-", 1)[0]: c for c in toy.calls}
+    assert {c.model for c in toy.calls} == {"big"}
+    # No --lr was given, so each method keeps its own for a model that is not tiny.
+    assert configs["ppo"].lr == pytest.approx(0.05) and configs["sft"].lr == pytest.approx(0.01)
+    assert configs["ppo"].beta == 7.0 and configs["beta-0.1"].beta == 0.3 and configs["beta-1"].beta == 1.0
+    assert toy.loads == [(0, "big")]
+    block = docs.method_block("toy")
+    assert "not run" not in block and "Flags: model=big, beta=0.3." in block                 # the flags are stored, so a report finds the runs
+
+
+def test_a_given_learning_rate_reaches_every_arm_even_where_it_is_the_default_of_another_model(toy):
+    reproduce(toy, seeds=1, model="big", lr=1.0)
+    assert {c.lr for c in toy.calls} == {1.0} and json.loads(RESULTS.read_text(encoding="utf-8"))["config"] == {"model": "big", "lr": 1.0}
+
+
+def test_start_hands_over_the_starters_directory(toy):
+    reproduce(toy)
+    then = [c for c in toy.calls if c.policy]
+    strong = {c.seed: c.out for c in toy.calls if c.beta == 3.0}
+    assert [(c.beta, c.policy) for c in then] == [(0.2, strong[0]), (0.2, strong[1])]
+
+    toy.EXPERIMENTS["start"]["arms"]["strong"]["beta"] = 4.0
+    assert reproduce(toy) == [("strong", 0), ("then", 0), ("strong", 1), ("then", 1)]
+
+
+def test_lost_policy_of_a_starter_is_made_again_only_when_needed(toy):
+    reproduce(toy, seeds=1)
+    Path("runs").rename("gone")                                      # a fresh clone: results without runs
+    assert reproduce(toy, seeds=1) == []
+    toy.EXPERIMENTS["start"]["arms"]["then"]["beta"] = 0.4
+    toy.die_at = 1                                                   # after the starter
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(toy, seeds=1)
+    assert [c.beta for c in toy.calls] == [3.0]
+    toy.die_at = None
+    assert reproduce(toy, seeds=1) == [("then", 0)]
+
+
+def test_starter_killed_while_it_is_made_again_does_not_count_as_finished(toy):
+    reproduce(toy, seeds=1)
+    Path("runs").rename("gone")
+    toy.EXPERIMENTS["start"]["arms"]["then"]["beta"] = 0.4
+    toy.die_at, strong = 0, next(Path(c.out) for c in toy.calls if c.beta == 3.0)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(toy, seeds=1)
+    (strong / "half").mkdir(parents=True)                            # what a kill in mid-training leaves
+    toy.die_at = None
+    assert reproduce(toy, seeds=1) == [("strong", 0), ("then", 0)]
+
+
+def test_task_without_gold_has_no_best_of_n_curve(toy, monkeypatch):
+    monkeypatch.setattr(harness, "test_pool", lambda config: None)
+    reproduce(toy, seeds=1)
+    assert json.loads(RESULTS.read_text(encoding="utf-8"))["best_of_n"] == {"0": None}
+    assert reproduce(toy, seeds=1) == [] and toy.loads == [(0, "tiny")]
+
+
+# ---------------------------------------------------------------------------------------------------- tables, figure
+
+def test_report_fits_the_terminal_and_states_every_claim(toy, capsys):
+    reproduce(toy, seeds=3)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 110
+    table = out[:out.index("± is half")]
+    assert [table.count(w) for w in ("reproduced", "not reproduced", "not measured")] == [3, 1, 1]
+    assert "fluency" not in out[out.index("strength:"):]             # no arm has it
+    assert "Seeds 0, 1, 2." in out and "Flags" not in out
+
+
+def test_a_column_has_one_number_of_decimals(toy):
+    reproduce(toy, seeds=1)
+    rows = tables.arm_rows(tables.collect("toy", json.loads(RESULTS.read_text(encoding="utf-8")))["strength"])
+    assert [row[2] for row in rows] == ["KL", "0.0", "0.2", "0.4", "4.0", "28.0"]
+
+
+def test_text_table_aligns_and_wraps_without_losing_words():
+    rows = [["claim", "verdict"], ["word " * 40, "reproduced"], ["short", "no"]]
+    lines = tables.text_table(rows, 60).splitlines()
+    assert max(map(len, lines)) <= 60 and " ".join(lines).count("word") == 40
+    assert {line.index(w) for line in lines for w in ("verdict", "reproduced", "no") if line.endswith(w)} == {lines[0].index("verdict")}
+
+
+@pytest.mark.parametrize("mean, half, expected", [
+    (0.5123, 0.0312, "0.512 ±0.031"), (0.5, math.inf, "0.500"), (14.21, 0.3, "14.2 ±0.3"), (0.1, 25.0, "0.1 ±25.0"),
+    (-1.234, 0.5, "-1.23 ±0.50"), (123.4, 9.6, "123 ±10")])
+def test_plus_minus(mean, half, expected):
+    assert tables.plus_minus(mean, half) == expected
+
+
+def page(name, text):
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_block_of_a_page_is_a_function_of_the_results(toy):
+    reproduce(toy, seeds=3)
+    path = page("docs/toy.md", f"# Title\n{docs.BEGIN}\nold\n{docs.END}\nthe end\n")
+    command_line.main(["--docs"])
+    first = path.read_text(encoding="utf-8")
+    assert first.startswith("# Title\n") and first.endswith(f"{docs.END}\nthe end\n") and "\nold\n" not in first
+    assert docs.method_block("toy") in first and "a\\|b" in first
+    assert f"{docs.BEGIN}\nClaims: 2 reproduced, 1 not reproduced, 1 not measured.\n" in first
+    command_line.main(["--docs"])
+    assert path.read_text(encoding="utf-8") == first
+
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for run in results["runs"]:
+        if run["arm"] == "beta 1":
+            run["eval/gold"] -= 2
+    RESULTS.write_text(json.dumps(results), encoding="utf-8")
+    assert "Claims: 2 not reproduced, 1 reproduced, 1 not measured.\n" in docs.method_block("toy")
+
+
+def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy, capsys):
+    reproduce(toy, seeds=2)
+    path = page("README.md", f"{docs.BEGIN}\n{docs.END}")
+    page("docs/other.md", f"the marks `{docs.BEGIN}` and `{docs.END}` in a sentence are none")
+    command_line.main(["--docs"])
+    assert "written: README.md\n" in capsys.readouterr().out
+    lines = path.read_text(encoding="utf-8").split("\n")
+    half = 12.7062 / 2                              # of a difference of 1 between two seeds: t / sqrt(2) * 1 / sqrt(2)
+    table = [line.strip("| ").split(" | ") for line in lines[1:5]]
+    assert lines[0] == docs.BEGIN and table[0] == ["method", "arm", "gold", "KL", "seconds"]      # proxy: nobody has it
+    assert table[2] == ["SFT", "SFT of [toy](docs/toy.md)", f"0.17 ±{half / 3:.2f}", "0.000 ±0.000", "12.3 ±0.0"]
+    gold = 1 / 6 + 0.08 + 0.004                                                          # 0.08 and 0.008 of seed 1
+    assert table[3] == ["[toy](docs/toy.md)", "beta 0.1", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}", "0.400 ±0.000",
+                        "12.3 ±0.0"]
+    assert lines[-1] == docs.END and "Seeds 0, 1." in lines[-2]
+    command_line.main(["--docs"])
+    assert path.read_text(encoding="utf-8").split("\n") == lines
+    RESULTS.unlink()
+    assert "toy" not in docs.overview_block()                                    # a method that nobody has run
+
+
+def test_default_arm_has_the_fewest_settings_is_the_methods_own_and_starts_from_no_other(toy):
+    toy.EXPERIMENTS = {
+        "first": dict(question="?", claims=[], arms={
+            "SFT": {"epochs": 0}, "two": {"beta": 0.2, "epochs": 2}, "other's": {"method": "other"},
+            "after": {"start": "two"}, "one": {"beta": 0.2}}),
+        "second": dict(question="?", claims=[], arms={"SFT too": {"epochs": 0}, "also one": {"epochs": 2}})}
+
+    @dataclass
+    class Evaluated(ToyConfig):
+        eval_every: int = 0
+
+    toy.Config = Evaluated
+    title, arm = planning.default_arm("toy", {})
+    assert (title, arm.name) == ("first", "one")
+    toy.EXPERIMENTS["second"]["arms"]["looked at often"] = {"eval_every": 3}
+    assert planning.default_arm("toy", {})[1].name == "looked at often"
+    assert planning.default_arm("toy", {}, untrained=True)[1].name == "SFT"
+    toy.EXPERIMENTS = {"only": dict(question="?", claims=[], arms={"other's": {"method": "other"}})}
+    assert planning.default_arm("toy", {}) is None
+
+
+@pytest.mark.parametrize("text", ["nothing here", docs.BEGIN, f"{docs.END}\n{docs.BEGIN}",
+                                  f"{docs.BEGIN}\n{docs.BEGIN}\n{docs.END}"])
+def test_page_without_marks_is_a_user_error(toy, text):
+    path = page("README.md", text)
+    with pytest.raises(UserError, match="lacks the lines"):
+        docs.write(path)
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_figure_is_drawn_wide_enough_to_read(toy, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figures, "draw", DRAW)
+    from matplotlib.image import imread
+    reproduce(toy, seeds=3)
+    image = imread("results/toy.png")
+    assert image.shape[1] == pytest.approx(1600, abs=2) and len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 50
+    before = Path("results/toy.png").read_bytes()
+    tables.report("toy")
+    assert Path("results/toy.png").read_bytes() == before            # the same figure for the same results
+    assert "pip install" not in capsys.readouterr().out
+    assert "![toy: figure](../results/toy.png)" in docs.method_block("toy")
+
+
+def test_no_matplotlib_is_said_and_not_fatal(toy, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reproduce(toy, seeds=1)
+    assert 'pip install -e ".[plot]"' in capsys.readouterr().out and not Path("results/toy.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+def test_flags_of_the_method_are_flags_here(toy):
+    command_line.main(["toy", "--seeds", "1", "--beta", "0.3"])
+    assert {c.seed for c in toy.calls} == {0} and 0.3 in [c.beta for c in toy.calls]
+    toy.calls.clear()
+    command_line.main(["toy", "--report"])
+    assert toy.calls == []
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["toy", "--no-such-flag", "1"])
+    assert stopped.value.code == 2
+
+
+def test_report_before_any_run_is_a_user_error(toy):
+    with pytest.raises(UserError, match="does not exist yet"):
+        tables.report("toy")
+
+
+def test_unknown_method_is_one_line_and_status_2(tmp_path):
+    shutil.copytree(ROOT / "referee", tmp_path / "referee", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("common.py", "other.py", "rrhf.py", "steerlm.py", "experiments/__init__.py", "experiments/rrhf.py",
+                 "experiments/steerlm.py", "experiments/comparison.py"):
+        page(tmp_path / name, "")
+    (tmp_path / "common.py").unlink()
+    done = python("-m", "referee", "dpp", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm\n"
+
+
+@pytest.mark.parametrize("arguments", [("-m", "referee", STORED[0], "--report"),
+                                       (ROOT / f"{STORED[0]}.py", "--reproduce")], ids=["module", "script"])
+def test_missing_scipy_is_one_line_that_says_what_to_install(tmp_path, arguments):
+    page(tmp_path / "blocked" / "scipy.py", "raise ImportError('as if it were not installed')")
+    done = python(*arguments, cwd=tmp_path, first=str(tmp_path / "blocked"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == 'error: the referee needs scipy: pip install -e ".[plot]"\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["blocked"]             # said before anything is run
+
+
+def test_packaging_finds_files_by_pattern(monkeypatch):
+    found, setuptools = {}, types.ModuleType("setuptools")
+    setuptools.setup = lambda **arguments: found.update(arguments)
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert set(found) == {"py_modules", "packages"}
+    assert found["packages"] == ["experiments", "harness", "referee", "tasks"]
+    assert {"common", *method_names()} <= set(found["py_modules"]) and "setup" not in found["py_modules"]
+    for name in ("setup.py", "pyproject.toml"):
+        words = set(re.findall(r"\w+", (ROOT / name).read_text(encoding="utf-8")))
+        assert not words & set(method_names()), f"{name} lists methods"
+
+
+# ---------------------------------------------------------------------------------------------------- committed results
+
+@pytest.mark.parametrize("method", STORED)
+def test_committed_runs_are_those_of_the_experiments(method):
+    results = tables.stored(method, ROOT / "results")
+    assert not planning.outdated(results)
+    seeds = set(results["seeds"])
+    found = tables.collect(method, results)
+    for title, arms_of in found.items():
+        for name, stored in arms_of.items():
+            assert set(stored) == seeds, f"{title}, {name}"
+    keys = {arm.key for planned in planning.plan(method, results["config"]).values() for arm in planned.values()}
+    assert {run["key"] for run in results["runs"]} == keys
+    title, arm = planning.default_arm(method, results["config"])
+    assert found[title][arm.name]
+
+
+@pytest.mark.parametrize("method", STORED)
+def test_report_of_the_committed_results(tmp_path, method):
+    """Run on a copy: the figure must not be drawn anew into the repository."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / f"{method}.json", tmp_path / "results")
+    process = python("-m", "referee", method, "--report", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    on_one_line = " ".join(process.stdout.split())
+    for title, experiment in planning.experiments_of(method).items():
+        assert f"{title}: {experiment['question']}" in on_one_line
+        for arm in experiment["arms"]:
+            start = re.escape(re.split("[ -]", arm)[0])         # a long name is broken at a space or a hyphen
+            assert re.search(rf"^{start}.* ±\d", process.stdout, re.M), f"{arm} has no figures"
+    assert re.search("reproduced|inconclusive", process.stdout) and "not run" not in process.stdout
+
+
+def test_pages_hold_what_the_committed_results_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert Path("README.md") in docs.pages()
+    stale = [str(path) for path in docs.pages() if docs.split(path)[1] != docs.block(path).split("\n")]
+    assert not stale, f"run python -m referee --docs for {', '.join(stale)}"
