@@ -29,15 +29,15 @@ Details that decide whether it works; [n] marks where they happen (2, 3, 4 and 6
  [6] the reward has mean 0, deviation 1 at the start   [14] the value loss is clipped
  [7] rollout, minibatch, microbatch                    [15] the KL coefficient can adapt
  [8] the temperature divides the logits in scoring too
-Left out: responses of fixed length, prompts that end at a full stop, TensorFlow's Adam (PyTorch's first steps
-are larger), a trunk shared by policy and value, an entropy bonus, InstructGPT's pretraining mix (PPO-ptx).
-Official code (openai/lm-human-preferences): the same estimators, but it whitens rewards by default and knows
-no EOS. TRL's former PPO puts the score one position after EOS; here it is on EOS.
+Left out: responses of fixed length, TensorFlow's Adam (PyTorch's first steps are larger), a trunk shared by
+policy and value, an entropy bonus, the pretraining mix (PPO-ptx). Official code (openai/lm-human-preferences)
+whitens rewards by default and knows no EOS. TRL's former PPO puts the score one position after EOS.
 
 Elsewhere:
     log-probs and values in float32, prompts left-padded, EOS counted, none after a cut response: common.py
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; clipping at norm 1: harness/config.py
-    the reward: a model of the pairs, or --reward; scaled on SFT samples: harness/rewards.py
+    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples (4 x batch_size of
+        them, where it has no scale of its own): harness/rewards.py
     samples: at --temperature, without top-k or top-p; their token ids are kept: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """

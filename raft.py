@@ -28,7 +28,8 @@ fine-tuning were perfect. By default a round's 16 steps go about a third of the 
 embedded task, holds back a noun but no skill of its own, so it cannot show much forgetting.
 
 Compared with rrhf.py: its SFT term alone, on new samples in every round. The `filter` of
-decision_transformer.py is one global round on samples that exist already.
+decision_transformer.py is one global round on samples that exist already. --reproduce does not test the
+paper's main claim (as good as PPO, or better), nor whether noise in the reward hurts PPO more than RAFT.
 Official code (LMFlow) differs: its default ranking is global, it trains the prompt's tokens too, adds no EOS,
 packs texts into blocks, and gives samples with "#" a reward of minus infinity. Llama 2 published neither K
 nor the number of prompts. Left out: its margin loss, its safety reward model, a new temperature every round.
@@ -118,7 +119,7 @@ def take(row, i):
 
 
 def prompts_of_round(config, task, turn):
-    """Train prompts of round `turn` (from 0), drawn without replacement, by the seed and the round."""
+    """Train prompts of round `turn` (from 0): without --rare after the first, drawn anew for each round."""
     prompts = [p for p in task.prompts["train"] if not (turn and config.rare and config.rare in p)]
     n = min(config.prompts or len(prompts), len(prompts))
     return random.Random(f"prompts {config.seed} {turn}").sample(prompts, n)
@@ -204,8 +205,7 @@ def train(run):
         raise UserError(f"--rare {config.rare}: every train prompt has it, so the second round has none")
     run.state |= {"pool": [], "labels": task.pairs.get("train", []) if config.refresh else []}
 
-    # A step is config.batch_size responses. A round has as many steps as config.epochs passes over what one
-    # round keeps, with --pool all too.
+    # A step is config.batch_size responses. A round: config.epochs passes over as many as one round keeps.
     kept = len(prompts_of_round(config, task, 0))
     kept = max(1, round(config.share * kept * config.candidates)) if config.share else kept
     steps = math.ceil(config.epochs * kept / config.batch_size)                            # of a round
@@ -218,7 +218,7 @@ def train(run):
         if i == 0:                                                       # a new round
             collect(run, reward, reference, turn)
             if config.restart and turn:
-                policy.load_state_dict(reference.state_dict())           # the pool is of the trained policy
+                policy.load_state_dict(reference.state_dict())           # after the trained policy sampled
                 optimizer.state.clear()
         pool = run.state["pool"]
         passes = steps * config.batch_size / len(pool)                   # over the pool, each in a new order
@@ -240,10 +240,9 @@ def train(run):
             run.evaluate()
             run.amend(**against_best(run, reward), **rare_skill(run))     # needs the evaluation's samples
 
-    root = math.sqrt(math.log(config.candidates))
-    if root and "eval/proxy" in run.trace[-1]:
+    if config.candidates > 1 and "eval/proxy" in run.trace[-1]:
         gain = run.trace[-1]["eval/proxy"] - run.trace[0]["eval/proxy"]
-        run.results["gain_per_sqrt_log_k"] = gain / root                                       # sec. 3.2
+        run.results["gain_per_sqrt_log_k"] = gain / math.sqrt(math.log(config.candidates))       # sec. 3.2
 
 
 if __name__ == "__main__":

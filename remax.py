@@ -20,7 +20,8 @@ token. A token is credited with its own and with all that follow (KL to go):
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: `objective/greedy_scores` is above `objective/scores` at first, and the gradient becomes
-small as the two meet.
+small as the two meet. The baseline removes what all responses to a prompt have in common: compare
+--variance_prompts 256 with and without --reward_noise prompt.
 
 Compared with ppo.py: the same rollout, reward and KL penalty, but no value model, one update for each
 rollout, the sum over a response's tokens where PPO has the mean over all tokens, and no whitening. The paper
@@ -33,7 +34,8 @@ reward clip 5 are options.
 Elsewhere:
     log-probs in float32, dropout off, EOS counted, no EOS where a sample was cut off: common.py
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; clipping at norm 1: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples (4 x batch_size of
+        them, where it has no scale of its own): harness/rewards.py
     samples: at --temperature, without top-k or top-p; their token ids are kept: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """

@@ -80,7 +80,8 @@ EXPERIMENTS = {
         arms={"last round": ROUNDS, "all rounds": ROUNDS | {"pool": "all"},
               "all rounds, first version": ROUNDS | {"pool": "all", "rounds": 1},
               "all rounds, reward model frozen": ROUNDS | {"pool": "all", "refresh": False},
-              "then PPO": {"method": "ppo", "start": "all rounds"}, "PPO alone": {"method": "ppo"}},
+              "then PPO": {"method": "ppo", "start": "all rounds"},               # its KL is to its own start
+              "PPO alone": {"method": "ppo"}},
         columns={"eval/gold": "gold", "eval/rare_gold": "gold, rare sub-task", "eval/proxy": "proxy",
                  "eval/judge": "judge", "eval/kl": "KL", "eval/fluency": "fluency",
                  "eval/distinct_2": "distinct-2"},

@@ -117,7 +117,7 @@ class Run:
 
     def amend(self, **own):
         """Add metrics to the evaluation just made, where they need its samples (run.samples)."""
-        if self.config.resume and self.trained is None:
+        if not own or self.config.resume and self.trained is None:
             return
         file = self.out / "metrics.jsonl"
         *lines, last = file.read_text(encoding="utf-8").splitlines(True)

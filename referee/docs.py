@@ -2,15 +2,20 @@
 
 A block stands between two marks, each on a line of its own (BEGIN and END below). Edit nothing between them:
     python -m referee --docs
-writes every block anew. All paths are below the current directory.
+writes every block anew, and draws the README's figure. All paths are below the current directory.
 """
+import importlib.util
+import itertools
 from pathlib import Path
 
 from harness import UserError
+from referee import figures
 from referee.arms import default_arm, experiments_of, method_names
 from referee.tables import COLUMNS, RULES, arm_rows, claim_rows, collect, markdown_table, provenance, stored
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SFT = "SFT"
+FIGURE = Path("results/methods.png")
 OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
             "seconds": "seconds"}
 
@@ -32,37 +37,63 @@ def method_block(name, results_dir="results"):
     return "\n\n".join(parts + [provenance(results)])
 
 
-def overview_block(results_dir="results"):
-    """README: a row for each method's default run; before them, where it is stored, SFT's."""
-    methods, untrained, sources = {}, {}, {}
+def before_training(runs):
+    """The rewards of the initial policy, seed by seed: equal only where runs share the task's models."""
+    first = {seed: runs[seed]["trace"][0] for seed in sorted(runs)}
+    return tuple((seed, e.get("eval/gold"), e.get("eval/proxy")) for seed, e in first.items())
+
+
+def overview(results_dir="results"):
+    """What the README's table and figure are made of.
+
+    Returns: {method: (name of its default arm, runs)}, first SFT where it is stored; methods of another build
+        of the task's models than most; {provenance: methods}.
+    """
+    trained, untrained, sources = {}, {}, {}
     for name in method_names():
         if not (Path(results_dir) / f"{name}.json").exists():
             continue
         results = stored(name, results_dir)
         collected, flags = collect(name, results), results["config"]
         sources.setdefault(provenance(results), []).append(name)
-        link = f"[{name}](docs/{name}.md)"
-        if found := default_arm(name, flags):
-            title, arm = found
-            methods[link] = arm.name, collected[title][arm.name]
-        if found := default_arm(name, flags, untrained=True):
-            title, arm = found
-            untrained.setdefault("SFT", (f"{arm.name} of {link}", collected[title][arm.name]))
-    rows = untrained | methods
-    table = arm_rows({label: runs for label, (_, runs) in rows.items()}, OVERVIEW)
-    second = ["arm"] + [arm for arm, _ in rows.values()]
-    table = [[row[0], arm, *row[1:]] for row, arm in zip(table, second)]
-    table[0][0] = "method"
+        for rows in (trained, untrained):
+            found = default_arm(name, flags, untrained=rows is untrained)
+            if found:
+                title, arm = found
+                rows[name] = arm.name, collected[title][arm.name]
+    builds = {}
+    for name, (_, runs) in trained.items():
+        builds.setdefault(before_training(runs), []).append(name)
+    *others, most = sorted(builds.values(), key=len) or [[]]
+    sft = [(f"{arm} of {name}", runs) for name, (arm, runs) in untrained.items() if name in most]
+    rows = {SFT: sft[0]} | trained if sft else trained
+    return rows, sorted(itertools.chain(*others)), sources
+
+
+def overview_block(results_dir="results"):
+    """README: a row for each method's default run; before them, where it is stored, SFT's."""
+    rows, others, sources = overview(results_dir)
+    header, *body = arm_rows({name: runs for name, (_, runs) in rows.items()}, OVERVIEW)
+    table = [["method", "arm", *header[1:]]]
+    for name, *cells in body:
+        table.append([name if name == SFT else f"[{name}](docs/{name}.md)", rows[name][0], *cells])
     text = ("± is half a 95% t-interval over seeds. KL is in nats, to the policy that the run started from. "
-            "The arm is the row with the default settings on the method's page.")
-    where = [f"{', '.join(names)}: {source}" if len(sources) > 1 else source for source, names in sources.items()]
+            "The arm is the row with the default settings on the method's page. Seconds are of the whole run; "
+            "some arms are evaluated more often than others.")
+    if others:
+        text += (" Of other seeds, or of another build of the task's models, than the rest: "
+                 f"{', '.join(others)}. Such rows compare with the rest only roughly.")
+    where = [source if len(sources) == 1 else f"{', '.join(names)}: {source}"
+             for source, names in sources.items()]
     return "\n\n".join([markdown_table(table), text, *where])
 
 
 def block(path, results_dir="results"):
     """What has to stand between the marks of a file."""
     name = Path(path).stem
-    return overview_block(results_dir) if name.startswith("README") else method_block(name, results_dir)
+    if name.startswith("README"):
+        return overview_block(results_dir)
+    return method_block(name, results_dir)
 
 
 def split(path):
@@ -88,8 +119,11 @@ def write(path, results_dir="results"):
 
 
 def write_all():
-    """Write the blocks of all pages; returns their paths."""
+    """Write the blocks of all pages, and the figure of all methods; returns the paths."""
     found = pages()
     for path in found:
         write(path)
+    if importlib.util.find_spec("matplotlib"):
+        figures.draw_overview({name: runs for name, (_, runs) in overview()[0].items()}, FIGURE)
+        found.append(FIGURE)
     return found

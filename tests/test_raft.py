@@ -344,7 +344,7 @@ def test_rare_skill_is_measured_on_other_prompts_or_changes_the_random_numbers(t
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
-    """A run of raft.train with a reward model, kept as whole.proxy, and annotators: its result, metrics.jsonl, the saved weights."""
+    """A whole run with a reward model, kept as whole.proxy, and annotators: its result, metrics.jsonl, the saved weights."""
     def run(name, data=None, proxy=None, **kwargs):
         torch.manual_seed(7)
         model = AutoModelForSequenceClassification.from_pretrained(toy, num_labels=1)

@@ -562,17 +562,20 @@ def test_block_of_a_page_is_a_function_of_the_results(toy):
     assert "Claims: 2 not reproduced, 1 reproduced, 1 not measured.\n" in docs.method_block("toy")
 
 
-def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy, capsys):
+def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy, capsys, monkeypatch):
     reproduce(toy, seeds=2)
+    drawn = []
+    monkeypatch.setattr(figures, "draw_overview", lambda arms, path: drawn.append((list(arms), str(path))))
     path = page("README.md", f"{docs.BEGIN}\n{docs.END}")
     page("docs/other.md", f"the marks `{docs.BEGIN}` and `{docs.END}` in a sentence are none")
     command_line.main(["--docs"])
-    assert "written: README.md\n" in capsys.readouterr().out
+    assert "written: README.md results/methods.png\n" in capsys.readouterr().out
+    assert drawn == [(["SFT", "toy"], "results/methods.png")]
     lines = path.read_text(encoding="utf-8").split("\n")
     half = 12.7062 / 2                              # of a difference of 1 between two seeds: t / sqrt(2) * 1 / sqrt(2)
     table = [line.strip("| ").split(" | ") for line in lines[1:5]]
     assert lines[0] == docs.BEGIN and table[0] == ["method", "arm", "gold", "KL", "seconds"]      # proxy: nobody has it
-    assert table[2] == ["SFT", "SFT of [toy](docs/toy.md)", f"0.17 ±{half / 3:.2f}", "0.000 ±0.000", "12.3 ±0.0"]
+    assert table[2] == ["SFT", "SFT of toy", f"0.17 ±{half / 3:.2f}", "0.000 ±0.000", "12.3 ±0.0"]
     gold = 1 / 6 + 0.08 + 0.004                                                          # 0.08 and 0.008 of seed 1
     assert table[3] == ["[toy](docs/toy.md)", "beta 0.1", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}", "0.400 ±0.000",
                         "12.3 ±0.0"]
@@ -581,6 +584,26 @@ def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy,
     assert path.read_text(encoding="utf-8").split("\n") == lines
     RESULTS.unlink()
     assert "toy" not in docs.overview_block()                                    # a method that nobody has run
+
+
+def test_readme_says_which_rows_are_of_another_build_and_takes_sft_from_the_common_one(toy, monkeypatch):
+    results = reproduce(toy, seeds=2) and json.loads(RESULTS.read_text(encoding="utf-8"))
+    for name in ("toy2", "toy3"):
+        for module in (name, f"experiments.{name}"):
+            monkeypatch.setitem(sys.modules, module, toy)
+        planned = {arm.name: arm.key for arms_of in planning.plan(name, {}).values() for arm in arms_of.values()}
+        copy = json.loads(json.dumps(results | {"method": name, "defaults": {name: results["defaults"]["toy"]}}))
+        for run in copy["runs"]:
+            run["key"] = planned[run["arm"]]
+            run["trace"][0]["eval/proxy"] = 0.5                     # toy has none
+        Path(f"results/{name}.json").write_text(json.dumps(copy), encoding="utf-8")
+    for holder in (planning, docs):
+        monkeypatch.setattr(holder, "method_names", lambda: ["toy", "toy2", "toy3"])
+    text = docs.overview_block()
+    assert "| SFT | SFT of toy2 |" in text and text.count("| beta 0.1 |") == 3
+    assert "than the rest: toy. " in text
+    monkeypatch.setattr(docs, "method_names", lambda: ["toy2", "toy3"])
+    assert "than the rest" not in docs.overview_block()
 
 
 def test_default_arm_has_the_fewest_settings_is_the_methods_own_and_starts_from_no_other(toy):
@@ -624,6 +647,8 @@ def test_figure_is_drawn_wide_enough_to_read(toy, capsys, monkeypatch):
     tables.report("toy")
     assert Path("results/toy.png").read_bytes() == before            # the same figure for the same results
     assert "pip install" not in capsys.readouterr().out
+    docs.write_all()
+    assert len(np.unique(imread("results/methods.png")[..., :3].reshape(-1, 3), axis=0)) > 10
     assert "![toy: figure](../results/toy.png)" in docs.method_block("toy")
 
 

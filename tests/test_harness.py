@@ -1,0 +1,642 @@
+"""harness/: options, the directory of a run, evaluation, steps, checkpoints, runs that are killed and resumed.
+
+Letters are the bug classes that a test would catch. Models are random, over eight letters.
+"""
+import copy
+import importlib
+import json
+import math
+import pickle
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import common
+import dpo
+import harness
+import harness.evaluation
+import harness.loading
+import harness.run
+import tasks
+from conftest import PAIRS, count_a, method_names, pair_task, parameters, settings, slow, started, toy_run
+from harness import Config, Pair, Ranking, UserError
+from harness.evaluation import evaluate, kl_to_reference, mean_and_error
+from harness.run import output_directory, training_state_mb
+from tasks import Task
+from test_common import exact_kl, llama, outcome_batch
+
+pytestmark = pytest.mark.usefixtures("no_traces")
+GOOD, BAD = Pair("ab", "cd", "h"), Pair("c", "hgh", "")
+MIXED = Ranking("d", ["a", "bb"], [1.0, 2.0], ["A", "B"], [True, False])
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+@pytest.mark.parametrize("wrong, message", [
+    *[({name: 0}, f"--{name} must be above 0") for name in
+      ("lr", "batch_size", "token_budget", "temperature", "max_new_tokens", "eval_prompts", "eval_samples", "seeds")],
+    *[({name: -1}, f"--{name} must not be negative") for name in
+      ("epochs", "limit", "seed", "eval_every", "save_every", "warmup")],
+    (dict(lr=math.nan), "--lr"),
+    (dict(max_new_tokens=41), "--max_new_tokens 41 is more than a quarter of --max_length 160"),
+    (dict(resume=True), "--resume needs --out"), (dict(model="some/model"), "--model some/model needs --data")])
+def test_bad_option_passes_or_its_flag_is_not_named(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Config(**wrong)
+
+
+def test_defaults_do_not_follow_the_model_or_override_what_is_given():
+    tiny, real = Config(), Config(model="some/model", data="x.jsonl")
+    assert (tiny.lr, tiny.max_new_tokens, tiny.max_length) == (5e-4, 40, 160)
+    assert (real.lr, real.max_new_tokens, real.max_length) == (1e-6, 128, 512)
+    assert Config(lr=0.5).lr == 0.5 and Config(max_new_tokens=7).max_new_tokens == 7
+
+
+def choices_of(cls):
+    """(option, its choices) of a Config's own options."""
+    return [(f.name, get_args(kind)) for f in fields(cls) for kind in (f.type, *get_args(f.type))
+            if get_origin(kind) is Literal and (cls is Config or not hasattr(Config, f.name))]
+
+
+CHOICES = [(name, *choice) for name in ["harness", *method_names()]
+           for choice in choices_of(importlib.import_module(name).Config)]
+
+
+@pytest.mark.parametrize("module, name, choices", CHOICES, ids=[f"{module} {name}" for module, name, _ in CHOICES])
+def test_option_outside_its_choices_is_taken(module, name, choices):
+    cls = importlib.import_module(module).Config
+    with pytest.raises(UserError, match=f"--{name} must be one of .*{choices[-1]}, not nonsense"):
+        cls(**{name: "nonsense"})
+    assert getattr(cls(**{name: choices[0]}), name) == choices[0]
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.5, 1.0, math.nan])
+def test_labels_are_more_wrong_than_right(share):
+    with pytest.raises(UserError, match="--label_noise must be in"):
+        Config(label_noise=share)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+def test_killed_write_leaves_half_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "x.json"
+    harness.write_json(path, {"a": "ä"})
+    with pytest.raises(TypeError):
+        harness.write_json(path, {"b": [1, object()]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+
+    def full_disk(self, text, encoding=None):
+        with open(self, "w", encoding=encoding) as file:
+            file.write(text[:3])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(path), "write_text", full_disk)
+    with pytest.raises(OSError):
+        harness.write_json(path, {"c": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+
+
+def test_run_takes_a_number_that_is_in_use(toy, tmp_path):
+    config, home = settings(toy, dpo.Config), tmp_path / "root" / "runs" / "dpo"
+    assert output_directory(config) == home / "001"
+    for name in ("001", "007", "notes"):
+        (home / name).mkdir(parents=True)
+    assert output_directory(config) == home / "008"
+
+
+def test_run_overwrites_another_or_resumes_nothing(toy, tmp_path):
+    out = tmp_path / "out"
+    config = settings(toy, dpo.Config, out=str(out))
+    assert output_directory(config) == out
+    out.mkdir()
+    assert output_directory(config) == out                  # an empty directory is free
+    with pytest.raises(UserError, match="nothing to resume in .*out"):
+        output_directory(replace(config, resume=True))
+    harness.write_json(out / "args.json", asdict(config))
+    with pytest.raises(UserError, match="holds another run: --resume"):
+        output_directory(config)
+    with pytest.raises(UserError, match="is a file"):
+        output_directory(replace(config, out=str(out / "args.json")))
+    (out / "state.pt").touch()
+    assert output_directory(replace(config, resume=True, quiet=False, device="auto")) == out
+    with pytest.raises(UserError) as error:
+        output_directory(replace(config, resume=True, beta=0.7, seed=3))
+    assert "--beta" in str(error.value) and "--seed" in str(error.value)
+    assert "--lr" not in str(error.value) and "--resume" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+def test_standard_error_counts_samples_instead_of_prompts():
+    mean, error = mean_and_error(torch.tensor([[0, 2], [4, 6], [2, 4]]))                 # prompts' means: 1, 5, 3
+    assert mean == 3 and error == pytest.approx(2 / 3 ** 0.5)
+    assert mean_and_error(torch.tensor([[1.0, 5.0]])) == (3.0, 0.0)
+
+
+def test_AE_evaluation_depends_on_the_rng_or_disturbs_it(toy):
+    config = settings(toy)
+    policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = evaluate(config, pair_task(count_a), policy, tokenizer, {})
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    assert evaluate(config, pair_task(count_a), policy, tokenizer, {}) == first
+    other = evaluate(replace(config, seed=1), pair_task(count_a), policy, tokenizer, {})
+    assert other[1]["responses"] != first[1]["responses"]
+    assert len(set(first[1]["responses"])) > 4
+    assert first[1]["prompts"] == [p.prompt for p in PAIRS[-6:-3] for _ in range(4)]
+
+
+def perturbed(policy, by=0.2):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += by * torch.randn_like(parameter)
+    return policy
+
+
+def test_evaluation_gives_wrong_numbers(toy):
+    config = settings(toy, eval_samples=64)
+    policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
+    start, samples = evaluate(config, pair_task(count_a), policy, tokenizer, {})
+    assert start["eval/kl"] == 0 and "eval/win_rate" not in start
+    assert start["eval/gold"] == pytest.approx(sum(r.count("a") for r in samples["responses"]) / 192)
+    words = replace(pair_task(), fluent=lambda text: "a" in text)
+    assert evaluate(config, words, policy, tokenizer, {})[0]["eval/fluency"] == pytest.approx(
+        sum("a" in r for r in samples["responses"]) / 192)
+    again, _ = evaluate(config, pair_task(count_a), policy, tokenizer, {}, samples)
+    assert again["eval/win_rate"] == 0.5
+    worse = {**samples, "gold": [g - 1 for g in samples["gold"]]}
+    assert evaluate(config, pair_task(count_a), policy, tokenizer, {}, worse)[0]["eval/win_rate"] == 1
+    changed, _ = evaluate(config, pair_task(count_a), perturbed(policy), tokenizer, {}, samples)
+    assert changed["eval/kl"] > 3 * changed["eval/kl_se"] > 0 and changed["eval/win_rate"] != 0.5
+
+
+def letters(prompts, texts):
+    return torch.tensor([float(text.count("a")) for text in texts])
+
+
+@pytest.mark.parametrize("gold, names", [
+    (None, {"": "proxy", "_judge": "judge"}),
+    (lambda *row: float(len(row[1])), {"": "gold", "_proxy": "proxy", "_judge": "judge"})])
+def test_win_rate_is_by_another_reward_or_missing_for_the_others(toy, gold, names):
+    run = toy_run(toy, Task("toy", {"train": ["ab"], "test": ["g", "hh"]}, gold=gold))
+    rewards = {"proxy": letters,
+               "judge": lambda prompts, texts: torch.tensor([float(text.count("b")) for text in texts])}
+    args = run.config, run.task, run.policy, run.tokenizer, rewards
+    start, samples = evaluate(*args)
+    assert not [name for name in start if "win_rate" in name]
+    shift = {"gold": [-1] * 6, "proxy": [1] * 6, "judge": [0, 0, 0, 0, 0, -1]}               # what start had more
+    before = samples | {name: [a + b for a, b in zip(samples[name], shift[name])] for name in names.values()}
+    metrics, _ = evaluate(*args, before)
+    want = {"gold": 1.0, "proxy": 0.0, "judge": (5 * 0.5 + 1) / 6}
+    assert {name for name in metrics if "win_rate" in name and not name.endswith("_se")} == {
+        f"eval/win_rate{n}" for n in names}
+    assert all(metrics[f"eval/win_rate{suffix}"] == pytest.approx(want[name]) for suffix, name in names.items())
+
+
+def test_kl_differs_from_a_direct_computation(toy):
+    config = settings(toy, temperature=0.7, token_budget=40)
+    policy, tokenizer = perturbed(harness.load_policy(config)), harness.load_tokenizer(config)
+    texts = ["abc", "h", "ggggg", "", "de"]
+    prompts = ["a", "bcd", "ef", "g", "hh"]
+    kl = kl_to_reference(config, policy, common.encode(tokenizer, prompts, texts))
+    reference = harness.loading.load_reference(config)
+    for i, (prompt, text) in enumerate(zip(prompts, texts)):
+        ids = tokenizer(prompt + text).input_ids + [0]
+        total = 0.0
+        for model, sign in ((policy, 1), (reference, -1)):
+            with torch.no_grad():
+                logps = (model(torch.tensor([ids])).logits[0] / 0.7).log_softmax(-1)
+            total += sign * sum(logps[t - 1, ids[t]].item() for t in range(len(prompt), len(ids)))
+        assert kl[i].item() == pytest.approx(total, abs=1e-4) and abs(total) > 1e-3
+
+
+def test_h_kl_has_the_wrong_sign_or_direction(tmp_path):                                                          # H
+    policy, reference, batch = llama(4, seed=1), llama(4, seed=2), outcome_batch()
+    reference.save_pretrained(tmp_path / "start")
+    config = Config(model=str(tmp_path / "start"), data="none.jsonl", device="cpu", token_budget=64)
+    forward, backward = exact_kl(policy, reference).item(), exact_kl(reference, policy).item()
+    assert forward > 0 and abs(forward - backward) > 0.01
+    p = common.sequence_logps(policy, batch).exp().detach()
+    k1 = kl_to_reference(config, copy.deepcopy(policy).float(), batch).double()          # it is float32 throughout
+    assert (p * k1).sum().item() == pytest.approx(forward, rel=1e-4)
+    assert (p * ((-k1).exp() - 1 + k1)).sum().item() == pytest.approx(forward, rel=1e-4)      # k3
+    swapped = common.sequence_logps(reference, batch).exp().detach() * k1
+    assert swapped.sum().item() == pytest.approx(-backward, rel=1e-4)
+
+
+def test_AJ_reference_shares_storage_or_can_be_trained(toy):
+    config = settings(toy)
+    policy = harness.load_policy(config)
+    for reference in (harness.loading.load_reference(config), toy_run(toy).load_reference()):
+        assert torch.equal(parameters(policy), parameters(reference))
+        assert not {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
+        assert all(p.requires_grad for p in policy.parameters())
+        assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_reference_of_a_run_is_its_policy_or_moves_with_it(toy):
+    run = toy_run(toy)
+    before = parameters(run.policy)
+    perturbed(run.policy)
+    assert torch.equal(parameters(run.load_reference()), before) and run.load_reference() is not run.policy
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+def dpo_settings(toy, out, **kwargs):
+    return settings(toy, dpo.Config, **{**dict(out=str(out), epochs=1.0, warmup=0.5, schedule="cosine",
+                                               save_every=0), **kwargs})
+
+
+def dpo_run(toy, out, **kwargs):
+    return harness.launch(dpo.train, dpo_settings(toy, out, **kwargs))
+
+
+def saved(out):
+    return parameters(LlamaForCausalLM.from_pretrained(out))
+
+
+def metrics_of(out):
+    return (out / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def test_AF_resumed_run_differs_from_a_straight_one(toy, tmp_path, monkeypatch):
+    common_settings = dict(save_every=3, eval_every=2)
+    dpo_run(toy, tmp_path / "straight", **common_settings)
+    log = harness.Run.log
+
+    def kill(run, step, metrics):
+        log(run, step, metrics)
+        if step == 4:                                       # two steps past the checkpoint, with an evaluation between
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Run, "log", kill)
+        with pytest.raises(KeyboardInterrupt):
+            dpo_run(toy, tmp_path / "killed", **common_settings)
+    assert json.loads(metrics_of(tmp_path / "killed").splitlines()[-1])["step"] == 5
+    state = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)
+    assert state["step"] == 3 and [row["step"] for row in state["trace"]] == [0, 2]
+    torch.manual_seed(999)
+    result = dpo_run(toy, tmp_path / "killed", resume=True, **common_settings)
+    straight, resumed = metrics_of(tmp_path / "straight"), metrics_of(tmp_path / "killed")
+    assert resumed == straight and max(json.loads(line)["step"] for line in straight.splitlines()) == 6
+    assert torch.equal(saved(tmp_path / "straight"), saved(tmp_path / "killed"))
+    assert [row["step"] for row in result["trace"]] == [0, 2, 4, 6]
+
+
+def test_AE_runs_are_not_reproducible_or_ignore_the_seed(toy, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        dpo_run(toy, tmp_path / name, seed=seed)
+    first, again, other = (metrics_of(tmp_path / name) for name in "abc")
+    assert first == again != other
+
+
+def test_AE_evaluation_on_the_way_changes_training(toy, tmp_path):
+    rows = {}
+    for every in (0, 1):
+        dpo_run(toy, tmp_path / str(every), eval_every=every)
+        lines = [json.loads(line) for line in metrics_of(tmp_path / str(every)).splitlines()]
+        rows[every] = [row for row in lines if "loss" in row]
+        assert len(lines) - len(rows[every]) == (7 if every else 2)
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert torch.equal(saved(tmp_path / "0"), saved(tmp_path / "1"))
+    start = harness.load_policy(settings(toy))
+    assert not torch.equal(saved(tmp_path / "0"), parameters(start))
+
+
+def test_run_returns_or_prints_other_numbers_than_it_measured(toy, tmp_path, capsys):
+    result = dpo_run(toy, tmp_path / "run", quiet=False)
+    assert result["eval/kl"] == result["trace"][-1]["eval/kl"] > 0 and result["trace"][0]["eval/kl"] == 0
+    assert result["tokens_trained"] > 0 and result["out"] == str(tmp_path / "run")
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("kl "))
+    assert f"{result['eval/kl']:.3f} ± {result['eval/kl_se']:.3f}" in line
+    samples = (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
+    assert samples.count("before:") == samples.count("after:") == 12
+    assert json.loads((tmp_path / "run" / "args.json").read_text(encoding="utf-8"))["lr"] == 1e-2
+
+
+# --------------------------------------------------------------------------------------- microbatches and their means
+
+RAGGED = [GOOD, Ranking("c", ["hgh"], [0.5]), Ranking("abcdef", ["e", "f", "gg"], [1.0, 3.0, 2.0]), BAD,
+          Ranking("e", ["aaaaa"], [2.0], ended=[False])]
+
+
+@pytest.mark.parametrize("budget", [1, 30, 10**6])
+def test_gradient_in_microbatches_is_not_that_of_the_mean_over_rows(toy, budget):
+    """Against one backward pass over all rows, written out; the parts must not matter."""
+    run, means, calls, tokens = toy_run(toy, token_budget=budget), harness.Means(), [], 0
+    texts = [([row.prompt] * len(row.responses), row.responses, row.ended or None) for row in RAGGED]
+    total = sum(i * common.sequence_logps(run.policy, common.encode(run.tokenizer, *text)).sum()
+                for i, text in enumerate(texts))
+    weights = list(run.policy.parameters())
+    want = torch.cat([g.flatten() for g in torch.autograd.grad(total / 5, weights)])
+    for rows, batch in run.microbatches(RAGGED):
+        calls.append(len(rows))
+        assert common.decode(run.tokenizer, batch) == [text for i in rows for text in RAGGED[i].responses]
+        losses = torch.tensor(rows) * common.sequence_logps(run.policy, batch).view(len(rows), -1).sum(1)
+        (losses.sum() / 5).backward()
+        means.add({"loss": losses, "place": torch.tensor(rows)})
+        tokens += int(batch.attention_mask.sum())
+    got = torch.cat([weight.grad.flatten() for weight in weights])
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+    assert want.abs().max() > 1 and sum(calls) == 5 and (budget > 1 or calls == [1] * 5)
+    metrics = means.result()
+    assert metrics["place"] == 2 and metrics["loss"].item() == pytest.approx(total.item() / 5, rel=1e-5)
+    assert not metrics["loss"].requires_grad and metrics["loss"].dtype == torch.float32
+    assert tokens == (5 + 4) + 5 + (8 + 8 + 9) + (5 + 2) + 6              # prompts and EOS included, no padding
+
+
+def test_mean_of_a_step_is_the_mean_of_its_microbatches():
+    means = harness.Means()
+    for values in ([1.0, 2.0, 3.0], [10.0]):
+        means.add({"x": torch.tensor(values, dtype=torch.float64, requires_grad=True)})
+    means.add({"y": torch.tensor([True, False])})
+    assert {name: value.item() for name, value in means.result().items()} == {"x": 4.0, "y": 0.5}
+
+
+# ------------------------------------------------------------------------------------- the steps of a method, finish
+
+def networks(run):
+    """The policy and a second network, as an actor-critic method trains them."""
+    torch.manual_seed(3)
+    return torch.nn.ModuleList([run.policy, torch.nn.Linear(5, 2)])
+
+
+def steps(run, plan, trained=None, updates=1, measure=None):
+    """The frame of every method's loop; run.log is called here, so that the body may be a for loop's."""
+    trained, own = trained or run.policy, measure or dict
+    config = run.config
+    optimizer, schedule = common.adamw(trained, config.lr, len(plan) * updates, config.schedule, config.warmup)
+    run.evaluate(**own())
+    for step, item in run.steps(plan, trained, optimizer, schedule):
+        yield step, item
+        run.log(step, {})
+        if run.evaluation_due(step):
+            run.evaluate(**own())
+
+
+def random_updates(run, updates=1):
+    """Optimizer steps on gradients drawn at random; returns the learning rates that they were made with."""
+    rates = []
+    for _ in range(updates):
+        for parameter in run.trained.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        torch.nn.utils.clip_grad_norm_(run.trained.parameters(), run.config.max_grad_norm)
+        run.optimizer.step()
+        run.schedule.step()
+        run.optimizer.zero_grad()
+    return rates
+
+
+def test_AE_random_numbers_of_a_step_depend_on_what_was_drawn_before(toy, tmp_path):
+    def draws(name, drawn=0, measure=None, **kwargs):
+        run, rows = started(toy, tmp_path / name, **kwargs), []
+        torch.manual_seed(drawn)
+        for step, item in steps(run, "abcd", measure=measure):
+            assert item == "abcd"[step]
+            rows.append(torch.rand(3).tolist())
+            torch.rand(drawn)                               # a step may draw as much as it likes
+        return rows
+
+    plain = draws("plain")
+    assert len({tuple(row) for row in plain}) == 4          # a new draw at each step
+    assert draws("drawn", 17) == plain
+    assert draws("evaluated", eval_every=1, measure=lambda: {"x": torch.rand(7).sum().item()}) == plain
+    other = draws("seed", seed=1)
+    assert not {tuple(row) for row in other} & {tuple(row) for row in plain}
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_learning_rate_misses_0_at_the_end(toy, tmp_path, updates):
+    run, rates = started(toy, tmp_path, schedule="linear"), []
+    for _ in steps(run, range(4), updates=updates):
+        rates += random_updates(run, updates)
+    n = 4 * updates
+    assert rates == pytest.approx([1e-2 * (n - i) / n for i in range(n)])
+    assert run.schedule.get_last_lr() == [0]
+
+
+@pytest.mark.parametrize("every, due", [(0, [4]), (1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (5, [4]), (9, [4])])
+def test_evaluation_is_due_at_other_steps_or_not_at_the_end(toy, tmp_path, every, due):
+    run, seen = started(toy, tmp_path, eval_every=every), []
+    for step, _ in run.steps(range(5), run.policy, *common.adamw(run.policy, 1e-2, 5)):
+        run.log(step, {})
+        seen += [step] if run.evaluation_due(step) else []
+    assert seen == due
+
+
+def test_AF_second_network_or_state_is_lost_at_resume(toy, tmp_path):
+    def train(run, updates=2, stop=None):
+        run.state = {"kl_coef": 1.0, "other": 7.0}          # as a method sets it before its steps
+        before = []
+        for step, _ in steps(run, range(5), networks(run), updates):
+            before.append((parameters(run.trained), dict(run.state)))
+            random_updates(run, updates)
+            run.state["kl_coef"] *= 1.5
+            run.counts["tokens_trained"] += 10
+            if step == stop:
+                break
+        return before
+
+    straight = started(toy, tmp_path / "straight", save_every=2, schedule="linear")
+    want = train(straight)
+    config = dict(save_every=2, schedule="linear")
+    train(started(toy, tmp_path / "cut", **config), stop=3)                 # after the checkpoint of step 2
+    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and state["state"] == {"kl_coef": 2.25, "other": 7.0}
+    assert state["trained"].keys() == straight.trained.state_dict().keys()   # of both networks
+
+    resumed = started(toy, tmp_path / "cut", resume=True, **config)
+    got = train(resumed)
+    assert len(got) == 3
+    for (weights, numbers), (weights_then, numbers_then) in zip(got, want[2:]):
+        assert torch.equal(weights, weights_then) and numbers == numbers_then
+    assert torch.equal(parameters(resumed.trained), parameters(straight.trained))
+    assert torch.equal(parameters(resumed.policy), parameters(straight.policy))
+    assert resumed.trained[0] is resumed.policy             # the network that samples is the one that was restored
+    assert resumed.counts["tokens_trained"] == straight.counts["tokens_trained"] == 50
+    assert resumed.schedule.get_last_lr() == [0]
+
+
+def test_second_network_is_not_updated(toy, tmp_path):
+    run = started(toy, tmp_path)
+    trained = networks(run)
+    before = [parameters(network) for network in trained]
+    for _ in steps(run, range(2), trained):
+        assert run.trained is trained
+        random_updates(run)
+    assert all((parameters(network) != start).all() for network, start in zip(trained, before))
+
+
+def test_one_network_is_not_what_is_trained_and_saved(toy, tmp_path):
+    run = started(toy, tmp_path, save_every=1)
+    start = parameters(run.policy)
+    for _ in steps(run, range(2)):
+        assert run.trained is run.policy
+        random_updates(run)
+    assert not torch.equal(parameters(run.policy), start)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(value, run.policy.state_dict()[name]) for name, value in state["trained"].items())
+
+
+def sampling_run(run, monkeypatch, clock, stop=None):
+    """Two seconds for each sampling, six for the rest of a step, a hundred for each evaluation."""
+    with monkeypatch.context() as patch:
+        slow(patch, clock, harness.run, "evaluate", 100)
+        slow(patch, clock, common, "generate", 2)
+        for step, prompts in steps(run, [["ab", "c", "def"]] * 4, networks(run)):
+            harness.rollout(run, prompts)
+            random_updates(run)
+            clock.now += 6
+            if step == stop:
+                break
+    return run
+
+
+def test_seconds_of_training_count_evaluations_or_stand_still(toy, tmp_path, monkeypatch, clock):
+    run = sampling_run(started(toy, tmp_path / "run", eval_every=2), monkeypatch, clock)
+    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
+    assert [row["seconds_training"] for row in run.trace] == [0, 16, 32]
+    tokens = [row["tokens_generated"] for row in run.trace]
+    assert tokens[0] == 0 < tokens[1] < tokens[2] == run.counts["tokens_generated"]
+    assert "seconds" not in metrics_of(tmp_path / "run")    # resumed and straight runs would differ
+
+
+def test_AF_seconds_and_tokens_start_anew_at_resume(toy, tmp_path, monkeypatch, clock):
+    cut = sampling_run(started(toy, tmp_path / "run", save_every=1), monkeypatch, clock, stop=2)
+    kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["counts"]
+    assert kept["seconds_training"] == 16 and 0 < kept["tokens_generated"] < cut.counts["tokens_generated"]
+    run = sampling_run(started(toy, tmp_path / "run", save_every=1, resume=True), monkeypatch, clock)
+    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
+    straight = sampling_run(started(toy, tmp_path / "straight"), monkeypatch, clock)
+    assert run.counts["tokens_generated"] == straight.counts["tokens_generated"]
+
+
+def test_finish_returns_or_prints_other_costs_than_were_counted(toy, tmp_path, monkeypatch, capsys, clock):
+    run = sampling_run(started(toy, tmp_path / "run", quiet=False), monkeypatch, clock)
+    capsys.readouterr()
+    result, printed = run.finish(), capsys.readouterr().out
+    tokens = run.counts["tokens_generated"]
+    assert result["tokens_generated"] == tokens > 0 and result["seconds_per_step"] == 8
+    assert result["state_mb"] == training_state_mb(run.optimizer)
+    assert f"{tokens / 8:.0f} tokens/s generated, 25% of the training time" in printed.splitlines()
+    assert not [name for name in result if name.startswith("eval/") and "seconds" in name]
+    assert "tokens_generated" not in printed and "seconds_training" not in printed      # the table has metrics only
+
+
+def test_method_that_never_samples_reports_a_speed_of_sampling(toy, tmp_path, capsys):
+    result = dpo_run(toy, tmp_path / "run", quiet=False)
+    assert "tokens/s" not in capsys.readouterr().out
+    assert result["tokens_generated"] == 0 and result["seconds_per_step"] > 0 and result["state_mb"] > 0
+
+
+@pytest.mark.parametrize("n_steps, shares", [(0, []), (2, ["67"])])
+def test_sampling_for_a_metric_counts_as_training(toy, tmp_path, monkeypatch, capsys, clock, n_steps, shares):
+    """As ReMax measures its variance; also with no step at all (--epochs 0), where no share can be formed."""
+    run = started(toy, tmp_path, quiet=False)
+    slow(monkeypatch, clock, common, "generate", 2)
+
+    def measure():
+        return {"eval/n": len(common.generate(run.policy, run.tokenizer, ["ab"] * 3))}
+
+    for _ in steps(run, range(n_steps), measure=measure):
+        harness.rollout(run, ["ab"])
+        clock.now += 1
+    capsys.readouterr()
+    result, printed = run.finish(), capsys.readouterr().out
+    assert re.findall(r"(\d+)% of the training time", printed) == shares
+    assert result["eval/n"] == 3 and result["seconds_per_step"] == (3 if n_steps else 0)
+
+
+@pytest.mark.parametrize("dtype, each", [(torch.float32, 16), (torch.float64, 32)])
+def test_training_state_leaves_out_gradients_moments_or_a_network(toy, tmp_path, dtype, each):
+    run = started(toy, tmp_path)
+    run.trained = networks(run).to(dtype)
+    run.optimizer, run.schedule = common.adamw(run.trained, 1e-2, 3)
+    size = sum(p.numel() for p in run.policy.parameters()) + 12
+    assert training_state_mb(run.optimizer) == pytest.approx(size * each / 2e6)              # no moments yet
+    random_updates(run)
+    assert training_state_mb(run.optimizer) == pytest.approx(size * each / 1e6, rel=0.01)    # and step counters
+
+
+def test_results_or_notes_are_lost_or_stand_before_all_is_saved(toy, tmp_path, capsys, monkeypatch):
+    for quiet in (False, True):
+        run = started(toy, tmp_path / str(quiet), quiet=quiet)
+        for step, _ in steps(run, range(1)):
+            run.results["own/number"] = 3.5
+            run.notes.append("a table of the method's own")
+        capsys.readouterr()
+        result, printed = run.finish(), capsys.readouterr().out
+        assert result["own/number"] == 3.5 and result["eval/kl"] == run.trace[-1]["eval/kl"]
+        assert printed.splitlines()[-1:] == ([] if quiet else ["a table of the method's own"])
+        assert saved(run.out).numel() and (run.out / "samples.txt").exists()
+
+    class Note:
+        def __str__(self):
+            assert saved(run.out).numel() and (run.out / "samples.txt").exists() and "eval/kl" in metrics_of(run.out)
+            return "printed last"
+
+    run = started(toy, tmp_path / "order", quiet=False)
+    run.notes = [Note()]
+    for _ in steps(run, range(1)):
+        pass
+    run.finish()
+    assert capsys.readouterr().out.splitlines()[-1] == "printed last"
+
+
+def test_amended_metrics_go_to_another_evaluation_or_change_what_was_measured(toy, tmp_path):
+    run = started(toy, tmp_path)
+    run.evaluate(a=1)
+    before = [json.loads(line) for line in metrics_of(tmp_path).splitlines()]
+    run.amend(b=2.5)
+    assert [json.loads(line) for line in metrics_of(tmp_path).splitlines()] == [before[0] | {"b": 2.5}]
+    assert run.trace[0]["a"] == 1 and run.trace[0]["b"] == 2.5
+    for step, _ in run.steps(range(1), run.policy, *common.adamw(run.policy, 1e-2, 1)):
+        run.log(step, {"loss": torch.tensor(0.5)})
+        run.evaluate(a=3)
+    run.amend(b=4)
+    first, logged, last = [json.loads(line) for line in metrics_of(tmp_path).splitlines()]
+    assert first == before[0] | {"b": 2.5} and logged == {"step": 1, "loss": 0.5}
+    assert (last["step"], last["a"], last["b"]) == (1, 3, 4) and (run.trace[1]["a"], run.trace[1]["b"]) == (3, 4)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_AF_rows_of_a_state_become_plain_tuples_or_do_not_load(toy, tmp_path):
+    pool = [MIXED, Ranking("c", ("w", "l"), (1.0, 0.0), ended=(True, False))]
+    run = toy_run(toy, out=tmp_path, step=3)
+    run.state = {"pool": pool, "labels": [GOOD, BAD], "rewards": [0.5, 1.0], "rater": {"weight": torch.ones(2)}}
+    run.checkpoint()
+    again = toy_run(toy, out=tmp_path)
+    again.restore()
+    assert again.step == 3 and again.state["pool"] == pool and again.state["labels"] == [GOOD, BAD]
+    assert [type(row) for row in again.state["pool"] + again.state["labels"]] == [Ranking, Ranking, Pair, Pair]
+    assert again.state["rewards"] == [0.5, 1.0] and torch.equal(again.state["rater"]["weight"], torch.ones(2))
+
+
+@dataclass
+class Stranger:
+    value: int = 1
+
+
+def test_checkpoint_runs_code_when_it_is_loaded(toy, tmp_path):
+    run = toy_run(toy, out=tmp_path)
+    run.state = {"pool": [Stranger()]}
+    run.checkpoint()
+    with pytest.raises(pickle.UnpicklingError, match="Stranger"):
+        run.restore()
+
+
+def test_names_of_the_harness_are_other_objects_than_those_of_common_or_tasks():
+    assert harness.UserError is common.UserError and harness.warn is common.warn
+    assert harness.write_json is tasks.write_json and harness.Pair is tasks.Pair and harness.Ranking is tasks.Ranking
