@@ -38,7 +38,7 @@ Elsewhere:
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; clipping at norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples (4 x batch_size of
         them, where it has no scale of its own): harness/rewards.py
-    samples: at --temperature, without top-k or top-p; their token ids are kept: harness/samples.py
+    samples: at --temperature (1), without top-k or top-p; their token ids are kept: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import math
@@ -162,7 +162,7 @@ def collect(run, prompts, reward, reference, value_model):
     scores = reward(prompts, responses).float()            # [1] [6] A text that was cut is read as complete.
     harness.check_finite(scores, run.step + 1, prompts, "the reward")
 
-    def no_grad(function):                                           # one microbatch of the rollout at a time
+    def no_grad(function):                                           # torch.no_grad, one microbatch at a time
         return common.in_parts(function, batch, config.token_budget, device)
 
     logps = no_grad(lambda part: common.token_logps(policy, part, config.temperature))         # [8]
@@ -212,13 +212,13 @@ def train(run):
     """Each step: one rollout, then ppo_epochs passes over it in minibatches."""
     config, policy, prompts = run.config, run.policy, run.task.prompts["train"]
 
-    # A step is one rollout of config.batch_size prompts; config.epochs passes, each in a new random order.
+    # A step is a rollout of batch_size prompts (the last may be smaller). Each epoch has a new random order.
     steps = harness.shuffled_batches(len(prompts), config.epochs, config.batch_size, config.seed)
     plan = [[prompts[i] for i in indices] for indices in steps]
 
     value_model = common.load_value_model(config.value_model or harness.policy_path(config), run.tokenizer,
                                           config.device, config.dtype)                       # [9]
-    reward, reference = harness.reward_to_maximise(run), run.load_reference()      # reference: initial policy
+    reward, reference = harness.reward_to_maximise(run), run.load_reference()      # a frozen copy of SFT
     trained = torch.nn.ModuleList([policy, value_model])
     run.state = {"kl_coef": config.kl_coef}                                          # --resume restores it
     updates = config.ppo_epochs * sum(math.ceil(len(rows) / config.minibatch_size) for rows in plan)

@@ -36,10 +36,10 @@ nor the number of prompts. Left out: its margin loss, its safety reward model, a
 
 Elsewhere:
     log-probs in float32, dropout off, EOS counted, no EOS after a response that was cut off: common.py
-    AdamW's betas (0.9, 0.95), no weight decay: common.adamw; constant schedule, norm 1: harness/config.py
+    AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; constant lr, norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
-    samples: at --temperature, without top-k or top-p; in round 1 the task's pool of SFT samples, if it is
-        large enough: harness/samples.py
+    samples: at --temperature (1), without top-k or top-p; in round 1 the embedded task's pool of SFT samples
+        (all taken as ended; only at temperature 1, without --policy): harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import copy
@@ -140,7 +140,7 @@ def refresh(run, reward, prompts, turn):
 
 
 def collect(run, reward, reference, turn):
-    """Steps 1 and 2 of a round, without gradient: what is kept goes to run.state["pool"].
+    """Steps 1 and 2 of a round, without gradient (only texts and numbers come out): into run.state["pool"].
 
     run.state["rewards"]: the mean reward of all samples, and of each prompt's best, without penalty.
     """
@@ -200,7 +200,7 @@ def train(run):
             raise UserError("--refresh needs annotators, which only the embedded task has, and a reward "
                             "model without noise")
         reward = replace(reward, model=copy.deepcopy(reward.model))       # the evaluation keeps the old one
-    reference = run.load_reference() if config.kl_coef or config.restart else None        # the initial policy
+    reference = run.load_reference() if config.kl_coef or config.restart else None   # a frozen copy
     if config.rounds > 1 and not prompts_of_round(config, task, 1):
         raise UserError(f"--rare {config.rare}: every train prompt has it, so the second round has none")
     run.state |= {"pool": [], "labels": task.pairs.get("train", []) if config.refresh else []}
@@ -221,11 +221,11 @@ def train(run):
                 policy.load_state_dict(reference.state_dict())           # after the trained policy sampled
                 optimizer.state.clear()
         pool = run.state["pool"]
-        passes = steps * config.batch_size / len(pool)                   # over the pool, each in a new order
+        passes = steps * config.batch_size / len(pool)                # full batches; each pass in a new order
         order = harness.shuffled_batches(len(pool), passes, config.batch_size, config.seed)
         rows, means = [pool[j] for j in order[i]], harness.Means()
         for part, batch in run.microbatches(rows):                       # part: n of the rows; batch [n, T]
-            losses = -common.sequence_logps(policy, batch)               # step 3: [n], sums over tokens
+            losses = -common.sequence_logps(policy, batch)            # step 3: [n], sums over response tokens
             harness.check_finite(losses, step + 1, [rows[j].prompt for j in part])
             (losses.sum() / len(rows)).backward()                        # the mean over responses, in parts
             means.add({"loss": losses})

@@ -33,10 +33,10 @@ reward clip 5 are options.
 
 Elsewhere:
     log-probs in float32, dropout off, EOS counted, no EOS where a sample was cut off: common.py
-    AdamW's betas (0.9, 0.95), no weight decay: common.adamw; clipping at norm 1: harness/config.py
+    AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; clipping at norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples (4 x batch_size of
         them, where it has no scale of its own): harness/rewards.py
-    samples: at --temperature, without top-k or top-p; their token ids are kept: harness/samples.py
+    samples: at --temperature (1), without top-k or top-p; their token ids are kept: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import math
@@ -61,7 +61,8 @@ class Config(harness.Config):
     kl_coef: float = option(0.05, "weight of the KL penalty (official code: 0.05)")
     gamma: float = option(1.0, "discount of the reward and of the KL to go (official code: 0.99)")
     reward_clip: Optional[float] = option(None, "cut reward less baseline at +- this (official code: 5)")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("cosine", "of the learning rate")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
+        "cosine", "of the learning rate; cosine ends at 0")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
     variance_prompts: int = option(
         0, "measure the gradient's variance on so many prompts at every evaluation")
@@ -157,11 +158,11 @@ def train(run):
     config, policy, device, prompts = run.config, run.policy, run.policy.device, run.task.prompts["train"]
 
     # A step is one batch of config.batch_size prompts, with one sample each. Training makes config.epochs
-    # passes over the train prompts, each pass in a new random order.
+    # passes over the train prompts, each in a new random order. Only the very last batch may be smaller.
     steps = harness.shuffled_batches(len(prompts), config.epochs, config.batch_size, config.seed)
     plan = [[prompts[i] for i in indices] for indices in steps]
 
-    reward, reference = harness.reward_to_maximise(run), run.load_reference()            # the initial policy
+    reward, reference = harness.reward_to_maximise(run), run.load_reference()        # a frozen copy of SFT
     optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
     run.evaluate()                                                                          # before training
     run.amend(**measured_variance(run, reward))

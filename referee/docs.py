@@ -22,6 +22,8 @@ OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/f
 
 def method_block(name, results_dir="results"):
     """A method's page: claims and verdicts, the arms of every experiment, the figure, seeds and software."""
+    if not (Path(results_dir) / f"{name}.json").exists():
+        return f"Not run yet: `python -m referee {name} --seeds 5`."
     results = stored(name, results_dir)
     collected = collect(name, results)
     claims = claim_rows(name, results, collected)
@@ -78,8 +80,8 @@ def overview_block(results_dir="results"):
     for name, *cells in body:
         table.append([name if name == SFT else f"[{name}](docs/{name}.md)", rows[name][0], *cells])
     text = ("± is half a 95% t-interval over seeds. KL is in nats, to the policy that the run started from. "
-            "The arm is the row with the default settings on the method's page. Seconds are of the whole run; "
-            "some arms are evaluated more often than others.")
+            "The arm is the row of the method's page that has its default settings. Seconds are of the whole "
+            "run; some arms are evaluated more often than others.")
     if others:
         text += (" Of other seeds, or of another build of the task's models, than the rest: "
                  f"{', '.join(others)}. Such rows compare with the rest only roughly.")
@@ -93,6 +95,8 @@ def block(path, results_dir="results"):
     name = Path(path).stem
     if name.startswith("README"):
         return overview_block(results_dir)
+    if name not in method_names():
+        raise UserError(f"{path} is not the page of a method: it may not have the line {BEGIN}")
     return method_block(name, results_dir)
 
 

@@ -164,7 +164,7 @@ def draw_overview(arms, path):
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 1.2 + 0.35 * len(arms)), dpi=160, layout="constrained")
-    palette = dict(zip(arms, itertools.cycle(SINGLES)))
+    palette = dict.fromkeys(arms, "#0072B2")
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         for ax, y in zip(figure.subplots(1, 2), ("eval/gold", "eval/kl")):
             ax.set_xlabel({"eval/gold": "gold reward", "eval/kl": "KL, nats"}[y])

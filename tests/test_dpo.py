@@ -1,7 +1,6 @@
 """dpo.py: the loss, the curriculum's plan, and training. Letters are the bug classes that a test would catch."""
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 
 import common
 import dpo
-import stages
+import harness
 from conftest import cases, close, parameters, sgd, tensor
 from dpo import curriculum, dpo_loss, pairs_between
-from tasks import Pair, Ranking, Task, UserError
+from harness import Pair, Ranking, UserError
+from tasks import Task
 
 
 # From eric-mitchell/direct-preference-optimization (f8b8c0f): dpo-03, the first row of dpo-06, and dpo-05.
@@ -244,6 +244,14 @@ def test_AG_test_prompts_are_trained_on_or_pairs_are_lost():
     assert dpo.training_plan(dpo.Config(epochs=1.0), own) == [[Pair("a", "x", "y")]]
 
 
+def test_plan_of_the_datas_own_pairs_has_an_order_of_its_own():
+    config = dpo.Config(batch_size=3, epochs=1.5, seed=2)
+    pairs = [Pair(f"q{i}", "x", "y") for i in range(8)]
+    plan = dpo.training_plan(config, Task("toy", {"train": [p.prompt for p in pairs], "test": []}, {"train": pairs}))
+    assert plan == [[pairs[i] for i in step] for step in harness.shuffled_batches(8, 1.5, 3, 2)]
+    assert sorted(sum(plan, [])[:8]) == pairs
+
+
 def test_data_without_pairs_trains_on_nothing():
     with pytest.raises(UserError, match="no preference pairs"):
         dpo.training_plan(dpo.Config(), Task("toy", {"train": ["a"], "test": ["b"]}))
@@ -273,17 +281,32 @@ PAIRS = [Pair("ab", "cd", "efgha"), Pair("h", "a", "b"), Pair("cdefg", "abcabc",
          Pair("b", "cccc", "dd"), Pair("ef", "gh", "hg"), Pair("abc", "d", "ee")]
 
 
-def trained(toy, out, pairs=PAIRS, held_out=(Pair("d", "abc", "cba"), Pair("ee", "f", "gg")), **kwargs):
-    """A finished Run, and the rows of metrics.jsonl that training logged."""
+HELD_OUT = Pair("d", "abc", "cba"), Pair("ee", "f", "gg")
+
+
+def made(toy, out, pairs=PAIRS, held_out=HELD_OUT, **kwargs):
+    """A run on these pairs that has not been trained."""
     config = dpo.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="none", max_length=64, max_new_tokens=4, lr=1e-2,
                                   warmup=0.0, batch_size=4, epochs=1.0, eval_prompts=2, eval_samples=1, save_every=0,
                                   device="cpu", quiet=True), **kwargs})
-    out.mkdir()
-    data = Task("toy", {"train": [p.prompt for p in pairs], "test": ["d", "ee"]}, {"train": list(pairs), "test": list(held_out)})
-    run = common.Run(config, out, data, common.load_tokenizer(toy, config), common.load_policy(config), {})
-    dpo.train(run, dpo.training_plan(config, data), list(held_out))
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    data = Task("toy", {"train": [p.prompt for p in pairs], "test": ["d", "ee"]},
+                {"train": list(pairs), "test": list(held_out)})
+    return harness.Run(config, out, data, harness.load_tokenizer(config), harness.load_policy(config), {})
+
+
+def trained(toy, out, *args, **kwargs):
+    """A trained run, and the rows of metrics.jsonl that training logged."""
+    run = made(toy, out, *args, **kwargs)
+    dpo.train(run)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return run, [row for row in rows if "loss" in row]
+
+
+@pytest.fixture
+def plain_steps(monkeypatch):
+    """Options of a run whose steps are 0.01 times the gradient."""
+    monkeypatch.setattr(common, "adamw", sgd)
+    return dict(max_grad_norm=1e9)
 
 
 def test_AJ_first_loss_is_not_ln_2_or_stays_there(toy, tmp_path):
@@ -303,13 +326,13 @@ def test_AJ_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dpo, "losses_and_metrics", spy)
     run, _ = trained(toy, tmp_path / "run", pairs=PAIRS[:1], held_out=PAIRS[:1], epochs=4.0, batch_size=1)
-    reference = common.load_reference(run.config)
+    reference = run.load_reference()
     expected = [common.sequence_logps(reference, common.encode(run.tokenizer, [PAIRS[0].prompt], [text])).item()
                 for text in PAIRS[0].responses]
     assert len(seen["ref"]) == 6                            # four steps, two evaluations
     for ref in seen["ref"]:
         close(ref.double(), [expected], 1e-5)
-    assert not torch.allclose(common.response_logps(run, PAIRS[:1])[0].double(), tensor([expected]), atol=0.1)
+    assert not torch.allclose(harness.response_logps(run, PAIRS[:1])[0].double(), tensor([expected]), atol=0.1)
 
 
 def test_AG_training_prefers_the_rejected_answer(toy, tmp_path):
@@ -323,31 +346,30 @@ def test_AG_training_prefers_the_rejected_answer(toy, tmp_path):
     assert after["eval/rewards/margins"] == pytest.approx(run.config.beta * (gap(after) - gap(before)), abs=1e-4)
 
 
-def test_O_batches_are_not_split_or_the_ragged_last_one_is_lost(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    sizes, plain = [], stages.row_batches
+def test_O_batches_are_not_split_or_the_ragged_last_one_is_lost(toy, tmp_path, monkeypatch, plain_steps):
+    sizes, plain = [], harness.Run.microbatches
 
     def spy(run, pairs):
         for rows, batch in plain(run, pairs):
             sizes.append(len(rows))
             yield rows, batch
 
-    monkeypatch.setattr(stages, "row_batches", spy)
+    monkeypatch.setattr(harness.Run, "microbatches", spy)
     parts = {}
     for budget in (30, 100000):
         sizes.clear()
-        _, rows = trained(toy, tmp_path / str(budget), token_budget=budget, held_out=PAIRS[:1])
+        _, rows = trained(toy, tmp_path / str(budget), token_budget=budget, held_out=PAIRS[:1], **plain_steps)
         parts[budget] = list(sizes)
         assert len(rows) == 2                               # four pairs, then a ragged three
     assert parts[100000] == [7, 1, 1, 4, 3, 1]              # reference of both, evaluation, two steps, evaluation
     assert len(parts[30]) > 8
 
 
-def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    runs = [trained(toy, tmp_path / str(budget), token_budget=budget)[0] for budget in (30, 100000)]
+def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, plain_steps):
+    runs = [trained(toy, tmp_path / str(budget), token_budget=budget, **plain_steps)[0] for budget in (30, 100000)]
     config = runs[0].config
-    policy, reference = common.load_policy(config), common.load_reference(config)
+    policy, reference = harness.load_policy(config), runs[0].load_reference()
+    optimizer, _ = sgd(policy, 0.0, 0)
     for pairs in dpo.training_plan(config, runs[0].task):
         losses = []
         for pair in pairs:
@@ -355,12 +377,90 @@ def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, monkeypatch)
             losses += dpo_loss(*common.sequence_logps(policy, batch)[:, None],
                                *common.sequence_logps(reference, batch)[:, None], config.beta)[0]
         (sum(losses) / len(pairs)).backward()
-        sgd(policy, None, None, None)
+        optimizer.step()
+        optimizer.zero_grad()
     expected = torch.cat([p.detach().flatten() for p in policy.parameters()])
     start = torch.cat([p.detach().flatten() for p in reference.parameters()])
     assert (expected - start).abs().max() > 1e-3
     for run in runs:
         assert (parameters(run.policy) - expected).abs().max() < 1e-6
+
+
+def ref_logps_of(run, pairs):
+    """log pi_ref of each pair's answers [n, 2], before training, by which the tests below know a pair again."""
+    return harness.response_logps(run, pairs)[0]
+
+
+@pytest.mark.parametrize("budget", [1, 30, 10**6])
+def test_O_step_is_not_on_the_mean_over_pairs_or_counts_other_tokens(toy, tmp_path, monkeypatch, plain_steps, budget):
+    """Another loss in place of Eq. 7, against one backward pass over all pairs, written out; the parts must not matter."""
+    run, calls = made(toy, tmp_path / "run", held_out=(), batch_size=7, token_budget=budget, **plain_steps), []
+    total = sum(i * common.sequence_logps(run.policy, common.encode(run.tokenizer, [pair.prompt] * 2, pair.responses)).sum()
+                for i, pair in enumerate(PAIRS))
+    before, refs = parameters(run.policy), ref_logps_of(run, PAIRS)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total / 7, list(run.policy.parameters()))])
+
+    def losses_and_metrics(config, logps, ref_logps):
+        torch.testing.assert_close(logps, ref_logps)        # before the first step; else a pair has another one's reference
+        places = (ref_logps[:, None] - refs).abs().sum(2).argmin(1)
+        calls.append(len(places))
+        losses = places * logps.sum(1)
+        return losses, {"loss": losses, "place": places}
+
+    monkeypatch.setattr(dpo, "losses_and_metrics", losses_and_metrics)
+    dpo.train(run)
+    row, = [row for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            if "loss" in (row := json.loads(line))]
+    torch.testing.assert_close(parameters(run.policy), before - 0.01 * gradient, rtol=0, atol=2e-6)
+    assert gradient.abs().max() > 1e-2 and sum(calls) == 7 and (budget > 1 or calls == [1] * 7)
+    assert row["place"] == 3 and row["loss"] == pytest.approx(total.item() / 7, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    assert run.counts["tokens_trained"] == 13 + 6 + 19 + 15 + 10 + 10 + 11   # prompts and EOS included, no padding
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_AD_step_on_a_loss_that_is_not_finite_names_another_pair_or_step(toy, tmp_path, monkeypatch, value):
+    run = made(toy, tmp_path / "run", token_budget=1)
+    culprit, seen = dpo.training_plan(run.config, run.task)[1][1], []
+    ref, plain, log = ref_logps_of(run, [culprit]), dpo.losses_and_metrics, run.log
+
+    def losses_and_metrics(config, logps, ref_logps):
+        losses, metrics = plain(config, logps, ref_logps)
+        return losses * torch.where((ref_logps - ref).abs().sum(1) < 1e-4, value, 1.0), metrics
+
+    def spy(step, metrics):
+        log(step, metrics)
+        seen.append(parameters(run.policy))
+
+    monkeypatch.setattr(dpo, "losses_and_metrics", losses_and_metrics)
+    monkeypatch.setattr(run, "log", spy)
+    with pytest.raises(UserError, match=f"step 2: loss is {value} for the prompt '{culprit.prompt}'"):
+        dpo.train(run)
+    assert len(seen) == 1 and torch.equal(parameters(run.policy), seen[0])
+
+
+def test_O_gradient_is_clipped_per_tensor_or_norm_is_taken_after(toy, tmp_path, monkeypatch):
+    """Steps of half the learning rate of the one before, so that a schedule that stands still is seen too."""
+    made_with, moved = [], {}
+
+    def halving(model, lr, steps, schedule, warmup):
+        made_with.append((lr, steps, schedule, warmup))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
+
+    monkeypatch.setattr(common, "adamw", halving)
+    for limit in (1e9, 0.25):
+        run, (row,) = trained(toy, tmp_path / str(limit), batch_size=7, max_grad_norm=limit, schedule="linear", warmup=0.25)
+        moved[limit] = parameters(run.policy) - parameters(run.load_reference())
+        norm = moved[1e9].norm().item() / 0.01
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 1
+        assert all(weight.grad is None for weight in run.policy.parameters())
+    torch.testing.assert_close(moved[0.25], moved[1e9] * 0.25 / norm, rtol=1e-3, atol=1e-6)
+    assert made_with == [(1e-2, 1, "linear", 0.25)] * 2
+    run, rows = trained(toy, tmp_path / "two", pairs=PAIRS[:1], batch_size=1, epochs=2.0, max_grad_norm=1e-3)
+    assert len(rows) == 2 and run.schedule.get_last_lr() == [0.0025]
+    length = (parameters(run.policy) - parameters(run.load_reference())).norm().item()
+    assert length == pytest.approx(1e-3 * (0.01 + 0.005), rel=1e-2)
 
 
 def test_sft_learns_from_the_rejected_answer(toy, tmp_path):

@@ -1,5 +1,7 @@
-"""The referee: intervals, verdicts, best of n, resumable runs, tables, figure and blocks in Markdown files, on a
-method that trains nothing; then the committed results."""
+"""The referee: intervals, verdicts, best of n, resumable runs, tables, figures, blocks in Markdown files.
+
+On a method that trains nothing; at the end, on the committed results.
+"""
 import importlib.util
 import itertools
 import json
@@ -35,11 +37,11 @@ def python(*arguments, cwd, first=None):
     """A finished process, started in cwd, that finds the project's modules as an installed one does."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(first or cwd), str(ROOT)]),
                                 "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          encoding="utf-8", env=environment)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, timeout=300,
+                          text=True, encoding="utf-8", env=environment)
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------------- statistics
 
 def draws(n):
     rng = random.Random(n)
@@ -47,8 +49,8 @@ def draws(n):
 
 
 @pytest.mark.parametrize("df, level, expected", [
-    (1, 0.95, 12.7062), (2, 0.95, 4.3027), (3, 0.95, 3.1824), (4, 0.95, 2.7764), (5, 0.95, 2.5706), (9, 0.95, 2.2622),
-    (30, 0.95, 2.0423), (120, 0.95, 1.9799), (4, 0.99, 4.6041), (10, 0.99, 3.1693)])
+    (1, 0.95, 12.7062), (2, 0.95, 4.3027), (3, 0.95, 3.1824), (4, 0.95, 2.7764), (5, 0.95, 2.5706),
+    (9, 0.95, 2.2622), (30, 0.95, 2.0423), (120, 0.95, 1.9799), (4, 0.99, 4.6041), (10, 0.99, 3.1693)])
 def test_t_interval_against_printed_tables_of_the_quantile(df, level, expected):
     values = draws(df + 1)
     assert statistics.t_interval(values, level)[1] / stats.sem(values) == pytest.approx(expected, abs=1e-4)
@@ -59,7 +61,8 @@ def test_t_interval_against_scipys_own():
         values = draws(df + 1)
         mean, half = statistics.t_interval(values, level)
         low, high = stats.t.interval(level, df, loc=mean, scale=stats.sem(values))
-        assert mean == pytest.approx(np.mean(values), rel=1e-9) and half == pytest.approx((high - low) / 2, rel=1e-9)
+        assert mean == pytest.approx(np.mean(values), rel=1e-9)
+        assert half == pytest.approx((high - low) / 2, rel=1e-9)
 
 
 def test_t_interval_by_hand():
@@ -104,7 +107,7 @@ def test_verdict_of_one_comparison(op, values, expected):
 def test_boundary_is_open_when_the_interval_only_touches_zero_on_the_claimed_side(monkeypatch):
     monkeypatch.setattr(statistics, "t_interval", lambda values, level=0.95: (1.0, 1.0))        # [0, 2]
     assert word(arms(a=UP), ("a", ">", 0.0)) == "inconclusive"
-    assert word(arms(a=UP), ("a", "<", 0.0)) == "not reproduced"                             # none of it is below 0
+    assert word(arms(a=UP), ("a", "<", 0.0)) == "not reproduced"                       # none of it is below 0
 
 
 def test_conjunctions():
@@ -123,7 +126,7 @@ def test_excluding_one_of_many_needs_more_evidence_than_excluding_the_only_one()
     table = arms(a=values, up=UP)
     assert word(table, ("a", ">", 0.0)) == "not reproduced"
     assert word(table, ("a", ">", 0.0), *[("up", ">", 0.0)] * 3) == "inconclusive"
-    # Accepting a conjunction needs no correction: the same evidence, mirrored, is enough beside three other parts.
+    # Accepting a conjunction needs no correction: the same evidence, mirrored, is enough beside three others.
     assert word(table, ("a", "<", 0.0), *[("up", ">", 0.0)] * 3) == "reproduced"
 
 
@@ -140,7 +143,7 @@ def test_pairing_finds_a_small_difference_under_a_large_seed_effect():
     seed_effect = [0.0, 10.0, -7.0, 4.0, 25.0]
     table = arms(a=[e + 0.1 + 0.01 * i for i, e in enumerate(seed_effect)], b=seed_effect)
     assert word(table, ("a", ">", "b")) == "reproduced"
-    table["b"] = {seed: table["b"][(seed + 1) % 5] for seed in range(5)}                     # the pairing destroyed
+    table["b"] = {seed: table["b"][(seed + 1) % 5] for seed in range(5)}               # the pairing destroyed
     assert word(table, ("a", ">", "b")) == "inconclusive"
 
 
@@ -157,16 +160,16 @@ def test_change_metric_is_last_minus_first_trace_entry():
     assert comparison.mean == pytest.approx(-3.0)                    # of -2, -3, -4
 
 
-# ---------------------------------------------------------------------------------------------------- best of n
+# --------------------------------------------------------------------------------------------- best of n
 
 def test_second_half_is_the_last_entry_minus_the_one_half_way():
     entries = [{"step": step, "m": value} for step, value in ((0, 5.0), (4, 1.0), (6, 9.0), (8, 4.0))]
     assert statistics.value({"trace": entries}, "m:second_half") == 3.0
-    assert statistics.value({"trace": entries[2:]}, "m:second_half") is None                    # nobody looked at step 4
+    assert statistics.value({"trace": entries[2:]}, "m:second_half") is None         # nobody looked at step 4
 
 
 def test_value_where_another_metric_first_reaches_a_level():
-    points = [(0.0, 0.0), (2.0, 1.0), (4.0, 5.0), (3.0, 9.0), (6.0, -3.0)]                    # KL falls back once
+    points = [(0.0, 0.0), (2.0, 1.0), (4.0, 5.0), (3.0, 9.0), (6.0, -3.0)]                # KL falls back once
     run = {"trace": [{"kl": kl, "gold": gold} for kl, gold in points]}
     for level, expected in ((0.0, 0.0), (1.0, 0.5), (2.0, 1.0), (3.5, 4.0), (5.0, 1.0), (6.0, -3.0)):
         assert statistics.when_reached(run, "kl", level, "gold") == pytest.approx(expected)
@@ -180,7 +183,7 @@ def test_comparison_at_equal_kl_takes_the_other_arm_from_its_trace():
              "b": {s: {"m": 10.0, "kl": 10.0, "trace": trace} for s in range(3)}}
     claim = {"metric": "m", "at": "kl", "holds": [("a", ">", "b")]}
     said, (comparison,) = statistics.verdict(claim, table)
-    assert said == "reproduced" and comparison.mean == pytest.approx(1.0)                     # 3 against 2, not 10
+    assert said == "reproduced" and comparison.mean == pytest.approx(1.0)                # 3 against 2, not 10
     assert statistics.verdict(claim | {"at": None}, table)[0] == "not reproduced"
     table["a"][1]["kl"] = 11.0
     assert statistics.verdict(claim, table)[0] == "not measured"
@@ -188,7 +191,7 @@ def test_comparison_at_equal_kl_takes_the_other_arm_from_its_trace():
 
 def test_offset_moves_the_boundary_not_the_number_shown():
     table = arms(a=[0.05, 0.06, 0.04], b=[0.0] * 3)
-    assert word(table, ("a", "<", "b", 0.1), ("a", ">", "b", -0.1)) == "reproduced"           # equal within 0.1
+    assert word(table, ("a", "<", "b", 0.1), ("a", ">", "b", -0.1)) == "reproduced"         # equal within 0.1
     assert word(table, ("a", "<", "b", 0.01)) == "not reproduced"
     said, (comparison,) = statistics.verdict({"metric": "m", "holds": [("a", "<", "b", 0.1)]}, table)
     assert comparison.mean == pytest.approx(0.05) and comparison.text == "a - b (against 0.1)"
@@ -196,11 +199,12 @@ def test_offset_moves_the_boundary_not_the_number_shown():
 
 def test_spread_of_a_group_is_the_standard_deviation_over_its_arms():
     table = arms(a=[0.0, 0.0, 0.0], b=[2.0, 2.1, 1.9], c=[1.0] * 3, d=[1.1] * 3)
-    groups, claim = {"wide": ["a", "b"], "narrow": ["c", "d"]}, {"metric": "m", "holds": [("wide", ">", "narrow")]}
+    groups = {"wide": ["a", "b"], "narrow": ["c", "d"]}
+    claim = {"metric": "m", "holds": [("wide", ">", "narrow")]}
     said, (comparison,) = statistics.verdict(claim, table, groups)
     assert said == "reproduced" and comparison.mean == pytest.approx((2.0 - 0.1) / 2 ** 0.5)
     del table["b"][0]
-    assert statistics.verdict(claim, table, groups)[1][0].n == 2                                 # seeds that all arms have
+    assert statistics.verdict(claim, table, groups)[1][0].n == 2                    # seeds that all arms have
     assert statistics.verdict(claim, {k: v for k, v in table.items() if k != "a"}, groups)[0] == "not run"
 
 
@@ -213,14 +217,15 @@ def test_an_experiment_may_choose_its_columns():
 @pytest.mark.parametrize("distinct", [True, False])
 def test_best_of_n_is_the_mean_over_all_subsets(distinct):
     rng = np.random.default_rng(0)
-    proxy = rng.permuted(np.tile(np.arange(7.0), (3, 1)), axis=1) if distinct else rng.integers(0, 3, (3, 7)).astype(float)
+    tied, order = rng.integers(0, 3, (3, 7)).astype(float), np.tile(np.arange(7.0), (3, 1))
+    proxy = rng.permuted(order, axis=1) if distinct else tied
     gold = rng.normal(size=(3, 7))
     for n in range(1, 8):
         picked = []
         for p, g in zip(proxy, gold):
             golds = []
             for subset in map(list, itertools.combinations(range(7), n)):
-                golds.append(g[subset][p[subset] == p[subset].max()].mean())                # ties: a fair draw
+                golds.append(g[subset][p[subset] == p[subset].max()].mean())               # ties: a fair draw
             picked.append(np.mean(golds))
         tops = [np.mean([max(p[list(s)]) for s in itertools.combinations(range(7), n)]) for p in proxy]
         mean_gold, mean_proxy, _ = statistics.best_of_n(proxy, gold, n)
@@ -250,7 +255,8 @@ def test_best_of_n_fixtures():
     for case in subset:
         rewards = [case["inputs"]["rewards"]]
         for n, expected in zip(case["inputs"]["n"], case["expected"]["expected_max"]):
-            assert statistics.best_of_n(rewards, rewards, n)[:2] == pytest.approx((expected, expected), abs=1e-12)
+            found = statistics.best_of_n(rewards, rewards, n)[:2]
+            assert found == pytest.approx((expected, expected), abs=1e-12)
     for case in kl:
         for n, expected in zip(case["inputs"]["n"], case["expected"]["kl_bound"]):
             if n <= 128:
@@ -258,7 +264,7 @@ def test_best_of_n_fixtures():
                 assert statistics.best_of_n(pool, pool, n)[2] == pytest.approx(expected, abs=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 @dataclass
 class Config:
@@ -295,7 +301,7 @@ class OtherConfig(Config):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """A method whose "training" is arithmetic; `toy.calls` lists what ran, `toy.die_at` kills it at that call."""
+    """A method whose "training" is arithmetic; `toy.calls` lists what ran, `toy.die_at` kills it there."""
     monkeypatch.chdir(tmp_path)
     module, other = types.ModuleType("toy"), types.ModuleType("other")
     module.calls, module.die_at, module.loads = [], None, []
@@ -315,13 +321,17 @@ def toy(monkeypatch, tmp_path):
     def train(config):
         if len(module.calls) == module.die_at:
             raise KeyboardInterrupt
-        assert config.quiet and not config.reproduce and (not config.policy or (Path(config.policy) / "gold").exists())
-        assert not config.resume and not Path(config.out).exists()  # harness.start refuses a directory that is taken
+        assert config.quiet and not config.reproduce and not config.resume
+        assert not config.policy or (Path(config.policy) / "gold").exists()
+        assert not Path(config.out).exists()             # harness.start refuses a directory that is taken
         module.calls.append(config)
-        start = float((Path(config.policy) / "gold").read_text(encoding="utf-8")) if config.policy else config.seed / 3
+        policy = Path(config.policy) / "gold"
+        start = float(policy.read_text(encoding="utf-8")) if config.policy else config.seed / 3
         steps = 4 * getattr(config, "epochs", 1)
-        trace = [{"step": i, "eval/gold": start + config.beta * i / (i + 1) + 0.002 * config.seed * i, "eval/kl": config.beta * i,
-                  "eval/logps/chosen": -20 - i, "eval/logps/rejected": -22 - 3 * i} for i in range(steps + 1)]
+        trace = [{"step": i, "eval/gold": start + config.beta * i / (i + 1) + 0.002 * config.seed * i,
+                  "eval/kl": config.beta * i, "eval/logps/chosen": -20 - i,
+                  "eval/logps/rejected": -22 - 3 * i}
+                 for i in range(steps + 1)]
         Path(config.out).mkdir(parents=True)
         (Path(config.out) / "gold").write_text(str(trace[-1]["eval/gold"]))
         final = {k: v for k, v in trace[-1].items() if k != "step"}
@@ -334,18 +344,20 @@ def toy(monkeypatch, tmp_path):
             question="Does gold rise with beta?",
             arms={"SFT": {"epochs": 0}, "beta 0.05": {"beta": 0.05}, "beta 0.1": {}, "beta 1": {"beta": 1.0},
                   "PPO": {"method": "other"}},
-            claims=[dict(claim="gold rises above SFT at every beta", source="Fig. 2", paper="(plot only)", metric="eval/gold",
-                         holds=[("beta 0.1", ">", "SFT"), ("beta 1", ">", "SFT")]),
-                    dict(claim="the log-probability of the chosen answer falls", source="section 4", paper="a|b",
-                         metric="eval/logps/chosen:change", holds=[("beta 1", "<", 0.0)])],
+            claims=[dict(claim="gold rises above SFT at every beta", source="Fig. 2", paper="(plot only)",
+                         metric="eval/gold", holds=[("beta 0.1", ">", "SFT"), ("beta 1", ">", "SFT")]),
+                    dict(claim="the log-probability of the chosen answer falls", source="section 4",
+                         paper="a|b", metric="eval/logps/chosen:change", holds=[("beta 1", "<", 0.0)])],
             panels=[dict(x="eval/kl", y=["eval/gold"], best_of_n=True, arms=None, title="frontier"),
                     dict(x="step", y=["eval/logps/chosen", "eval/logps/rejected"], arms=["beta 0.1"]),
                     dict(kind="bars", y=["eval/gold"])]),
         "start": dict(
             question="Does a strong start help?",
             arms={"then": {"start": "strong", "beta": 0.2}, "strong": {"beta": 3.0}, "plain": {"beta": 0.1}},
-            claims=[dict(claim="less than plain", source="made up", paper="-1", metric="eval/gold", holds=[("then", "<", "plain")]),
-                    dict(claim="fluent", source="made up", paper="1", metric="eval/fluency", holds=[("then", ">", "plain")])],
+            claims=[dict(claim="less than plain", source="made up", paper="-1", metric="eval/gold",
+                         holds=[("then", "<", "plain")]),
+                    dict(claim="fluent", source="made up", paper="1", metric="eval/fluency",
+                         holds=[("then", ">", "plain")])],
             panels=[dict(kind="bars", y=["eval/gold", "eval/kl"])]),
     }
     for name, m in {"toy": module, "other": other, "experiments.toy": module}.items():
@@ -355,8 +367,12 @@ def toy(monkeypatch, tmp_path):
         assert train is {ToyConfig: module, OtherConfig: other}.get(type(config), module).train
         return train(config)
 
-    for name, stand_in in {"Config": Config, "launch": launch, "write_json": write_json, "test_pool": test_pool,
-                           "load_task": lambda config: module.loads.append((config.seed, config.model))}.items():
+    def load_task(config):
+        module.loads.append((config.seed, config.model))
+
+    stand_ins = {"Config": Config, "launch": launch, "write_json": write_json, "test_pool": test_pool,
+                 "load_task": load_task}
+    for name, stand_in in stand_ins.items():
         monkeypatch.setattr(harness, name, stand_in)
     for holder in (planning, docs):
         monkeypatch.setattr(holder, "method_names", lambda: ["toy"])
@@ -365,6 +381,10 @@ def toy(monkeypatch, tmp_path):
 
 
 RESULTS = Path("results/toy.json")
+
+
+def in_file():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
 def reproduce(toy, **flags):
@@ -377,27 +397,29 @@ def reproduce(toy, **flags):
 def test_runs_once_shares_arms_and_repeats_nothing(toy, capsys):
     ran = reproduce(toy)
     # "plain" is "beta 0.1" spelled out; "then" waits for "strong".
-    assert [name for name, seed in ran if seed == 0] == ["sft", "beta-0.05", "beta-0.1", "beta-1", "ppo", "strong", "then"]
+    assert [name for name, seed in ran if seed == 0] == ["sft", "beta-0.05", "beta-0.1", "beta-1", "ppo",
+                                                         "strong", "then"]
     assert len(ran) == 14 and "14 runs to do, about 8 min" in capsys.readouterr().out
     assert toy.loads == [(0, "tiny"), (1, "tiny")]
     before = RESULTS.read_bytes()
     assert reproduce(toy) == [] and "nothing to run" in capsys.readouterr().out
     assert RESULTS.read_bytes() == before and len(toy.loads) == 2
     assert len(reproduce(toy, seeds=3)) == 7                         # only the new seed
-    assert reproduce(toy, seeds=1, device="cuda", resume=True, out="elsewhere") == []        # no other experiment
-    assert json.loads(RESULTS.read_text(encoding="utf-8"))["seeds"] == [0, 1, 2]
+    assert reproduce(toy, seeds=1, device="cuda", resume=True, out="elsewhere") == []    # no other experiment
+    assert in_file()["seeds"] == [0, 1, 2]
 
 
 def test_what_is_stored(toy, tmp_path):
     reproduce(toy)
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = in_file()
     runs = {(r["arm"], r["seed"]): r for r in results["runs"]}
     assert runs["beta 1", 1]["config"] == {"beta": 1.0} and runs["beta 0.1", 0]["config"] == {}
     assert runs["PPO", 0]["config"] == {"method": "other"} and runs["PPO", 0]["eval/kl"] == 28.0
     assert runs["then", 0]["config"] == {"beta": 0.2, "start": "strong"}
     assert runs["beta 1", 1]["seconds"] == 12.3457 and runs["beta 1", 1]["tokens_generated"] == 123456789
     assert runs["beta 1", 1]["eval/fluency"] is None
-    assert [row[0] for row in results["best_of_n"]["0"]] == [1, 2, 4, 8, 16] and set(results["best_of_n"]) == {"0", "1"}
+    assert [row[0] for row in results["best_of_n"]["0"]] == [1, 2, 4, 8, 16]
+    assert set(results["best_of_n"]) == {"0", "1"}
     assert "torch" in results["software"] and str(tmp_path) not in RESULTS.read_text(encoding="utf-8")
     assert "runs/referee" not in RESULTS.read_text(encoding="utf-8")
 
@@ -410,7 +432,7 @@ def test_killed_and_continued_equals_uninterrupted(toy, die_at):
     toy.die_at = die_at
     with pytest.raises(KeyboardInterrupt):
         reproduce(toy)
-    assert len(json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]) == die_at    # all that finished was saved
+    assert len(in_file()["runs"]) == die_at  # all that finished was saved
     toy.die_at = None
     assert len(reproduce(toy)) == 14 - die_at
     assert RESULTS.read_bytes() == expected
@@ -419,9 +441,9 @@ def test_killed_and_continued_equals_uninterrupted(toy, die_at):
 def test_changed_arm_runs_again_alone(toy):
     reproduce(toy)
     toy.EXPERIMENTS["strength"]["arms"]["beta 1"] = {"beta": 2.0}
-    assert tables.report("toy")["runs"] and "not run" in docs.method_block("toy")             # stale runs are not shown
+    assert tables.report("toy")["runs"] and "not run" in docs.method_block("toy")   # stale runs are not shown
     assert reproduce(toy) == [("beta-1", 0), ("beta-1", 1)]
-    stored = [r for r in json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if r["arm"] == "beta 1"]
+    stored = [r for r in in_file()["runs"] if r["arm"] == "beta 1"]
     assert [r["config"] for r in stored] == [{"beta": 2.0}] * 2
 
 
@@ -442,11 +464,13 @@ def test_changed_default_runs_all_again_and_a_new_option_nothing(toy):
     assert "reproduced |" not in docs.method_block("toy") and "not run |" in docs.method_block("toy")
     toy.calls.clear()
     runs.reproduce("toy", WithOtherDefault(seeds=1))
-    assert len(toy.calls) == 8                                       # "beta 0.1" relies on the default, "plain" no longer equals it
+    # "beta 0.1" relies on the default, "plain" no longer equals it
+    assert len(toy.calls) == 8
 
 
 def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
-    assert len(reproduce(toy, seeds=1, model="big", beta=0.3)) == 8  # "plain" now differs from "beta 0.1", which inherits 0.3
+    # "plain" now differs from "beta 0.1", which inherits 0.3
+    assert len(reproduce(toy, seeds=1, model="big", beta=0.3)) == 8
     configs = {Path(c.out).parent.name.rsplit("-", 1)[0]: c for c in toy.calls}
     assert {c.model for c in toy.calls} == {"big"}
     # No --lr was given, so each method keeps its own for a model that is not tiny.
@@ -454,12 +478,13 @@ def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
     assert configs["ppo"].beta == 7.0 and configs["beta-0.1"].beta == 0.3 and configs["beta-1"].beta == 1.0
     assert toy.loads == [(0, "big")]
     block = docs.method_block("toy")
-    assert "not run" not in block and "Flags: model=big, beta=0.3." in block                 # the flags are stored, so a report finds the runs
+    # The flags are stored, so a report finds the runs.
+    assert "not run" not in block and "Flags: model=big, beta=0.3." in block
 
 
 def test_a_given_learning_rate_reaches_every_arm_even_where_it_is_the_default_of_another_model(toy):
     reproduce(toy, seeds=1, model="big", lr=1.0)
-    assert {c.lr for c in toy.calls} == {1.0} and json.loads(RESULTS.read_text(encoding="utf-8"))["config"] == {"model": "big", "lr": 1.0}
+    assert {c.lr for c in toy.calls} == {1.0} and in_file()["config"] == {"model": "big", "lr": 1.0}
 
 
 def test_start_hands_over_the_starters_directory(toy):
@@ -500,11 +525,11 @@ def test_starter_killed_while_it_is_made_again_does_not_count_as_finished(toy):
 def test_task_without_gold_has_no_best_of_n_curve(toy, monkeypatch):
     monkeypatch.setattr(harness, "test_pool", lambda config: None)
     reproduce(toy, seeds=1)
-    assert json.loads(RESULTS.read_text(encoding="utf-8"))["best_of_n"] == {"0": None}
+    assert in_file()["best_of_n"] == {"0": None}
     assert reproduce(toy, seeds=1) == [] and toy.loads == [(0, "tiny")]
 
 
-# ---------------------------------------------------------------------------------------------------- tables, figure
+# --------------------------------------------------------------------------------------------- tables, figure
 
 def test_report_fits_the_terminal_and_states_every_claim(toy, capsys):
     reproduce(toy, seeds=3)
@@ -518,7 +543,7 @@ def test_report_fits_the_terminal_and_states_every_claim(toy, capsys):
 
 def test_a_column_has_one_number_of_decimals(toy):
     reproduce(toy, seeds=1)
-    rows = tables.arm_rows(tables.collect("toy", json.loads(RESULTS.read_text(encoding="utf-8")))["strength"])
+    rows = tables.arm_rows(tables.collect("toy", in_file())["strength"])
     assert [row[2] for row in rows] == ["KL", "0.0", "0.2", "0.4", "4.0", "28.0"]
 
 
@@ -526,12 +551,13 @@ def test_text_table_aligns_and_wraps_without_losing_words():
     rows = [["claim", "verdict"], ["word " * 40, "reproduced"], ["short", "no"]]
     lines = tables.text_table(rows, 60).splitlines()
     assert max(map(len, lines)) <= 60 and " ".join(lines).count("word") == 40
-    assert {line.index(w) for line in lines for w in ("verdict", "reproduced", "no") if line.endswith(w)} == {lines[0].index("verdict")}
+    columns = {line.index(w) for line in lines for w in ("verdict", "reproduced", "no") if line.endswith(w)}
+    assert columns == {lines[0].index("verdict")}
 
 
 @pytest.mark.parametrize("mean, half, expected", [
-    (0.5123, 0.0312, "0.512 ±0.031"), (0.5, math.inf, "0.500"), (14.21, 0.3, "14.2 ±0.3"), (0.1, 25.0, "0.1 ±25.0"),
-    (-1.234, 0.5, "-1.23 ±0.50"), (123.4, 9.6, "123 ±10")])
+    (0.5123, 0.0312, "0.512 ±0.031"), (0.5, math.inf, "0.500"), (14.21, 0.3, "14.2 ±0.3"),
+    (0.1, 25.0, "0.1 ±25.0"), (-1.234, 0.5, "-1.23 ±0.50"), (123.4, 9.6, "123 ±10")])
 def test_plus_minus(mean, half, expected):
     assert tables.plus_minus(mean, half) == expected
 
@@ -548,13 +574,14 @@ def test_block_of_a_page_is_a_function_of_the_results(toy):
     path = page("docs/toy.md", f"# Title\n{docs.BEGIN}\nold\n{docs.END}\nthe end\n")
     command_line.main(["--docs"])
     first = path.read_text(encoding="utf-8")
-    assert first.startswith("# Title\n") and first.endswith(f"{docs.END}\nthe end\n") and "\nold\n" not in first
+    assert first.startswith("# Title\n") and first.endswith(f"{docs.END}\nthe end\n")
+    assert "\nold\n" not in first
     assert docs.method_block("toy") in first and "a\\|b" in first
     assert f"{docs.BEGIN}\nClaims: 2 reproduced, 1 not reproduced, 1 not measured.\n" in first
     command_line.main(["--docs"])
     assert path.read_text(encoding="utf-8") == first
 
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = in_file()
     for run in results["runs"]:
         if run["arm"] == "beta 1":
             run["eval/gold"] -= 2
@@ -572,27 +599,34 @@ def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy,
     assert "written: README.md results/methods.png\n" in capsys.readouterr().out
     assert drawn == [(["SFT", "toy"], "results/methods.png")]
     lines = path.read_text(encoding="utf-8").split("\n")
-    half = 12.7062 / 2                              # of a difference of 1 between two seeds: t / sqrt(2) * 1 / sqrt(2)
+    half = 12.7062 / 2                     # of a difference of 1 between two seeds: t / sqrt(2) * 1 / sqrt(2)
     table = [line.strip("| ").split(" | ") for line in lines[1:5]]
-    assert lines[0] == docs.BEGIN and table[0] == ["method", "arm", "gold", "KL", "seconds"]      # proxy: nobody has it
+    assert lines[0] == docs.BEGIN and table[0] == ["method", "arm", "gold", "KL", "seconds"]    # no proxy
     assert table[2] == ["SFT", "SFT of toy", f"0.17 ±{half / 3:.2f}", "0.000 ±0.000", "12.3 ±0.0"]
-    gold = 1 / 6 + 0.08 + 0.004                                                          # 0.08 and 0.008 of seed 1
-    assert table[3] == ["[toy](docs/toy.md)", "beta 0.1", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}", "0.400 ±0.000",
-                        "12.3 ±0.0"]
+    gold = 1 / 6 + 0.08 + 0.004                                                     # 0.08 and 0.008 of seed 1
+    assert table[3] == ["[toy](docs/toy.md)", "beta 0.1", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}",
+                        "0.400 ±0.000", "12.3 ±0.0"]
     assert lines[-1] == docs.END and "Seeds 0, 1." in lines[-2]
     command_line.main(["--docs"])
     assert path.read_text(encoding="utf-8").split("\n") == lines
     RESULTS.unlink()
-    assert "toy" not in docs.overview_block()                                    # a method that nobody has run
+    assert "toy" not in docs.overview_block()                                   # a method that nobody has run
+
+
+def test_page_of_a_method_that_nobody_has_run_says_so_and_a_page_of_no_method_is_a_user_error(toy):
+    assert docs.block("docs/toy.md") == "Not run yet: `python -m referee toy --seeds 5`."
+    with pytest.raises(UserError, match="docs/data.md is not the page of a method"):
+        docs.block("docs/data.md")
 
 
 def test_readme_says_which_rows_are_of_another_build_and_takes_sft_from_the_common_one(toy, monkeypatch):
-    results = reproduce(toy, seeds=2) and json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = reproduce(toy, seeds=2) and in_file()
     for name in ("toy2", "toy3"):
         for module in (name, f"experiments.{name}"):
             monkeypatch.setitem(sys.modules, module, toy)
-        planned = {arm.name: arm.key for arms_of in planning.plan(name, {}).values() for arm in arms_of.values()}
-        copy = json.loads(json.dumps(results | {"method": name, "defaults": {name: results["defaults"]["toy"]}}))
+        planned = {arm.name: arm.key for found in planning.plan(name, {}).values() for arm in found.values()}
+        defaults = {name: results["defaults"]["toy"]}
+        copy = json.loads(json.dumps(results | {"method": name, "defaults": defaults}))
         for run in copy["runs"]:
             run["key"] = planned[run["arm"]]
             run["trace"][0]["eval/proxy"] = 0.5                     # toy has none
@@ -642,7 +676,8 @@ def test_figure_is_drawn_wide_enough_to_read(toy, capsys, monkeypatch):
     from matplotlib.image import imread
     reproduce(toy, seeds=3)
     image = imread("results/toy.png")
-    assert image.shape[1] == pytest.approx(1600, abs=2) and len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 50
+    assert image.shape[1] == pytest.approx(1600, abs=2)
+    assert len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 50
     before = Path("results/toy.png").read_bytes()
     tables.report("toy")
     assert Path("results/toy.png").read_bytes() == before            # the same figure for the same results
@@ -658,7 +693,7 @@ def test_no_matplotlib_is_said_and_not_fatal(toy, capsys, monkeypatch):
     assert 'pip install -e ".[plot]"' in capsys.readouterr().out and not Path("results/toy.png").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------- command line
 
 def test_flags_of_the_method_are_flags_here(toy):
     command_line.main(["toy", "--seeds", "1", "--beta", "0.3"])
@@ -678,10 +713,9 @@ def test_report_before_any_run_is_a_user_error(toy):
 
 def test_unknown_method_is_one_line_and_status_2(tmp_path):
     shutil.copytree(ROOT / "referee", tmp_path / "referee", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("common.py", "other.py", "rrhf.py", "steerlm.py", "experiments/__init__.py", "experiments/rrhf.py",
+    for name in ("other.py", "rrhf.py", "steerlm.py", "experiments/__init__.py", "experiments/rrhf.py",
                  "experiments/steerlm.py", "experiments/comparison.py"):
         page(tmp_path / name, "")
-    (tmp_path / "common.py").unlink()
     done = python("-m", "referee", "dpp", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm\n"
@@ -710,7 +744,7 @@ def test_packaging_finds_files_by_pattern(monkeypatch):
         assert not words & set(method_names()), f"{name} lists methods"
 
 
-# ---------------------------------------------------------------------------------------------------- committed results
+# ------------------------------------------------------------------------------------------ committed results
 
 @pytest.mark.parametrize("method", STORED)
 def test_committed_runs_are_those_of_the_experiments(method):
@@ -721,7 +755,8 @@ def test_committed_runs_are_those_of_the_experiments(method):
     for title, arms_of in found.items():
         for name, stored in arms_of.items():
             assert set(stored) == seeds, f"{title}, {name}"
-    keys = {arm.key for planned in planning.plan(method, results["config"]).values() for arm in planned.values()}
+    plan = planning.plan(method, results["config"])
+    keys = {arm.key for planned in plan.values() for arm in planned.values()}
     assert {run["key"] for run in results["runs"]} == keys
     title, arm = planning.default_arm(method, results["config"])
     assert found[title][arm.name]
