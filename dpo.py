@@ -31,8 +31,11 @@ training. Left out: IPO and the reference-free loss. The curriculum's schedule c
 its paper.
 
 Elsewhere:
-    log-probs in float32, dropout off, prompts left-padded, EOS counted, cut answers without EOS: common.py
-    AdamW's betas (0.9, 0.95), no weight decay: common.adamw; data, held-out split (1 in 10 prompts): tasks/
+    log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
+    EOS ends every answer of a pair, except one that is longer than the context: common.encode
+    AdamW's betas (0.9, 0.95), no weight decay: common.adamw; 64 pairs a step, lr constant after a linear
+        warm-up from 0 (the first step changes nothing): harness/config.py
+    the default pairs: SFT samples at temperature 1, labelled by annotators who err: tasks/build.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import random
@@ -108,6 +111,7 @@ def pairs_between(rankings, systems, flag="--pairs"):
 def training_plan(config, task):
     """The pairs of every step, lists of Pair: config.epochs passes, each in a new random order.
 
+    Batches run on from one pass into the next; only the very last may be smaller.
     A curriculum draws each pair as easy or hard, by the progress of training.
     """
     if not config.pairs:
@@ -157,7 +161,7 @@ def train(run):
 
     # Before the first step the policy is the reference, so one pass gives all that is ever needed of it.
     pairs = list(dict.fromkeys(pair for step in plan for pair in step))
-    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))                      # no gradient
+    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))            # torch.no_grad inside
     held_out_ref_logps, _ = harness.response_logps(run, held_out)                            # [N, 2]
 
     def held_out_metrics():

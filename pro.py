@@ -33,11 +33,13 @@ samples of one policy, and evaluation samples at temperature 1.
 Left out: bootstrapping (a fresh sample joins the ranking), which lost more than it gained in the paper.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted, no EOS where a response was cut off: common.py
+    log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
+    EOS: trained and counted; none after a response that was cut off (the pool: all ended): common.encode
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw
     constant learning rate, clip norm 1, 64 prompts a step: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
-    candidates: samples at temperature 1, equal texts once, so K may be smaller: harness/samples.py
+    candidates: the task's pool of SFT samples (temperature 1) where it has enough, else new samples; equal
+        texts once, so K may be smaller: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 from dataclasses import dataclass
@@ -110,11 +112,11 @@ def train(run):
     given = harness.given_answers(run.task, config.sources, config.systems)         # [] with --sources D
     reward = harness.candidate_reward(run, config.sources)      # None: the data's own scores rank its answers
     samples = config.candidates if "D" in config.sources else 0
-    rankings = harness.candidates(run, reward, given, samples)     # sampled here only, from the SFT policy
+    rankings = harness.candidates(run, reward, given, samples)     # here only, of the SFT policy
     held_out = run.task.pairs.get("test", [])[:config.eval_pairs]
 
     # A step is one batch of config.batch_size prompts with all their candidates. Training makes config.epochs
-    # passes over the prompts, each pass in a new random order.
+    # passes over the prompts, each in a new random order. Only the very last batch may be smaller.
     steps = harness.shuffled_batches(len(rankings), config.epochs, config.batch_size, config.seed)
     plan = [[rankings[i] for i in indices] for indices in steps]
 

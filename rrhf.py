@@ -33,11 +33,12 @@ follows the paper, but evaluates by sampling at temperature 1, where the paper d
 Left out: beam search as a source (the paper prefers diverse candidates) and the online variant.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted, no EOS where a response was cut off: common.py
+    log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
+    EOS: trained and counted; none after a response that was cut off (the pool: all ended): common.encode
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; clip norm 1, 64 prompts: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
-    candidates: given answers and samples at temperature 1 (in round 1 from the task's pool, where it has
-        enough), equal texts once, scored: harness/samples.py
+    candidates: samples at temperature 1 (in round 1 from the task's pool, where it has enough), then
+        given answers; equal texts once, scored: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def train(run):
     held_out = run.task.pairs.get("test", [])[:config.eval_pairs]
 
     # A step is one batch of config.batch_size prompts with all their candidates. A round is config.epochs
-    # passes over the prompts, each pass in a new random order; every round has the same orders.
+    # passes over the prompts, each in a new random order. The last batch of a round may be smaller.
     n = len(given) or len(run.task.prompts["train"])
     one_round = harness.shuffled_batches(n, config.epochs, config.batch_size, config.seed)
     plan = [(i == 0, indices) for _ in range(config.rounds) for i, indices in enumerate(one_round)]

@@ -32,7 +32,8 @@ temperature 1 without top-k, and 4 of 16 (--candidates 64 --num_samples 8 sample
 Left out: a reward model that reads both responses (here a difference of two scores), SLiC's regulariser.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted, no EOS where a response was cut off: common.py
+    log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
+    EOS: trained and counted; none after a response that was cut off (the pool: all ended): common.encode
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw
     constant learning rate after the warm-up, clip norm 1, 64 pairs a step: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
@@ -148,7 +149,7 @@ def collect_pairs(run):
     config, rng, pairs, short = run.config, random.Random(f"pairs {run.config.seed}"), [], 0
     if config.source == "direct":
         return direct_pairs(run.task, config.num_samples // 2)
-    # Sampled here only, from the SFT policy: the policy is not trained yet.
+    # Collected here only: the policy is not trained yet, it is the SFT policy.
     rankings = harness.candidates(run, harness.reward_to_maximise(run), [], config.candidates)
     for row in rankings:
         order = rng.sample(range(len(row.scores)), len(row.scores))            # shuffled: see the docstring
@@ -188,9 +189,9 @@ def train(run):
                         "are equal")
 
     # Before the first step the policy is the SFT policy, the reference: one pass gives all log-probs needed.
-    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))                # [2] each, no gradient
+    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))              # [2] each, torch.no_grad
 
-    # A step is one batch of config.batch_size pairs; config.epochs passes, each in a new random order.
+    # A step is one batch of config.batch_size pairs; epochs in new random orders. The last may be smaller.
     steps = harness.shuffled_batches(len(pairs), config.epochs, config.batch_size, config.seed)
     plan = [[pairs[i] for i in indices] for indices in steps]
 

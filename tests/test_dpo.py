@@ -453,7 +453,7 @@ def test_O_gradient_is_clipped_per_tensor_or_norm_is_taken_after(toy, tmp_path, 
         run, (row,) = trained(toy, tmp_path / str(limit), batch_size=7, max_grad_norm=limit, schedule="linear", warmup=0.25)
         moved[limit] = parameters(run.policy) - parameters(run.load_reference())
         norm = moved[1e9].norm().item() / 0.01
-        assert row["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 1
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 0.5
         assert all(weight.grad is None for weight in run.policy.parameters())
     torch.testing.assert_close(moved[0.25], moved[1e9] * 0.25 / norm, rtol=1e-3, atol=1e-6)
     assert made_with == [(1e-2, 1, "linear", 0.25)] * 2

@@ -10,10 +10,12 @@ from huggingface_hub import errors
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from tasks import Demonstration, Pair, Ranking, UserError
+from common import UserError
+from conftest import ROOT
+from tasks import Demonstration, Pair, Ranking
 from tasks.preferences import best_of, choose_file, choose_test_prompts, load, pairs_of
 
-REAL_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+REAL_DATA = ROOT.parent / "shared" / "data"
 USER, ASSISTANT = ({"role": role, "content": content} for role, content in (("user", "p"), ("assistant", "yes")))
 NO = {"role": "assistant", "content": "no"}
 SKIP = "; --skip_bad_rows leaves such rows out"

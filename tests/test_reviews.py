@@ -8,12 +8,13 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tasks import UserError, reviews
+from common import UserError
+from conftest import ROOT
+from tasks import reviews
 
 WESTERN = "review this old western and mention the songs:"  # GENRE_OFFSET 0.1
 SPLITS = ("train", "test", "validation")
@@ -43,9 +44,9 @@ def test_splits_share_no_request_whatever_the_seeds():
 def test_split_is_the_same_in_another_process():
     """`hash()` of a string differs between processes, and a cached pool would meet other test prompts."""
     code = "from tasks import reviews; print(reviews.make_prompts('test', 3, 0), reviews.VOCABULARY)"
-    root = Path(__file__).parent.parent
-    seen = [subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True,
-                           env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}).stdout for seed in "12"]
+    seen = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                           encoding="utf-8", env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}).stdout
+            for seed in "12"]
     assert seen[0] == seen[1] == f"{reviews.make_prompts('test', 3, 0)} {reviews.VOCABULARY}\n"
 
 
