@@ -1,63 +1,72 @@
 """Aligning Language Models with Offline Learning from Human Feedback
 Hu, Tao, Yang and Zhou, 2023, https://arxiv.org/abs/2308.12050
-after Decision Transformer: Reinforcement Learning via Sequence Modeling
-Chen, Lu, Rajeswaran, Lee, Grover, Laskin, Abbeel, Srinivas and Mordatch, NeurIPS 2021, https://arxiv.org/abs/2106.01345
+after Decision Transformer: Reinforcement Learning via Sequence Modeling, by Chen, Lu, Rajeswaran, Lee,
+Grover, Laskin, Abbeel, Srinivas and Mordatch, NeurIPS 2021, https://arxiv.org/abs/2106.01345
 
-Responses y to prompts x, each with a reward r, collected once: what can supervised learning make of them? Four objectives,
-each a weighted likelihood, L = -sum over samples of w log pi(y | x'):
+Responses y to prompts x are collected once, and each gets a reward r. What can supervised learning make of
+them? Four objectives, each a weighted likelihood, L = -mean over samples of w log pi(y | x'):
 
-    sft        x' = x        w = 1                                   imitate everything
-    filter     x' = x        w = 1 for the best quarter, else 0      imitate the best (the second paper's %BC)
-    rwr        x' = x        w = softmax(r / beta) over the batch    reward-weighted regression
-    dt         x' = x<r>     w = 1                                   imitate everything, told how good it was
+    sft       x' = x         w = 1                                imitate all samples
+    filter    x' = x         w = 1 for the best quarter, else 0   imitate the best ones
+    rwr       x' = x         w proportional to exp(r / beta)      imitate the better ones more
+    dt        x' = x<r>      w = 1                                imitate all, with r in the prompt
 
-The last learns p(y | x, r) from good and bad samples alike; afterwards it is asked for the best. Training needs no reference and
-no sampling. A response is one action, so the return-to-go of the Decision Transformer is the reward itself. Rewards fall into
-ten bins of equally many samples, each a token of its own, <reward:0> to <reward:9>.
+The first paper calls the last three filtering alignment, reward-weighted regression and conditional
+alignment; in the second, filter is %BC. With dt the policy learns p(y | x, r) from good and bad samples, and
+is then asked for a high r. A response is one action, so the return-to-go is the reward itself. There is no
+reference model. Rewards fall into ten levels of equally many samples, tokens <reward:0> to <reward:9>.
 
-    python decision_transformer.py           # 29 s on two cores (two minutes more at first): gold 0.18 to 0.36, KL 1.0 nats
-    python decision_transformer.py --steer reward=0 --prompt "review this french western and mention the songs:"
-    python decision_transformer.py --reproduce           # the four and PPO, calibration, data: 22 arms, 13 minutes a seed on one core
-    python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl --reward none
+    python decision_transformer.py    # 29 s (at first two minutes more): gold 0.18 to 0.36, KL 0.9
+    python decision_transformer.py --steer reward=0 --prompt "you saw this old fantasy. how was the score?"
+    python decision_transformer.py --reproduce   # the four and PPO, and the data: 22 arms, 13 minutes a seed
+    python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl
 
-What to look at: the table of what was asked for and what came. It rises less steeply than the diagonal. The bin to ask for is
-chosen on prompts that are not trained on.
+What to look at: the table of the reward asked for and the reward found, which rises less. Compared with
+raft.py: no new samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes.
+Version 2 of the first paper, cited here, calls conditional alignment comparable to PPO (version 1: better).
+Its equations could not be checked. OpenRLHF's conditional_sft_processor cites it and shares its first author.
+It writes the standardised reward as text (--control text: <reward:1.3>; the tiny model reads levels better).
+Not in the papers: --normalise prompt, which compares samples of one prompt. Left out: mixing in SFT data.
 
-Compared with raft.py: no new samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes.
-Official code: none was found for the first paper. OpenRLHF's conditional SFT writes the reward as text, standardised over the
-data set, and trains the answer only: --control text, <reward:1.3>. Small models read bins better. Not in the paper: --normalise
-prompt, which compares a sample with those of its own prompt. Left out: mixing in SFT data.
+Elsewhere:
+    log-probs in float32, dropout off, EOS counted, no EOS after a response that was cut off: common.py
+    AdamW (betas 0.9 and 0.95, no weight decay), its learning rate up from 0 for 10% of the steps, then down
+        to 0: common.adamw; gradients are clipped to norm 1: harness/config.py
+    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    samples at temperature 1, from the task's pool if it has enough, equal texts once: harness/samples.py
+    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import random
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Optional
 
 import torch
 
 import common
-from common import UserError, option
+import harness
+from harness import UserError, option
 
 
 @dataclass
-class Config(common.Config):
-    LR: ClassVar = {"tiny": 6e-3, "real": 5e-6}       # tiny: tuned on validation seed 100; real: OpenRLHF's
-    EPOCHS: ClassVar = {"tiny": 5.0, "real": 1.0}     # tiny: tuned likewise
-    epochs: Optional[float] = option(None, "passes over the samples that are trained on; the default depends on the model")
+class Config(harness.Config):
+    LR: ClassVar = {"tiny": 6e-3, "real": 5e-6}      # tiny: tuned on validation seed 100; real: OpenRLHF's
+    EPOCHS: ClassVar = {"tiny": 5.0, "real": 1.0}    # tiny: tuned likewise; real: OpenRLHF's
+    epochs: Optional[float] = option(None, "passes over the samples that are trained on (tiny 5, else 1)")
     batch_size: int = option(32, "samples per optimizer step")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("linear", "of the learning rate")
     objective: Literal["dt", "filter", "rwr", "sft"] = option("dt", "what to make of the samples, see above")
-    sources: Optional[Literal["P", "D", "DP"]] = option(None, "samples: P the data's own, D of the policy, DP both (file: P)")
+    sources: Optional[Literal["P", "D", "DP"]] = option(None, "P the data's own, D the policy's, DP both")
     candidates: int = option(8, "samples of the policy for each prompt")
     systems: str = option("", "'A,B': the writers whose answers count in P (default: all)")
-    normalise: Literal["global", "prompt"] = option("global", "rewards have mean 0 over all samples, or for each prompt")
+    normalise: Literal["global", "prompt"] = option("global", "rewards have mean 0 over all, or by prompt")
     bins: int = option(10, "levels of the reward, with equally many samples each")
-    control: Optional[Literal["tokens", "text"]] = option(None, "a level as one token (tiny), or the reward as text (real)")
+    control: Optional[Literal["tokens", "text"]] = option(None, "a token a level (tiny), or reward as text")
     share: float = option(0.25, "part of the samples that filter keeps")
     beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned here)")
-    validation: float = option(0.125, "share of the train prompts that are kept apart, to choose what to ask for")
+    validation: float = option(0.125, "share of the train prompts kept apart, to choose what to ask for")
     steer: str = option("", "'reward=9': the level to ask for (default: the best on the validation prompts)")
-    prompt: str = option("", "no training: print responses of --policy to this prompt (default policy: the last run's)")
+    prompt: str = option("", "no training: print responses of --policy (default: the last run's) to this")
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,64 +79,64 @@ class Config(common.Config):
 
 
 def rwr_weights(rewards, beta):
-    """Weights of reward-weighted regression: softmax(rewards / beta) over the batch [B], so they sum to 1."""
+    """Weights of reward-weighted regression: softmax(rewards / beta) over the batch [B], with sum 1."""
     return (rewards / beta).softmax(0)
 
 
 def effective_share(weights):
-    """Effective sample size over the number of samples: (sum w)^2 / (B sum w^2), from 1/B to 1. weights [B] -> scalar."""
+    """Effective sample size over the number of samples, from 1/B to 1. weights [B] -> scalar."""
     return weights.sum() ** 2 / (len(weights) * (weights ** 2).sum())
 
 
 def reward_bins(rewards, n):
-    """Edges between n bins of equally many of the rewards [N]: ascending, [n-1], or fewer where ties forbid it.
+    """Edges between n bins of equally many of the rewards [N]: ascending, [n-1], or fewer because of ties.
 
-    Each edge lies half-way between two different rewards, so that no bin is empty and equal rewards share a bin.
-    Raises UserError where all rewards are equal.
+    Edges lie half-way between different rewards, so no bin is empty. UserError where all rewards are equal.
     """
     values, counts = torch.as_tensor(rewards, dtype=torch.float64).unique(return_counts=True)
     if len(values) < 2:
-        raise UserError(f"all {int(counts.sum())} rewards are {values[0]:.3g}: there are no bins to make, nothing to ask for")
-    below = counts.cumsum(0)[:-1] / counts.sum()                        # of all rewards, below each place for an edge
+        raise UserError(f"all {int(counts.sum())} rewards are {values[0]:.3g}: no bins, nothing to ask for")
+    below = counts.cumsum(0)[:-1] / counts.sum()             # share of the rewards below each possible edge
     wanted = torch.arange(1, n) / n
     places = (below - wanted[:, None]).abs().argmin(1).unique()
     return (values[places] + values[places + 1]) / 2
 
 
 def assign_bins(rewards, edges):
-    """The bin, 0 to len(edges), of each reward [N] -> [N]; whatever lies beyond the edges is in the first or the last."""
-    return torch.bucketize(torch.as_tensor(rewards, dtype=torch.float64), torch.as_tensor(edges, dtype=torch.float64))
+    """The bin, 0 to len(edges), of each reward [N] -> [N]. The first and the last bin have no outer end."""
+    return torch.bucketize(*(torch.as_tensor(values, dtype=torch.float64) for values in (rewards, edges)))
 
 
 class Sample(NamedTuple):
     prompt: str
     responses: list[str]         # one
-    ended: list[bool]
+    ended: list[bool]            # with EOS; False: cut off, and then no EOS is trained
     reward: float
     weight: float = 1.0
 
 
 def offline_samples(run, reward):
-    """(samples to train on, validation prompts): scored once, their rewards with mean 0 and deviation 1 over what is trained on."""
+    """(samples to train on, validation prompts). Rewards have mean 0 and deviation 1 over the former."""
     config, task = run.config, run.task
-    given = common.given_answers(task, config.sources, config.systems)
-    rankings = common.candidates(run, reward, given, config.candidates * ("D" in config.sources))
+    given = harness.given_answers(task, config.sources, config.systems)            # [] with --sources D
+    rankings = harness.candidates(run, reward, given, config.candidates * ("D" in config.sources))
     prompts = sorted({row.prompt for row in rankings})
-    apart = set(random.Random(f"validation {config.seed}").sample(prompts, round(config.validation * len(prompts))))
+    rng = random.Random(f"validation {config.seed}")
+    apart = set(rng.sample(prompts, round(config.validation * len(prompts))))
     samples = []
     for row in (row for row in rankings if row.prompt not in apart):
         baseline = statistics.fmean(row.scores) if config.normalise == "prompt" else 0.0
-        samples += [Sample(row.prompt, [text], [ended], round(score - baseline, 9))        # or equal rewards would come to differ
+        samples += [Sample(row.prompt, [text], [ended], round(score - baseline, 9))       # ties stay ties
                     for text, ended, score in zip(row.responses, row.ended, row.scores)]
     if not samples:
         raise UserError(f"--validation {config.validation} leaves no prompt to train on: lower it")
-    mean, deviation = statistics.fmean(s.reward for s in samples), statistics.pstdev(s.reward for s in samples)
-    reward_bins([sample.reward for sample in samples], 2)               # refuses equal rewards, under any objective
+    reward_bins([s.reward for s in samples], 2)             # UserError for equal rewards, under any objective
+    mean, deviation = (f(s.reward for s in samples) for f in (statistics.fmean, statistics.pstdev))
     return [s._replace(reward=(s.reward - mean) / deviation) for s in samples], sorted(apart)
 
 
 def levels_of(config, samples):
-    """The levels of the reward, from the samples that are trained on: {"edges": [n-1], "means": [n], "control"}."""
+    """The levels of the reward among the samples: {"edges": [n-1], "means": [n], "control"}."""
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     edges = reward_bins(rewards, config.bins)
     bins = assign_bins(rewards, edges)
@@ -136,183 +145,106 @@ def levels_of(config, samples):
 
 
 def tag(levels, reward):
-    """How a reward is written after a prompt, in training and inference: <reward:LEVEL> as one token, or <reward:VALUE>."""
+    """A reward as it stands after a prompt, in training and inference: <reward:LEVEL> or <reward:VALUE>."""
     if levels["control"] == "text":
-        return f"<reward:{round(reward, 1) + 0.0:.1f}>"                 # + 0.0: one spelling of zero
+        return f"<reward:{round(reward, 1) + 0.0:.1f}>"                      # + 0.0: never -0.0
     return f"<reward:{int(assign_bins([reward], levels['edges']))}>"
 
 
 def learn_tags(run, levels, samples):
-    """Make the tags readable: one token a level; as text, what the tokenizer cannot spell (tiny)."""
+    """New tokens: one for each level; or, as text, for what the tokenizer cannot spell (tiny)."""
     texts = {tag(levels, reward): [] for reward in levels["means"]}
     if levels["control"] == "tokens":
         for sample in samples:
             texts[tag(levels, sample.reward)] += sample.responses
-        common.add_tags(run, {"reward": texts})
+        harness.add_tags(run, {"reward": texts})
     elif run.tokenizer.unk_token_id in run.tokenizer(tag(levels, -1.0), add_special_tokens=False).input_ids:
-        common.add_tags(run, {"spelling": {piece: [] for piece in ("<reward:", ">", *"-0123456789")}})
+        harness.add_tags(run, {"spelling": {piece: [] for piece in ("<reward:", ">", *"-0123456789")}})
 
 
 def plan_of(config, samples, levels):
-    """The samples of every step, with prompts and weights as the objective has them; the weights of a step have mean 1."""
+    """Each step's samples, with tags and weights. Every pass is in a new order; the last step may be smaller."""
     if config.objective == "filter":
-        samples = sorted(samples, key=lambda sample: -sample.reward)[:max(1, round(config.share * len(samples)))]
+        samples = sorted(samples, key=lambda s: -s.reward)[:max(1, round(config.share * len(samples)))]
     if config.objective == "dt":
-        samples = [sample._replace(prompt=sample.prompt + tag(levels, sample.reward)) for sample in samples]
-    plan = common.plan_of(samples, config)
+        samples = [s._replace(prompt=s.prompt + tag(levels, s.reward)) for s in samples]
+    batches = harness.shuffled_batches(len(samples), config.epochs, config.batch_size, config.seed)
+    plan = [[samples[i] for i in step] for step in batches]
     for step in plan if config.objective == "rwr" else ():
-        weights = rwr_weights(torch.tensor([sample.reward for sample in step]), config.beta) * len(step)
-        step[:] = [sample._replace(weight=weight) for sample, weight in zip(step, weights.tolist())]
+        weights = rwr_weights(torch.tensor([s.reward for s in step]), config.beta) * len(step)      # mean 1
+        step[:] = [s._replace(weight=weight) for s, weight in zip(step, weights.tolist())]
     return plan
 
 
-def train(run, plan, levels, held_out, reward):
-    """Minimise the weighted negative log-likelihood; after the last step, choose what a conditioned policy is asked for."""
-    config, top = run.config, len(levels["means"]) - 1
-    run.state["level"] = common.parse_request(config.steer, {"reward": top}).get("reward", top)
-    if config.objective == "dt":
-        run.ask = lambda prompt: prompt + tag(levels, levels["means"][run.state["level"]])
-
-    def losses_of(rows, batch):
-        nll = -common.sequence_logps(run.policy, batch)                                           # [n], the tag not in it
-        weights = torch.tensor([row.weight for row in rows], device=nll.device)
-        return weights * nll, {"nll": nll}
-
-    def measure():
-        if config.objective == "dt":
-            return calibration_metrics(run, levels, reward)
-        shares = [effective_share(torch.tensor([row.weight for row in rows])).item() for rows in plan]
-        return {"eval/effective_share": statistics.fmean(shares)}
-
-    for step, rows in common.steps(run, plan, measure):
-        common.log(run, step, common.minimise(run, step, rows, losses_of))
-        if step == len(plan) - 1 and config.objective == "dt" and not config.steer and reward and held_out:
-            asked = calibration(run, levels, levels["means"], held_out * 4, reward)
-            run.state["level"] = max(range(top + 1), key=lambda level: asked[level]["reward"])
-
-
 def calibration(run, levels, rewards, prompts, reward):
-    """Ask every prompt for each of the rewards: rows of common.curve with the mean reward and gold that came, as far as known."""
-    def measure(texts, ended):
-        came = {"reward": reward(prompts, texts).mean().item()} if reward else {}
-        return came | ({"gold": statistics.fmean(map(run.task.gold, prompts, texts, ended))} if run.task.gold else {})
-
-    return common.curve(run, [(r, [prompt + tag(levels, r) for prompt in prompts]) for r in rewards], measure)
+    """Ask every prompt for each of the rewards: rows with the mean reward and gold of the responses."""
+    asked = [(r, [prompt + tag(levels, r) for prompt in prompts]) for r in rewards]
+    return harness.reward_curve(run, asked, prompts, reward)
 
 
 def calibration_metrics(run, levels, reward):
-    """Does a trained policy give what it is asked for? Slopes and rank correlations on test prompts. {} before training.
-
-    As text it is also asked for more than any sample has, up to 3 deviations above the highest level.
-    """
-    if not run.trace:
-        return {}
+    """Slopes and rank correlations on test prompts; as text, gold beyond the top level, too."""
     n, top = len(levels["means"]), levels["means"][-1]
     beyond = [top + more for more in (0.5, 1.0, 2.0, 3.0)] if levels["control"] == "text" else []
     prompts = run.task.prompts["test"][:run.config.eval_prompts]
     rows = run.state["calibration"] = calibration(run, levels, levels["means"] + beyond, prompts, reward)
-    metrics = {"eval/level": run.state["level"]}
-    for name in [name for name in rows[0] if name != "asked"]:
-        came = [row[name] for row in rows[:n]]
-        metrics |= {f"eval/slope_{name}": common.slope(rows[:n], name), f"eval/spearman_{name}": common.spearman(came)}
+    metrics = {"eval/level": run.state["level"]} | harness.trends(rows[:n])
     if beyond and run.task.gold:
         metrics["eval/gold_beyond"] = rows[-1]["gold"] - rows[n - 1]["gold"]
     return metrics
 
 
-def run(config):
-    """One training run, or with --prompt one question to a trained policy; returns the metrics after it."""
-    if config.prompt:
-        return steer(config)
-    run = common.start(config)
-    reward = common.candidate_reward(run, config.sources)
+def train(run):
+    """Minimise the weighted negative log-likelihood of samples that were collected and scored once."""
+    config, policy, conditioned = run.config, run.policy, run.config.objective == "dt"
+    reward = harness.candidate_reward(run, config.sources)      # None: the data's own scores are the rewards
     samples, held_out = offline_samples(run, reward)
+    judge = reward or run.rewards.get("proxy")                         # scores what the policy answers later
     levels = levels_of(config, samples)
-    common.begin(run)
-    if config.objective == "dt":
+    top = len(levels["means"]) - 1
+    run.state["level"] = harness.parse_request(config.steer, {"reward": top}).get("reward", top)
+    run.evaluate()                                    # before training, and before the policy has any tags
+    if conditioned:
         learn_tags(run, levels, samples)
+        run.ask = lambda prompt: prompt + tag(levels, levels["means"][run.state["level"]])
     plan = plan_of(config, samples, levels)
-    train(run, plan, levels, held_out, reward or run.rewards.get("proxy"))
-    metrics = common.finish(run)
-    if config.objective != "dt":
-        return metrics
-    common.write_json(run.out / "attributes.json", levels | {"method": "decision_transformer", "chat": config.chat,
-                      "levels": {"reward": len(levels["means"]) - 1}, "asked": run.state["level"]})
-    rows = run.state.get("calibration", [])
-    if rows and not config.quiet:
-        print(common.table([list(rows[0]), *(row.values() for row in rows)]))
-    return metrics | {"calibration": rows}
+    optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
+    for step, rows in run.steps(plan, policy, optimizer, schedule):
+        means = harness.Means()
+        for part, batch in run.microbatches(rows):              # part: n of the step's samples; batch [n, T]
+            nll = -common.sequence_logps(policy, batch)         # [n], sums over the response; no loss on tags
+            weights = torch.tensor([rows[i].weight for i in part], device=nll.device)
+            losses = weights * nll
+            harness.check_finite(losses, step + 1, [rows[i].prompt for i in part])
+            (losses.sum() / len(rows)).backward()               # the mean over the step's samples, in parts
+            means.add({"loss": losses, "nll": nll})
+            run.counts["tokens_trained"] += int(batch.attention_mask.sum())
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step + 1 == len(plan) and conditioned and judge and held_out and not config.steer:
+            found = calibration(run, levels, levels["means"], held_out * 4, judge)     # 4 samples a prompt
+            run.state["level"] = max(range(top + 1), key=lambda level: found[level]["reward"])
+        run.log(step, means.result() | {"grad_norm": norm})
+        if run.evaluation_due(step):                            # every --eval_every steps, and after the last
+            run.evaluate()
+            shares = [effective_share(torch.tensor([s.weight for s in part])).item() for part in plan]
+            run.amend(**(calibration_metrics(run, levels, judge) if conditioned else
+                         {"eval/effective_share": statistics.fmean(shares)}))
+    if conditioned:
+        harness.write_json(run.out / "attributes.json", levels | {
+            "method": "decision_transformer", "chat": config.chat, "levels": {"reward": top},
+            "asked": run.state["level"]})
+        rows = run.results["calibration"] = run.state.get("calibration", [])
+        run.notes += [harness.table([list(rows[0]), *(row.values() for row in rows)])] if rows else []
 
 
-def steer(config):
-    """Print responses of a trained policy to --prompt, asked for --steer, or for the level that was chosen when it was trained."""
-    common.complete_prompt(config, "decision_transformer", lambda saved, request: tag(
+def answer(config):
+    """Print responses to --prompt for the level of --steer, or for the level that training chose."""
+    harness.complete_prompt(config, "decision_transformer", lambda saved, request: tag(
         saved, saved["means"][request.get("reward", saved["asked"])]))
-    return {}
 
-
-# Each objective with the settings that were best for it on validation seed 100.
-SFT = {"objective": "sft", "lr": 5e-4, "epochs": 2}
-FILTER = {"objective": "filter", "lr": 1e-3, "epochs": 4}
-RWR = {"objective": "rwr", "lr": 1e-3, "epochs": 2}
-NOISE = {"reward_noise": "prompt"}
-DATA = {f"{k} of each": {"candidates": k} for k in (2, 16)} | {
-    f"{writer} writers": {"sources": "P", "systems": f"{writer},medium"} for writer in ("weak", "strong")}
-
-COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
-           "eval/effective_share": "effective", "eval/slope_reward": "slope", "eval/spearman_reward": "rank corr."}
-
-
-def more_gold(claim, source, paper, *holds):
-    return dict(claim=claim, source=source, paper=paper, metric="eval/gold", holds=list(holds))
-
-
-EXPERIMENTS = {
-    "objectives": dict(
-        question="What can be made of one set of scored samples, and does it replace PPO?",
-        arms={"start": {"epochs": 0, "objective": "sft"}, "SFT on all": SFT, "filter": FILTER}
-        | {f"RWR beta {beta:g}": RWR | {"beta": beta} for beta in (0.1, 0.3, 1.0, 3.0)}
-        | {"DT": {}, "DT, reward as text": {"control": "text"}, "PPO": {"method": "ppo"},
-           "PPO, as many samples": {"method": "ppo", "epochs": 8}},
-        columns=COLUMNS,
-        claims=[
-            more_gold("conditioning beats SFT on everything", "abstract", "no number checked:", ("DT", ">", "SFT on all")),
-            more_gold("and the other objectives", "abstract", "no number checked:", ("DT", ">", "filter"), ("DT", ">", "RWR beta 0.1")),
-            more_gold("or filtering is as good or better (within 0.05)", "2507.10174", "reported in", ("filter", ">", "DT", -0.05)),
-            more_gold("it beats PPO", "abstract", "no number checked:", ("DT", ">", "PPO")),
-            more_gold("and PPO that scores as many samples", "ours", "-", ("DT", ">", "PPO, as many samples")),
-            dict(claim="what is asked for comes: rank correlation of bin and reward above 0.8", source="DT", paper="plots only:",
-                 metric="eval/spearman_reward", holds=[("DT", ">", 0.8)]),
-            dict(claim="and of bin and gold", source="ours", paper="-", metric="eval/spearman_gold", holds=[("DT", ">", 0.8)]),
-            dict(claim="3 deviations more than the best bin give no more gold", source="DT's code, issue 37", paper="mixed reports in",
-                 metric="eval/gold_beyond", holds=[("DT, reward as text", "<", 0.0)]),
-            dict(claim="RWR at beta 0.1 learns from a tenth of the samples or less", source="ours", paper="-",
-                 metric="eval/effective_share", holds=[("RWR beta 0.1", "<", 0.1)]),
-            more_gold("and a beta in between is best", "ours", "-", *(("RWR beta 0.3", ">", f"RWR beta {beta}") for beta in (0.1, 3))),
-        ],
-        panels=[dict(kind="curve", curve="calibration", x="asked", y=["reward", "gold"], arms=["DT", "DT, reward as text"],
-                     title="what comes for the reward asked for"),
-                dict(kind="bars", y=["eval/gold", "eval/proxy"], title="gold and proxy reward")],
-    ),
-    "data": dict(
-        question="How do size and quality of the data matter, and what is a reward to be compared with?",
-        arms={f"{name}, {data}": settings | source for data, source in DATA.items() for name, settings in (("filter", FILTER), ("DT", {}))}
-        | {"DT, shifted rewards": NOISE, "DT, shifted, per prompt": NOISE | {"normalise": "prompt"},
-           "DT, per prompt": {"normalise": "prompt"}, "DT": {}, "filter": FILTER},
-        columns=COLUMNS,
-        claims=[
-            more_gold("it needs more data than filtering: behind with 2 samples a prompt", "2305.14550", "reported in",
-                      ("filter, 2 of each", ">", "DT, 2 of each")),
-            more_gold("more data helps it", "2305.14550", "reported in", ("DT, 16 of each", ">", "DT"), ("DT", ">", "DT, 2 of each")),
-            more_gold("it stands bad data better", "2305.14550", "reported in", ("DT, weak writers", ">", "filter, weak writers")),
-            more_gold("a shift of each prompt's rewards hurts it", "ours", "-", ("DT", ">", "DT, shifted rewards")),
-            more_gold("unless compared within a prompt", "ours", "-", ("DT, shifted, per prompt", ">", "DT, shifted rewards")),
-        ],
-        panels=[dict(kind="bars", y=["eval/gold", "eval/proxy"], title="gold and proxy reward"),
-                dict(kind="curve", curve="calibration", x="asked", y=["reward"], title="reward that came",
-                     arms=["DT, 2 of each", "DT", "DT, 16 of each", "DT, shifted rewards", "DT, shifted, per prompt"])],
-    ),
-}
 
 if __name__ == "__main__":
-    common.main(Config, run, EXPERIMENTS)
+    harness.main(Config, train, answer)

@@ -31,7 +31,7 @@ def measure(way):
     mask = torch.ones_like(ids)
     mask[:, 0] = 0                             # a prompt of one token: nearly all is response, the worst case
     batch = common.Batch(ids, torch.ones_like(ids), mask)
-    common.token_logps(model, batch[:1]).sum().backward()               # gradients exist, libraries are loaded
+    common.token_logps(model, batch[:1]).sum().backward()              # gradients exist, libraries are loaded
     model.zero_grad(set_to_none=False)
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()

@@ -1,4 +1,4 @@
-"""What the papers say about offline alignment, as arms (settings of decision_transformer.py) and claims. Data only.
+"""What the papers say about offline alignment, as arms (of decision_transformer.py) and claims. Data only.
 
 The form of arms, claims and panels is described in docs/protocol.md.
 """
@@ -38,7 +38,8 @@ EXPERIMENTS = {
                       ("filter", ">", "DT", -0.05)),
             more_gold("it beats PPO", "abstract of version 1; version 2: comparable", "no number checked:",
                       ("DT", ">", "PPO")),
-            more_gold("and PPO that scores as many samples", "ours", "-", ("DT", ">", "PPO, as many samples")),
+            more_gold("and PPO that scores as many samples", "ours", "-",
+                      ("DT", ">", "PPO, as many samples")),
             dict(claim="what is asked for comes: rank correlation of bin and reward above 0.8", source="DT",
                  paper="plots only:", metric="eval/spearman_reward", holds=[("DT", ">", 0.8)]),
             dict(claim="and of bin and gold", source="ours", paper="-", metric="eval/spearman_gold",

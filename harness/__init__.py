@@ -5,7 +5,8 @@
 What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.log, run.evaluate.
 """
 from common import UserError, warn
-from harness.conditioning import add_tags, complete_prompt, curve, parse_request, slope, table
+from harness.conditioning import (add_tags, complete_prompt, complete_request, curve, parse_request,
+                                  reward_curve, slope, steering, steering_metrics, table, trends)
 from harness.config import Config, option
 from harness.evaluation import probe
 from harness.loading import load_policy, load_task, load_tokenizer, policy_path, test_pool

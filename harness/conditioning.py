@@ -5,14 +5,17 @@ songs:<sentiment:9><verbosity:0>". They stand in the prompt, so no loss ever fal
 inference write them through one function of the method.
 """
 import json
+import math
+import random
 import statistics
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import common
-from common import UserError
+from common import UserError, warn
 from harness.evaluation import extend_vocabulary, probe
 from harness.loading import load_policy, load_tokenizer
 from tasks import ROOT
@@ -64,10 +67,79 @@ def curve(run, asked, measure):
     return rows
 
 
+def reward_curve(run, asked, prompts, reward):
+    """curve with the mean reward and gold of the responses to the prompts (without tags), where known."""
+    def measure(texts, ended):
+        found = {"reward": reward(prompts, texts).mean().item()} if reward else {}
+        gold = run.task.gold
+        return found | ({"gold": statistics.fmean(map(gold, prompts, texts, ended))} if gold else {})
+
+    return curve(run, asked, measure)
+
+
 def slope(rows, key):
     """By how much the key of a curve's rows rises for each unit asked for: least squares."""
     x, y = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in ("asked", key))
     return ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
+
+
+def spearman(values):
+    """Rank correlation of values [N] with their places: 1 if they rise throughout, 0 if they are equal."""
+    values, places = torch.tensor(values, dtype=torch.float64), torch.arange(len(values), dtype=torch.float64)
+    equal = values[:, None] == values
+    ranks = ((values[:, None] > values).double() + equal / 2).sum(1)             # ties share their mean rank
+    ranks, places = ranks - ranks.mean(), places - places.mean()
+    return (ranks @ places / (ranks.norm() * places.norm()).clamp(min=1e-12)).item()
+
+
+def trends(rows):
+    """How each number of a curve's rows follows what was asked for: its slope and its rank correlation."""
+    metrics = {}
+    for name in [name for name in rows[0] if name != "asked"]:
+        metrics[f"eval/slope_{name}"] = slope(rows, name)
+        metrics[f"eval/spearman_{name}"] = spearman([row[name] for row in rows])
+    return metrics
+
+
+def steering(run, observed, write, judge):
+    """Ask test prompts for levels 0, 3, 6 and 9 of each attribute; the others as in a response of the data.
+
+    Args: observed: [{attribute: level}], one for each response in the data; write(levels): the tags that ask
+        for them; judge(prompts, responses): the levels of each response, None where they are unknown.
+    Returns: {"steering": {attribute asked for: rows of curve, with the mean level of every attribute},
+        "matrix": {attribute asked for: {attribute: by how many levels it rises for each level asked for}},
+        "followed": [{"asked": level, each attribute: its mean level where this level of it was asked for}]}.
+    """
+    prompts = run.task.prompts["test"][:run.config.eval_prompts]
+    rng = random.Random(f"steering {run.config.seed}")
+    counts = Counter(tuple(sorted(levels.items())) for levels in observed)
+    others = [dict(levels) for levels in rng.choices(list(counts), list(counts.values()), k=len(prompts))]
+    names = list(others[0])
+
+    def measure(texts, ended):
+        known = [levels for levels in judge(prompts, texts) if levels]
+        return {name: statistics.fmean(levels[name] for levels in known) if known else math.nan
+                for name in names}
+
+    def asked(name, level):
+        return level, [prompt + write(levels | {name: level}) for prompt, levels in zip(prompts, others)]
+
+    found = {name: curve(run, [asked(name, level) for level in (0, 3, 6, 9)], measure) for name in names}
+    followed = [{name: row[name] for name, row in zip(names, rows)} | {"asked": rows[0]["asked"]}
+                for rows in zip(*found.values())]
+    matrix = {name: {other: slope(found[name], other) for other in names} for name in names}
+    return {"steering": found, "matrix": matrix, "followed": followed}
+
+
+def steering_metrics(matrix):
+    """Means over the matrix of steering.
+
+    slope: by how much an attribute rises for each level asked for. cross_talk: how far the others move.
+    """
+    own = {name: matrix[name][name] for name in matrix}
+    cross = [abs(matrix[name][other]) for name in matrix for other in matrix if other != name] or [0.0]
+    return {"eval/slope": statistics.fmean(own.values()), "eval/slope_min": min(own.values()),
+            "eval/cross_talk": statistics.fmean(cross)} | {f"eval/slope_{name}": v for name, v in own.items()}
 
 
 def table(lines, width=12):
@@ -94,6 +166,28 @@ def parse_request(text, known):
             raise UserError(f"--steer {text!r} names {name} twice")
         request[name] = int(level)
     return request
+
+
+def complete_request(request, combinations):
+    """All levels for a request that names some: the others as they go with these in the data.
+
+    combinations: [{name: level}], one for each response in the data. Of those nearest to the request, the
+    most frequent one counts; of equally frequent ones, the one in the middle. Warns where no response is what
+    is asked for, and names the nearest.
+    """
+    def distance(levels, other):
+        return sum(abs(levels[name] - level) for name, level in other.items())
+
+    nearest = min(distance(levels, request) for levels in combinations)
+    near = [levels for levels in combinations if distance(levels, request) == nearest]
+    middle = {name: statistics.median(levels[name] for levels in near) for name in near[0]}
+    counts = Counter(tuple(levels.values()) for levels in near)
+    best = min(near, key=lambda levels: (-counts[tuple(levels.values())], distance(levels, middle)))
+    if nearest:
+        asked, found = (", ".join(f"{name} {level}" for name, level in levels.items())
+                        for levels in (request, best))
+        warn(f"no response in the data has {asked}; the nearest ones have {found}")
+    return best | request
 
 
 def latest_run(method):

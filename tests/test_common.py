@@ -1,7 +1,7 @@
-"""common.py: batches, log-probabilities, loading and sampling. Letters are the bug classes that a test would catch.
+"""common.py: batches, log-probabilities, loading and sampling.
 
-Models are random, of two layers and a vocabulary of at most 40; most run in float64, so that tolerances can
-be tight.
+Letters are the bug classes that a test would catch. Models are random, of two layers and a
+vocabulary of at most 40; most run in float64, so that tolerances can be tight.
 """
 import copy
 import itertools
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, BertConfig, BertForSequenceClassification, CohereConfig,
-                          CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSequenceClassification,
-                          GPT2ForTokenClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          LlamaForSequenceClassification, LlamaForTokenClassification, PreTrainedTokenizerFast)
+                          CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config,
+                          GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
+                          LlamaForTokenClassification, PreTrainedTokenizerFast)
 
 import common
 from common import UserError
@@ -26,7 +27,7 @@ from conftest import cases
 CPU = dict(device="cpu", dtype="float32")
 
 
-# ------------------------------------------------------------------------------------------- tokenizers and models
+# -------------------------------------------------------------------------------------- tokenizers and models
 
 def finish_tokenizer(core, bos, pad, max_length):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token=bos, pad_token=pad,
@@ -34,7 +35,7 @@ def finish_tokenizer(core, bos, pad, max_length):
 
 
 def letters(alphabet="abcdefgh", bos=None, pad="<eos>", max_length=64):
-    """One token a letter; EOS is 0 and, unless told otherwise, PAD too. A BOS is put in front by a post-processor."""
+    """One token a letter; EOS is 0 and, by default, PAD too. A BOS is put in front by a post-processor."""
     vocab = ["<eos>", *([bos] if bos else []), *([pad] if pad and pad != "<eos>" else []), *alphabet]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -44,7 +45,7 @@ def letters(alphabet="abcdefgh", bos=None, pad="<eos>", max_length=64):
 
 
 def llama_config(vocab=12, **kwargs):
-    """Wide initial weights: with Hugging Face's 0.02 every distribution is nearly uniform and hides mistakes."""
+    """Wide initial weights: with the usual 0.02 every distribution is nearly uniform and hides mistakes."""
     return LlamaConfig(**{**dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                                  num_attention_heads=2, max_position_embeddings=96, initializer_range=0.4,
                                  eos_token_id=0, pad_token_id=0, bos_token_id=None), **kwargs})
@@ -52,7 +53,8 @@ def llama_config(vocab=12, **kwargs):
 
 def gpt2_config(vocab=12, **kwargs):
     return GPT2Config(**{**dict(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=96,
-                                initializer_range=0.4, eos_token_id=0, bos_token_id=None, pad_token_id=0), **kwargs})
+                                initializer_range=0.4, eos_token_id=0, bos_token_id=None, pad_token_id=0),
+                         **kwargs})
 
 
 def build(cls, config, seed=0):
@@ -74,7 +76,8 @@ both = pytest.mark.parametrize("make", [llama, gpt2])             # rotary and a
 def unpadded_logps(model, ids, n_prompt, temperature=1.0):
     """The oracle: one row, no padding, no mask, a loop of cross-entropies."""
     logits = model(torch.tensor([ids]), use_cache=False).logits[0].double() / temperature
-    return torch.stack([-F.cross_entropy(logits[t - 1], torch.tensor(ids[t])) for t in range(n_prompt, len(ids))])
+    return torch.stack([-F.cross_entropy(logits[t - 1], torch.tensor(ids[t]))
+                        for t in range(n_prompt, len(ids))])
 
 
 def of_response(batch, values):
@@ -83,7 +86,7 @@ def of_response(batch, values):
 
 
 def outcomes():
-    """Everything that three sampling steps can give over EOS = 0 and the letters 1, 2, 3: 13 ended and 27 cut rows."""
+    """All that three sampling steps can give over EOS = 0 and the letters 1, 2, 3: 13 ended, 27 cut rows."""
     ended = [[*word, 0] for n in range(3) for word in itertools.product((1, 2, 3), repeat=n)]
     return ended + [list(word) for word in itertools.product((1, 2, 3), repeat=3)]
 
@@ -92,7 +95,7 @@ def outcome_batch(prompt=(1, 2)):
     return common.pack([(list(prompt), y) for y in outcomes()], 0)
 
 
-# ------------------------------------------------------------------------------------------------- log-probabilities
+# ------------------------------------------------------------------------------------------ log-probabilities
 
 class Successor(torch.nn.Module):
     """Puts 0.9 on the successor of every token, without a look at anything else."""
@@ -125,7 +128,8 @@ def test_a_cross_entropy_loop_agrees(temperature):                              
     logits, ids = torch.randn(2, 6, 7, dtype=torch.float64), torch.randint(7, (2, 6))
     for b, row in enumerate(common.gather_logps(logits, ids, temperature)):
         for t, value in enumerate(row):
-            assert value.item() == pytest.approx(-F.cross_entropy(logits[b, t] / temperature, ids[b, t + 1]).item())
+            want = -F.cross_entropy(logits[b, t] / temperature, ids[b, t + 1]).item()
+            assert value.item() == pytest.approx(want)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -136,7 +140,7 @@ def test_b_probabilities_of_all_responses_sum_to_one(make, temperature):        
 
 
 def test_gather_logps_small_cases_from_the_fixtures():
-    # by hand: softmax of [1e4, 0, 0] is a point mass; [0, 0, -1e4] splits evenly over two; a naive exp() overflows
+    # by hand: softmax of [1e4, 0, 0] is a point mass; [0, 0, -1e4] is even over two; a naive exp() overflows
     logits = torch.tensor([[[1e4, 0, 0]] * 4, [[0, 0, -1e4]] * 4], dtype=torch.float64)
     ids = torch.tensor([[2, 0, 0, 2], [1, 2, 1, 1]])
     half = math.log(0.5)
@@ -155,12 +159,13 @@ def test_gather_logps_against_the_fixtures():
                                     torch.tensor(given["input_ids"]), given["temperature"])
         sums = (logps * torch.tensor(given["response_mask"])[:, 1:]).sum(1)
         for got, name in ((logps, "token_logps"), (sums, "sequence_sum")):
-            torch.testing.assert_close(got, torch.tensor(want[name], dtype=torch.float64), rtol=1e-9, atol=1e-9,
-                                       msg=lambda text: f"{case['id']}: {text}")
+            torch.testing.assert_close(got, torch.tensor(want[name], dtype=torch.float64), rtol=1e-9,
+                                       atol=1e-9, msg=lambda text: f"{case['id']}: {text}")
 
 
 def some_batch():
-    return common.pack([([3, 4], [5, 6, 7, 0]), ([1, 2, 0, 5, 6], [2, 0]), ([7], [1]), ([2, 2], [3, 3, 3, 3, 0])], 0)
+    return common.pack([([3, 4], [5, 6, 7, 0]), ([1, 2, 0, 5, 6], [2, 0]), ([7], [1]),
+                        ([2, 2], [3, 3, 3, 3, 0])], 0)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -168,9 +173,12 @@ def some_batch():
 def test_chunked_logps_equal_plain_ones_in_value_and_gradient(make, chunk):
     model, batch, weights = make(), some_batch(), torch.linspace(-1, 1, 9, dtype=torch.float64)
     grads = []
-    for logps in (lambda: common.token_logps(model, batch, 0.7, chunk),
-                  lambda: common.gather_logps(model(**common.inputs(model, batch)).logits, batch.input_ids, 0.7)
-                  * batch.response_mask[:, 1:]):
+
+    def plain():
+        logits = model(**common.inputs(model, batch)).logits
+        return common.gather_logps(logits, batch.input_ids, 0.7) * batch.response_mask[:, 1:]
+
+    for logps in (lambda: common.token_logps(model, batch, 0.7, chunk), plain):
         model.zero_grad()
         value = logps()
         (value * weights[:value.shape[1]]).sum().backward()
@@ -199,7 +207,8 @@ def test_full_logits_are_never_held():
     largest, kept = {}, []
     for chunk in (8, 10 ** 6):
         kept.clear()
-        with Largest() as meter, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t)
+        with Largest() as meter, hooks:
             common.token_logps(model, batch, chunk=chunk).sum().backward()
         largest[chunk] = meter.numel
         assert sum(kept) < rows * length * vocab / 4               # nor kept in pieces for the backward pass
@@ -231,7 +240,7 @@ def test_logits_changed_after_the_head_fall_back_with_a_warning(make, capsys):
     assert not capsys.readouterr().err                             # once per model
 
 
-# --------------------------------------------------------------------------------------------------- pads, EOS, batches
+# ----------------------------------------------------------------------------------------- pads, EOS, batches
 
 def test_c_eos_is_lost_where_pad_is_eos():                                                                 # C
     tokenizer = letters()
@@ -259,9 +268,11 @@ def scorer(cls, config):
 MEASURES = {"token_logps": (common.token_logps, llama), "token_logps, GPT-2": (common.token_logps, gpt2),
             "sequence_logps": (common.sequence_logps, gpt2),
             "scores": (common.sequence_scores, lambda: scorer(LlamaForSequenceClassification, llama_config)),
-            "scores, GPT-2": (common.sequence_scores, lambda: scorer(GPT2ForSequenceClassification, gpt2_config)),
+            "scores, GPT-2": (common.sequence_scores,
+                              lambda: scorer(GPT2ForSequenceClassification, gpt2_config)),
             "token_values": (common.token_values, lambda: scorer(LlamaForTokenClassification, llama_config)),
-            "token_values, GPT-2": (common.token_values, lambda: scorer(GPT2ForTokenClassification, gpt2_config))}
+            "token_values, GPT-2": (common.token_values,
+                                    lambda: scorer(GPT2ForTokenClassification, gpt2_config))}
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -272,12 +283,14 @@ def test_d_value_depends_on_the_other_rows_or_on_pads(name):                    
 
     def measure(batch, row=0):
         value = function(model, batch)
-        return of_response(batch, value)[row] if function in (common.token_logps, common.token_values) else value[row]
+        of_tokens = function in (common.token_logps, common.token_values)
+        return of_response(batch, value)[row] if of_tokens else value[row]
 
     alone = common.pack([one], 0)
     want = measure(alone)
     assert (want != 0).all()
-    for rows, place in (([one, shorter], 0), ([one, longer], 0), ([longer, shorter, one], 2), ([shorter, one, longer], 1)):
+    for rows, place in (([one, shorter], 0), ([one, longer], 0), ([longer, shorter, one], 2),
+                        ([shorter, one, longer], 1)):
         torch.testing.assert_close(measure(common.pack(rows, 0), place), want, rtol=1e-6, atol=1e-6)
     for pads in ((7, 0), (0, 7)):
         padded = common.Batch(*(F.pad(t, pads) for t in alone.tensors()))
@@ -299,7 +312,7 @@ valuers = pytest.mark.parametrize("cls, config", [(LlamaForTokenClassification, 
 
 @valuers
 def test_d_value_of_a_prompt_token_depends_on_the_other_rows_or_on_pads(cls, config):                      # D
-    """Not of response tokens alone: whatever is real has the value that it has in a row by itself, without a mask."""
+    """Of prompt tokens too: every real token has the value that it has in a row by itself, without a mask."""
     model = scorer(cls, config)
     rows = [([3, 4], [5, 6, 0]), ([1, 0, 2, 7, 7], [3]), ([6], [7, 7, 7, 7, 0])]
     batch = common.pack(rows, 0)
@@ -330,11 +343,11 @@ def test_e_left_padding_shifts_positions(make):                                 
                 assert best[n_prompt - 1:-1].tolist() == ids[n_prompt:]
 
 
-# ------------------------------------------------------------------------------------------- parts, values of tokens
+# ------------------------------------------------------------------------------------ parts, values of tokens
 
 @pytest.mark.parametrize("rows, budget, sizes", [
-    (7, 10, [2, 2, 2, 1]), (7, 14, [2, 2, 2, 1]), (6, 15, [3, 3]), (7, 35, [7]), (7, 34, [6, 1]), (3, 4, [1, 1, 1]),
-    (3, 1, [1, 1, 1]), (1, 10 ** 6, [1])])
+    (7, 10, [2, 2, 2, 1]), (7, 14, [2, 2, 2, 1]), (6, 15, [3, 3]), (7, 35, [7]), (7, 34, [6, 1]),
+    (3, 4, [1, 1, 1]), (3, 1, [1, 1, 1]), (1, 10 ** 6, [1])])
 def test_split_loses_rows_or_exceeds_the_budget(rows, budget, sizes):
     batch = common.pack([([1, 2], [3, 4, 0])] * rows, 0)
     parts = batch.split(budget)
@@ -412,15 +425,17 @@ def test_aa_values_are_left_in_bfloat16(tmp_path):                              
     assert 0 < (got - want).abs().max() < 0.1                      # above 0: bfloat16 was really at work
 
 
-# -------------------------------------------------------------------------------------------------------- KL, sampling
+# ----------------------------------------------------------------------------------------------- KL, sampling
 
 def exact_kl(model, other, prompt=(1, 2)):
-    """KL(model || other) over three steps, prefix by prefix from full softmaxes: no code of common.py in it."""
+    """KL(model || other) over three steps, prefix by prefix from full softmaxes, no code of common.py."""
     def kl_from(prefix, steps):
         ids = torch.tensor([[*prompt, *prefix]])
         p, q = (m(ids, use_cache=False).logits[0, -1].log_softmax(-1) for m in (model, other))
         kl = (p.exp() * (p - q)).sum()
-        return kl + (sum(p[v].exp() * kl_from([*prefix, v], steps - 1) for v in (1, 2, 3)) if steps > 1 else 0)
+        if steps > 1:
+            kl = kl + sum(p[v].exp() * kl_from([*prefix, v], steps - 1) for v in (1, 2, 3))
+        return kl
 
     return kl_from([], 3)
 
@@ -461,7 +476,8 @@ def test_i_samples_follow_another_distribution_than_the_scorer(temperature, habi
     counts = torch.zeros(len(places), dtype=torch.float64)
     for row, mask in zip(batch.input_ids, batch.response_mask):
         counts[places[tuple(row[mask.bool()].tolist())]] += 1
-    assert_same_distribution(counts, common.sequence_logps(model, outcome_batch(), temperature).exp().detach())
+    probabilities = common.sequence_logps(model, outcome_batch(), temperature).exp().detach()
+    assert_same_distribution(counts, probabilities)
 
 
 @both
@@ -485,7 +501,8 @@ def test_n_generate_leaves_its_traces_on_the_model(make, monkeypatch):          
 
 def test_n_generation_runs_with_dropout():                                                                 # N
     model, tokenizer = gpt2(resid_pdrop=0.5, embd_pdrop=0.5).train(), letters()
-    one, two = (common.generate(model, tokenizer, ["ab"] * 4, greedy=True, max_new_tokens=8) for _ in range(2))
+    one, two = (common.generate(model, tokenizer, ["ab"] * 4, greedy=True, max_new_tokens=8)
+                for _ in range(2))
     assert torch.equal(one.input_ids, two.input_ids) and (one.input_ids == one.input_ids[0]).all()
 
 
@@ -497,7 +514,8 @@ def test_n_tokens_depend_on_the_split_or_the_order_is_lost(make):               
         part = common.generate(model, tokenizer, prompts, n=3, greedy=True, max_new_tokens=8, budget=budget)
         assert all(torch.equal(x, y) for x, y in zip(part.tensors(), whole.tensors()))
     inside = whole.attention_mask - whole.response_mask
-    texts = [tokenizer.decode(row[mask.bool()]).replace(" ", "") for row, mask in zip(whole.input_ids, inside)]
+    texts = [tokenizer.decode(row[mask.bool()]).replace(" ", "")
+             for row, mask in zip(whole.input_ids, inside)]
     assert texts == [prompt for prompt in prompts for _ in range(3)]
     answers = common.decode(tokenizer, whole)
     assert len(set(answers)) > 1 and all(len(set(answers[i:i + 3])) == 1 for i in range(0, 15, 3))
@@ -512,7 +530,7 @@ def test_n_generate_exceeds_its_budget(monkeypatch):                            
     assert max(sizes) <= 40                                        # two rows of 16 + 4
 
 
-# ------------------------------------------------------------------------------------------------------ tokenisation
+# ----------------------------------------------------------------------------------------------- tokenisation
 
 def test_j_tokens_merge_across_the_boundary():                                                             # J
     vocab = {"<eos>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
@@ -527,7 +545,8 @@ def test_j_tokens_merge_across_the_boundary():                                  
 def test_k_bos_is_doubled_or_before_the_response():                                                        # K
     tokenizer = letters(bos="<bos>")
     assert tokenizer("ab").input_ids == [1, 2, 3]                  # the habit is there
-    batch = common.encode(tokenizer, ["ab", "<bos>ab"], ["c", "c"])  # a chat template writes its BOS into the text
+    # a chat template writes its BOS into the text
+    batch = common.encode(tokenizer, ["ab", "<bos>ab"], ["c", "c"])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 0]] * 2
     assert batch.response_mask.tolist() == [[0, 0, 0, 1, 1]] * 2
 
@@ -557,7 +576,8 @@ def test_l_eos_is_doubled_or_survives_a_cut():                                  
 def test_l_long_prompt_leaves_no_room_for_a_response():                                                    # L
     tokenizer = letters(max_length=8)
     batch = common.encode(tokenizer, ["abcdefgh" * 3], ["abcd"])
-    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 1, 2]]  # the last six of the prompt, the first two of the answer
+    # the last six of the prompt, the first two of the answer
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 1, 2]]
     assert batch.lengths.tolist() == [2]
 
 
@@ -577,7 +597,8 @@ def test_batches_lose_rows_or_split_prompts(k, budget):
     seen = []
     for rows, batch in common.batches(tokenizer, prompts, responses, budget):
         seen += rows
-        want = common.encode(tokenizer, [prompts[i] for i in rows for _ in range(k)], sum((responses[i] for i in rows), []))
+        want = common.encode(tokenizer, [prompts[i] for i in rows for _ in range(k)],
+                             sum((responses[i] for i in rows), []))
         assert all(torch.equal(x, y) for x, y in zip(batch.tensors(), want.tensors()))
     assert sorted(seen) == list(range(17))
 
@@ -597,8 +618,10 @@ def test_batches_exceed_the_budget_with_unlike_items():
 def ragged(seed, n=17):
     """Prompts with one to four responses each, some of them cut off, some empty."""
     rng = random.Random(seed)
-    texts = [["".join(rng.choices("abcdefgh", k=rng.randrange(9))) for _ in range(rng.randrange(1, 5))] for _ in range(n)]
-    return [f"{'abcdefgh'[i % 8]}{'h' * (i % 5)}" for i in range(n)], texts, [[rng.random() < 0.5 for _ in row] for row in texts]
+    texts = [["".join(rng.choices("abcdefgh", k=rng.randrange(9))) for _ in range(rng.randrange(1, 5))]
+             for _ in range(n)]
+    prompts = [f"{'abcdefgh'[i % 8]}{'h' * (i % 5)}" for i in range(n)]
+    return prompts, texts, [[rng.random() < 0.5 for _ in row] for row in texts]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 150, 10**6])
@@ -611,7 +634,8 @@ def test_ragged_responses_are_lost_or_parted_or_exceed_the_budget(toy, budget):
         assert len(batch) == len(part) * k and batch.lengths.view(len(part), -1).shape == (len(part), k)
         assert len(part) == 1 or batch.input_ids.numel() <= budget
         assert common.decode(tokenizer, batch) == [text for i in part for text in texts[i]]
-        assert common.finished(tokenizer, batch).tolist() == [e or not t for i in part for t, e in zip(texts[i], ended[i])]
+        whole = [e or not t for i in part for t, e in zip(texts[i], ended[i])]
+        assert common.finished(tokenizer, batch).tolist() == whole
         lead = batch.attention_mask - batch.response_mask
         assert [tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch.input_ids, lead)] == [
             prompts[i] for i in part for _ in range(k)]
@@ -637,9 +661,11 @@ def test_p_batch_is_changed_in_place():                                         
     reward = scorer(LlamaForSequenceClassification, llama_config)
     before = [t.clone() for t in batch.tensors()]
     for function in (lambda: common.token_logps(model, batch).sum().backward(),
-                     lambda: common.sequence_logps(model, batch, 0.7), lambda: common.sequence_scores(reward, batch),
+                     lambda: common.sequence_logps(model, batch, 0.7),
+                     lambda: common.sequence_scores(reward, batch),
                      lambda: common.decode(tokenizer, batch), lambda: common.finished(tokenizer, batch),
-                     lambda: common.concat([batch, outcome_batch()]), lambda: (batch.lengths, batch.position_ids)):
+                     lambda: common.concat([batch, outcome_batch()]),
+                     lambda: (batch.lengths, batch.position_ids)):
         function()
         assert all(torch.equal(x, y) for x, y in zip(batch.tensors(), before))
 
@@ -651,7 +677,7 @@ def test_p_gather_logps_changes_the_logits():                                   
     assert torch.equal(logits, before[0]) and torch.equal(ids, before[1])
 
 
-# --------------------------------------------------------------------------------------------------- bfloat16, loading
+# ------------------------------------------------------------------------------------------ bfloat16, loading
 
 def test_aa_bfloat16_logits_are_not_upcast():                                                             # AA
     torch.manual_seed(0)
@@ -673,12 +699,13 @@ def test_aa_bfloat16_drifts_or_differs_between_policy_and_reference(tmp_path):  
 
 
 @pytest.mark.parametrize("make, dropout", [(llama, {"attention_dropout": 0.5}),
-                                           (gpt2, {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})])
+                                           (gpt2, dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))])
 def test_f_dropout_stays_on_after_load(make, dropout, tmp_path):                                           # F
     make(**dropout).save_pretrained(tmp_path)
     batch = some_batch()
     raw = AutoModelForCausalLM.from_pretrained(tmp_path).train()
-    assert not torch.equal(common.token_logps(raw, batch), common.token_logps(raw, batch))  # else nothing is tested
+    # else nothing is tested
+    assert not torch.equal(common.token_logps(raw, batch), common.token_logps(raw, batch))
     model = common.load(AutoModelForCausalLM, tmp_path, **CPU)
     assert not model.training
     model.train()
@@ -724,7 +751,7 @@ def test_tokenizer_without_pad_or_eos(tmp_path):
         common.load_tokenizer(tmp_path / "no_eos", 64)
 
 
-# ------------------------------------------------------------------------------------------------------ reward models
+# ---------------------------------------------------------------------------------------------- reward models
 
 @pytest.mark.parametrize("cls, config", [(LlamaForSequenceClassification, llama_config),
                                          (GPT2ForSequenceClassification, gpt2_config)])
@@ -736,7 +763,8 @@ def test_ai_score_is_read_at_the_wrong_token(cls, config):                      
     for (prompt, response), score in zip(rows, got):
         hidden = model.base_model(torch.tensor([prompt + response]), use_cache=False).last_hidden_state[0, -1]
         torch.testing.assert_close(score, model.score(hidden).float())
-    own = model(torch.tensor([rows[0][0] + rows[0][1]]), use_cache=False).logits[0]  # PAD is EOS: misses the EOS
+    # PAD is EOS: misses the EOS
+    own = model(torch.tensor([rows[0][0] + rows[0][1]]), use_cache=False).logits[0]
     assert (got[0] - own).abs().max() > 1e-3
 
 
@@ -773,8 +801,8 @@ def test_reward_model_returns_scores_in_the_order_of_length(tmp_path):
 
 
 def test_d_encoder_score_is_that_of_the_text_alone():                                                  # D, AI
-    config = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-                        initializer_range=0.4, num_labels=1)
+    config = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=16, initializer_range=0.4, num_labels=1)
     model = build(BertForSequenceClassification, config)
     reward = common.RewardModel(model, letters())          # an encoder gets its tokenizer's own right padding
     alone, beside = reward(["ab"], ["c"]), reward(["ab", "abcdefgh"], ["c", "d"])

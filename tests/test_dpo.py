@@ -1,4 +1,4 @@
-"""dpo.py: the loss, the curriculum's plan, and training. Letters are the bug classes that a test would catch."""
+"""dpo.py: the loss, the curriculum's plan, training. Letters are the bug classes that a test would catch."""
 import json
 import math
 
@@ -17,20 +17,23 @@ from tasks import Task
 
 # From eric-mitchell/direct-preference-optimization (f8b8c0f): dpo-03, the first row of dpo-06, and dpo-05.
 LITERALS = [
-    dict(logps=[[-39.3073, -45.4894], [-34.2392, -30.7974], [-37.7793, -41.5381], [-42.36, -33.2181]], beta=0.3,
-         smoothing=0.5, losses=[1.5011630305569728, 1.0936850929936464], chosen=[-0.4584, -1.18539],
+    dict(logps=[[-39.3073, -45.4894], [-34.2392, -30.7974], [-37.7793, -41.5381], [-42.36, -33.2181]],
+         beta=0.3, smoothing=0.5, losses=[1.5011630305569728, 1.0936850929936464], chosen=[-0.4584, -1.18539],
          rejected=[2.43624, 0.72621]),
-    dict(logps=[[-1.0], [-3000.0], [-1500.0], [-10.0]], beta=0.5, smoothing=0.0, losses=[0.0], chosen=[749.5], rejected=[-1495.0]),
-    dict(logps=[[-1.0, -2.0]] * 4, beta=0.1, smoothing=0.0, losses=[0.6931471805599453] * 2, chosen=[0.0, 0.0], rejected=[0.0, 0.0]),
+    dict(logps=[[-1.0], [-3000.0], [-1500.0], [-10.0]], beta=0.5, smoothing=0.0, losses=[0.0], chosen=[749.5],
+         rejected=[-1495.0]),
+    dict(logps=[[-1.0, -2.0]] * 4, beta=0.1, smoothing=0.0, losses=[0.6931471805599453] * 2,
+         chosen=[0.0, 0.0], rejected=[0.0, 0.0]),
 ]
 
 
 def random_logps(n=3, seed=0):
-    """Four log-prob vectors [n]: policy and reference, chosen and rejected by turns, as dpo_loss takes them."""
-    return list(-30 * torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 5)
+    """Policy chosen, policy rejected, reference chosen, reference rejected [n], as dpo_loss takes them."""
+    return list(-30 * torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                - 5)
 
 
-# ---------------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 @pytest.mark.parametrize("case", LITERALS)
 def test_loss_or_rewards_differ_from_the_official_code(case):
@@ -41,7 +44,8 @@ def test_loss_or_rewards_differ_from_the_official_code(case):
 
 
 def test_loss_rewards_or_gradients_differ_from_a_fixture():
-    sigmoid = [c for c in cases("dpo") if c["inputs"]["loss_type"] == "sigmoid" and not c["inputs"]["reference_free"]]
+    sigmoid = [c for c in cases("dpo") if c["inputs"]["loss_type"] == "sigmoid"
+               and not c["inputs"]["reference_free"]]
     assert sigmoid
     for case in sigmoid:
         given, expected = case["inputs"], case["expected"]
@@ -85,7 +89,8 @@ def test_gradient_differs_from_the_papers():
     expected = -beta * torch.sigmoid(-beta * delta)         # times grad log pi(y_w) - grad log pi(y_l)
 
     def differences(dc, dr):
-        return (dpo_loss(pc + dc, pr + dr, rc, rr, beta)[0] - dpo_loss(pc - dc, pr - dr, rc, rr, beta)[0]) / (2 * h)
+        above, below = (dpo_loss(pc + sign * dc, pr + sign * dr, rc, rr, beta)[0] for sign in (1, -1))
+        return (above - below) / (2 * h)
 
     close(differences(h, 0), expected, 1e-7)
     close(differences(0, h), -expected, 1e-7)
@@ -147,16 +152,18 @@ def test_larger_beta_does_not_satisfy_a_right_pair_sooner():
 
 
 def tabular_optimum(beta, reward, reference):
-    """Log-probs of the softmax policy that minimises dpo_loss over all ordered pairs under Bradley-Terry labels."""
+    """Log-probs of the softmax policy that minimises dpo_loss over all pairs under Bradley-Terry labels."""
     first, second = zip(*[(i, j) for i in range(5) for j in range(5) if i != j])
     weights = torch.sigmoid(reward[list(first)] - reward[list(second)])
     logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
         policy = logits.log_softmax(0)
-        losses, _, _ = dpo_loss(policy[list(first)], policy[list(second)], reference[list(first)], reference[list(second)], beta)
+        losses, _, _ = dpo_loss(policy[list(first)], policy[list(second)], reference[list(first)],
+                                reference[list(second)], beta)
         loss = (weights * losses).sum()
         loss.backward()
         return loss
@@ -176,7 +183,7 @@ def test_optimum_is_not_that_of_kl_constrained_reward_maximisation():
     assert kl[0.5] > 2 * kl[2.0] > 0
 
 
-# ---------------------------------------------------------------------------------------------- pairs and curriculum
+# --------------------------------------------------------------------------------------- pairs and curriculum
 
 def test_curriculum_does_not_run_from_0_to_1():
     values = [curriculum(i / 20) for i in range(21)]
@@ -190,8 +197,10 @@ def rankings(n, first=0, systems=("strong", "medium", "weak")):
 
 
 def test_pairs_between_turns_the_order_or_invents_a_pair():
-    rows = [Ranking("p", ["S", "W"], [0.0, 9.0], ["strong", "weak"]), Ranking("q", ["same", "same"], [1.0, 0.0], ["strong", "weak"]),
-            Ranking("r", ["S", "M"], [1.0, 0.0], ["strong", "medium"]), Ranking("s", ["W", "S"], [0.0, 0.0], ["weak", "strong"])]
+    rows = [Ranking("p", ["S", "W"], [0.0, 9.0], ["strong", "weak"]),
+            Ranking("q", ["same", "same"], [1.0, 0.0], ["strong", "weak"]),
+            Ranking("r", ["S", "M"], [1.0, 0.0], ["strong", "medium"]),
+            Ranking("s", ["W", "S"], [0.0, 0.0], ["weak", "strong"])]
     assert pairs_between(rows, "strong>weak") == [Pair("p", "S", "W"), None, None, Pair("s", "S", "W")]
     assert pairs_between(rows, "weak>strong")[0] == Pair("p", "W", "S")
 
@@ -203,12 +212,13 @@ def test_unknown_systems_are_accepted_or_the_known_ones_not_listed(systems):
 
 
 def task(n=240):
-    return Task("toy", {"train": [f"q{i}" for i in range(n)], "test": ["t900"]}, pairs={"train": [], "test": []},
-                rankings={"train": rankings(n), "test": rankings(20, 900)})
+    return Task("toy", {"train": [f"q{i}" for i in range(n)], "test": ["t900"]},
+                pairs={"train": [], "test": []}, rankings={"train": rankings(n), "test": rankings(20, 900)})
 
 
 def settings(**kwargs):
-    return dpo.Config(**{**dict(pairs="strong>weak", hard_pairs="strong>medium", batch_size=24, epochs=4.0), **kwargs})
+    return dpo.Config(**{**dict(pairs="strong>weak", hard_pairs="strong>medium", batch_size=24, epochs=4.0),
+                         **kwargs})
 
 
 def hard_shares(plan):
@@ -240,14 +250,16 @@ def test_AC_hard_pairs_equal_to_pairs_change_the_plan():
 def test_AG_test_prompts_are_trained_on_or_pairs_are_lost():
     plan = dpo.training_plan(settings(epochs=1.0), task())
     assert sorted(p.prompt for pairs in plan for p in pairs) == sorted(f"q{i}" for i in range(240))
-    own = Task("toy", {"train": ["a"], "test": ["b"]}, pairs={"train": [Pair("a", "x", "y")], "test": [Pair("b", "x", "y")]})
+    own = Task("toy", {"train": ["a"], "test": ["b"]},
+               pairs={"train": [Pair("a", "x", "y")], "test": [Pair("b", "x", "y")]})
     assert dpo.training_plan(dpo.Config(epochs=1.0), own) == [[Pair("a", "x", "y")]]
 
 
 def test_plan_of_the_datas_own_pairs_has_an_order_of_its_own():
     config = dpo.Config(batch_size=3, epochs=1.5, seed=2)
     pairs = [Pair(f"q{i}", "x", "y") for i in range(8)]
-    plan = dpo.training_plan(config, Task("toy", {"train": [p.prompt for p in pairs], "test": []}, {"train": pairs}))
+    plan = dpo.training_plan(config,
+                             Task("toy", {"train": [p.prompt for p in pairs], "test": []}, {"train": pairs}))
     assert plan == [[pairs[i] for i in step] for step in harness.shuffled_batches(8, 1.5, 3, 2)]
     assert sorted(sum(plan, [])[:8]) == pairs
 
@@ -255,7 +267,8 @@ def test_plan_of_the_datas_own_pairs_has_an_order_of_its_own():
 def test_data_without_pairs_trains_on_nothing():
     with pytest.raises(UserError, match="no preference pairs"):
         dpo.training_plan(dpo.Config(), Task("toy", {"train": ["a"], "test": ["b"]}))
-    same = Task("toy", {"train": ["a"], "test": []}, rankings={"train": [Ranking("a", ["x", "x"], [1, 0], ["strong", "weak"])]})
+    same = Task("toy", {"train": ["a"], "test": []},
+                rankings={"train": [Ranking("a", ["x", "x"], [1, 0], ["strong", "weak"])]})
     with pytest.raises(UserError, match="no preference pairs"):
         dpo.training_plan(dpo.Config(pairs="strong>weak"), same)
 
@@ -268,17 +281,17 @@ def test_mistake_in_hard_pairs_is_blamed_on_pairs():
 @pytest.mark.parametrize("wrong, flag", [
     (dict(beta=0), "--beta"), (dict(beta=-0.1), "--beta"), (dict(beta=math.nan), "--beta"),
     (dict(label_smoothing=0.5), "--label_smoothing"), (dict(label_smoothing=-0.1), "--label_smoothing"),
-    (dict(loss="ipo"), "--loss"), (dict(curriculum="random"), "--curriculum"), (dict(hard_pairs="a>c"), "--hard_pairs"),
-    (dict(batch_size=0), "--batch_size")])
+    (dict(loss="ipo"), "--loss"), (dict(curriculum="random"), "--curriculum"),
+    (dict(hard_pairs="a>c"), "--hard_pairs"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         dpo.Config(**wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
-PAIRS = [Pair("ab", "cd", "efgha"), Pair("h", "a", "b"), Pair("cdefg", "abcabc", "h"), Pair("gg", "hh", "aaaaaaa"),
-         Pair("b", "cccc", "dd"), Pair("ef", "gh", "hg"), Pair("abc", "d", "ee")]
+PAIRS = [Pair("ab", "cd", "efgha"), Pair("h", "a", "b"), Pair("cdefg", "abcabc", "h"),
+         Pair("gg", "hh", "aaaaaaa"), Pair("b", "cccc", "dd"), Pair("ef", "gh", "hg"), Pair("abc", "d", "ee")]
 
 
 HELD_OUT = Pair("d", "abc", "cba"), Pair("ee", "f", "gg")
@@ -286,9 +299,10 @@ HELD_OUT = Pair("d", "abc", "cba"), Pair("ee", "f", "gg")
 
 def made(toy, out, pairs=PAIRS, held_out=HELD_OUT, **kwargs):
     """A run on these pairs that has not been trained."""
-    config = dpo.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="none", max_length=64, max_new_tokens=4, lr=1e-2,
-                                  warmup=0.0, batch_size=4, epochs=1.0, eval_prompts=2, eval_samples=1, save_every=0,
-                                  device="cpu", quiet=True), **kwargs})
+    config = dpo.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="none", max_length=64,
+                                  max_new_tokens=4, lr=1e-2, warmup=0.0, batch_size=4, epochs=1.0,
+                                  eval_prompts=2, eval_samples=1, save_every=0, device="cpu", quiet=True),
+                           **kwargs})
     data = Task("toy", {"train": [p.prompt for p in pairs], "test": ["d", "ee"]},
                 {"train": list(pairs), "test": list(held_out)})
     return harness.Run(config, out, data, harness.load_tokenizer(config), harness.load_policy(config), {})
@@ -327,12 +341,14 @@ def test_AJ_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "losses_and_metrics", spy)
     run, _ = trained(toy, tmp_path / "run", pairs=PAIRS[:1], held_out=PAIRS[:1], epochs=4.0, batch_size=1)
     reference = run.load_reference()
-    expected = [common.sequence_logps(reference, common.encode(run.tokenizer, [PAIRS[0].prompt], [text])).item()
+    expected = [common.sequence_logps(reference,
+                                      common.encode(run.tokenizer, [PAIRS[0].prompt], [text])).item()
                 for text in PAIRS[0].responses]
     assert len(seen["ref"]) == 6                            # four steps, two evaluations
     for ref in seen["ref"]:
         close(ref.double(), [expected], 1e-5)
-    assert not torch.allclose(harness.response_logps(run, PAIRS[:1])[0].double(), tensor([expected]), atol=0.1)
+    assert not torch.allclose(harness.response_logps(run, PAIRS[:1])[0].double(), tensor([expected]),
+                              atol=0.1)
 
 
 def test_AG_training_prefers_the_rejected_answer(toy, tmp_path):
@@ -343,7 +359,8 @@ def test_AG_training_prefers_the_rejected_answer(toy, tmp_path):
     def gap(row):
         return row["eval/logps/chosen"] - row["eval/logps/rejected"]
     assert gap(after) > gap(before) + 1
-    assert after["eval/rewards/margins"] == pytest.approx(run.config.beta * (gap(after) - gap(before)), abs=1e-4)
+    assert after["eval/rewards/margins"] == pytest.approx(run.config.beta * (gap(after) - gap(before)),
+                                                          abs=1e-4)
 
 
 def test_O_batches_are_not_split_or_the_ragged_last_one_is_lost(toy, tmp_path, monkeypatch, plain_steps):
@@ -361,12 +378,13 @@ def test_O_batches_are_not_split_or_the_ragged_last_one_is_lost(toy, tmp_path, m
         _, rows = trained(toy, tmp_path / str(budget), token_budget=budget, held_out=PAIRS[:1], **plain_steps)
         parts[budget] = list(sizes)
         assert len(rows) == 2                               # four pairs, then a ragged three
-    assert parts[100000] == [7, 1, 1, 4, 3, 1]              # reference of both, evaluation, two steps, evaluation
+    assert parts[100000] == [7, 1, 1, 4, 3, 1]          # reference of both, evaluation, two steps, evaluation
     assert len(parts[30]) > 8
 
 
 def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, plain_steps):
-    runs = [trained(toy, tmp_path / str(budget), token_budget=budget, **plain_steps)[0] for budget in (30, 100000)]
+    runs = [trained(toy, tmp_path / str(budget), token_budget=budget, **plain_steps)[0]
+            for budget in (30, 100000)]
     config = runs[0].config
     policy, reference = harness.load_policy(config), runs[0].load_reference()
     optimizer, _ = sgd(policy, 0.0, 0)
@@ -387,21 +405,26 @@ def test_O_step_differs_from_a_plain_mean_over_pairs(toy, tmp_path, plain_steps)
 
 
 def ref_logps_of(run, pairs):
-    """log pi_ref of each pair's answers [n, 2], before training, by which the tests below know a pair again."""
+    """log pi_ref of each pair's answers [n, 2], before training. The tests below recognise a pair by it."""
     return harness.response_logps(run, pairs)[0]
 
 
 @pytest.mark.parametrize("budget", [1, 30, 10**6])
-def test_O_step_is_not_on_the_mean_over_pairs_or_counts_other_tokens(toy, tmp_path, monkeypatch, plain_steps, budget):
-    """Another loss in place of Eq. 7, against one backward pass over all pairs, written out; the parts must not matter."""
-    run, calls = made(toy, tmp_path / "run", held_out=(), batch_size=7, token_budget=budget, **plain_steps), []
-    total = sum(i * common.sequence_logps(run.policy, common.encode(run.tokenizer, [pair.prompt] * 2, pair.responses)).sum()
-                for i, pair in enumerate(PAIRS))
+def test_O_step_is_not_on_the_mean_over_pairs_or_counts_other_tokens(toy, tmp_path, monkeypatch, plain_steps,
+                                                                     budget):
+    """Another loss in place of Eq. 7, against one backward pass over all pairs, written out.
+
+    The parts must not matter.
+    """
+    run, calls = made(toy, tmp_path / "run", held_out=(), batch_size=7, token_budget=budget,
+                      **plain_steps), []
+    batches = [common.encode(run.tokenizer, [pair.prompt] * 2, pair.responses) for pair in PAIRS]
+    total = sum(i * common.sequence_logps(run.policy, batch).sum() for i, batch in enumerate(batches))
     before, refs = parameters(run.policy), ref_logps_of(run, PAIRS)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total / 7, list(run.policy.parameters()))])
 
     def losses_and_metrics(config, logps, ref_logps):
-        torch.testing.assert_close(logps, ref_logps)        # before the first step; else a pair has another one's reference
+        torch.testing.assert_close(logps, ref_logps)        # equal before the first step, pair by pair
         places = (ref_logps[:, None] - refs).abs().sum(2).argmin(1)
         calls.append(len(places))
         losses = places * logps.sum(1)
@@ -415,7 +438,8 @@ def test_O_step_is_not_on_the_mean_over_pairs_or_counts_other_tokens(toy, tmp_pa
     assert gradient.abs().max() > 1e-2 and sum(calls) == 7 and (budget > 1 or calls == [1] * 7)
     assert row["place"] == 3 and row["loss"] == pytest.approx(total.item() / 7, rel=1e-5)
     assert row["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
-    assert run.counts["tokens_trained"] == 13 + 6 + 19 + 15 + 10 + 10 + 11   # prompts and EOS included, no padding
+    # prompts and EOS included, no padding
+    assert run.counts["tokens_trained"] == 13 + 6 + 19 + 15 + 10 + 10 + 11
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -450,7 +474,8 @@ def test_O_gradient_is_clipped_per_tensor_or_norm_is_taken_after(toy, tmp_path, 
 
     monkeypatch.setattr(common, "adamw", halving)
     for limit in (1e9, 0.25):
-        run, (row,) = trained(toy, tmp_path / str(limit), batch_size=7, max_grad_norm=limit, schedule="linear", warmup=0.25)
+        run, (row,) = trained(toy, tmp_path / str(limit), batch_size=7, max_grad_norm=limit,
+                              schedule="linear", warmup=0.25)
         moved[limit] = parameters(run.policy) - parameters(run.load_reference())
         norm = moved[1e9].norm().item() / 0.01
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 0.5
@@ -465,7 +490,8 @@ def test_O_gradient_is_clipped_per_tensor_or_norm_is_taken_after(toy, tmp_path, 
 
 def test_sft_learns_from_the_rejected_answer(toy, tmp_path):
     others = [pair._replace(rejected="bdfh") for pair in PAIRS]
-    (a, rows), (b, _) = (trained(toy, tmp_path / str(i), pairs=pairs, loss="sft") for i, pairs in enumerate((PAIRS, others)))
+    (a, rows), (b, _) = (trained(toy, tmp_path / str(i), pairs=pairs, loss="sft")
+                         for i, pairs in enumerate((PAIRS, others)))
     assert (parameters(a.policy) - parameters(b.policy)).abs().max() < 1e-6
     assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"], abs=1e-4)
     c, _ = trained(toy, tmp_path / "c", pairs=[pair._replace(chosen="bdfh") for pair in PAIRS], loss="sft")

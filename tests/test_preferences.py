@@ -1,4 +1,4 @@
-"""tasks/preferences.py: every format, every bad row's message, and a split that nothing but the prompts can move."""
+"""tasks/preferences.py: every format, every bad row's message, and a split that depends on prompts alone."""
 import gzip
 import json
 import sys
@@ -16,7 +16,8 @@ from tasks import Demonstration, Pair, Ranking
 from tasks.preferences import best_of, choose_file, choose_test_prompts, load, pairs_of
 
 REAL_DATA = ROOT.parent / "shared" / "data"
-USER, ASSISTANT = ({"role": role, "content": content} for role, content in (("user", "p"), ("assistant", "yes")))
+USER, ASSISTANT = ({"role": role, "content": content} for role,
+                   content in (("user", "p"), ("assistant", "yes")))
 NO = {"role": "assistant", "content": "no"}
 SKIP = "; --skip_bad_rows leaves such rows out"
 
@@ -50,9 +51,10 @@ def message(source, **options):
 @pytest.fixture
 def tokenizer():
     template = ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-                "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")),
-                                   chat_template=template)
+                "<{{ m.role }}>{{ m.content }}{% endfor %}"
+                "{% if add_generation_prompt %}<assistant>{% endif %}")
+    core = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template)
 
 
 # ---- formats
@@ -64,7 +66,8 @@ def test_pairs_become_rankings_and_demonstrations(tmp_path):
     assert rows_of(task.pairs) == [Pair("prompt 1", " best ", "worst"), Pair("prompt 2", "good", "bad")]
     assert rows_of(task.rankings) == [Ranking("prompt 1", [" best ", "worst"], [1.0, 0.0]),
                                       Ranking("prompt 2", ["good", "bad"], [1.0, 0.0])]
-    assert rows_of(task.demonstrations) == [Demonstration("prompt 1", " best "), Demonstration("prompt 2", "good")]
+    assert rows_of(task.demonstrations) == [Demonstration("prompt 1", " best "),
+                                            Demonstration("prompt 2", "good")]
     for rows in (task.prompts, task.pairs, task.rankings, task.demonstrations):
         assert {split: len(rows[split]) for split in rows} == {"train": 1, "test": 1}
 
@@ -97,8 +100,10 @@ def test_pairs_survive_the_way_through_rankings():
 
 @pytest.mark.parametrize("name", ["completion", "response"])
 def test_demonstrations(tmp_path, name):
-    task = load_rows(tmp_path, {"prompt": "p", name: "a", "attributes": {"quality": 4}}, {"prompt": "q", name: "b"})
-    assert rows_of(task.demonstrations) == [Demonstration("p", "a", {"quality": 4}), Demonstration("q", "b", {})]
+    task = load_rows(tmp_path, {"prompt": "p", name: "a", "attributes": {"quality": 4}},
+                     {"prompt": "q", name: "b"})
+    assert rows_of(task.demonstrations) == [Demonstration("p", "a", {"quality": 4}),
+                                            Demonstration("q", "b", {})]
     assert task.pairs == task.rankings == {}
 
 
@@ -122,7 +127,8 @@ CHATS = {
 
 @pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
 def test_messages_go_through_the_chat_template(tmp_path, tokenizer, row):
-    task = load_rows(tmp_path, row, {"prompt": [USER, NO, USER], "chosen": "a", "rejected": "b"}, tokenizer=tokenizer)
+    task = load_rows(tmp_path, row, {"prompt": [USER, NO, USER], "chosen": "a", "rejected": "b"},
+                     tokenizer=tokenizer)
     assert rows_of(task.pairs) == [Pair("<user>p<assistant>", "yes", "no"),
                                    Pair("<user>p<assistant>no<user>p<assistant>", "a", "b")]
 
@@ -144,10 +150,12 @@ def test_rankings_and_demonstrations_in_chat_form(tmp_path, tokenizer):
 
 def test_a_chat_needs_a_template(tmp_path, tokenizer):
     path = write(tmp_path / "c.jsonl", [{"prompt": [USER]}, {"prompt": [{"role": "tool", "content": "x"}]}])
-    assert message(path, tokenizer=tokenizer) == 'c.jsonl line 2: the chat template refuses "prompt" (no tools)'
+    assert message(path,
+                   tokenizer=tokenizer) == 'c.jsonl line 2: the chat template refuses "prompt" (no tools)'
     tokenizer.chat_template = None
     for without in (None, tokenizer):
-        assert message(path, tokenizer=without) == "c.jsonl line 1: a chat needs a tokenizer with a chat template"
+        assert message(path,
+                       tokenizer=without) == "c.jsonl line 1: a chat needs a tokenizer with a chat template"
 
 
 def test_the_split_does_not_depend_on_the_template(tmp_path, tokenizer):
@@ -172,7 +180,8 @@ def test_prompts_that_the_template_makes_equal_stay_in_one_split(tmp_path, token
 
 # ---- bad rows
 
-KNOWN = 'known: "prompt" alone or with chosen + rejected, responses + scores or completion; or chosen + rejected alone'
+KNOWN = ('known: "prompt" alone or with chosen + rejected, responses + scores or completion; '
+         'or chosen + rejected alone')
 MALFORMED = {
     '{"prompt": "p", ': "not JSON (Expecting property name enclosed in double quotes at column 16)",
     '["p"]': "not a JSON object",
@@ -184,8 +193,10 @@ MALFORMED = {
     '{"prompt": "p", "responses": ["a", "b"]}': f'missing "scores"; {KNOWN}',
     '{"prompt": "p", "rewards": [1, 2]}': f'missing "responses"; {KNOWN}',
     '{"completion": "a"}': f'missing "prompt"; {KNOWN}',
-    '{"chosen": "a", "rejected": "b"}': r'missing "prompt", and "chosen" is no transcript with "\n\nAssistant:"',
-    '{"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}':
+    '{"chosen": "a", "rejected": "b"}':
+        r'missing "prompt", and "chosen" is no transcript with "\n\nAssistant:"',
+    '{"chosen": [{"role": "assistant", "content": "a"}], '
+    '"rejected": [{"role": "assistant", "content": "b"}]}':
         f'missing "prompt"; {KNOWN}',
     '{"prompt": 1}': '"prompt" is neither a string nor a list of {"role", "content"} messages',
     '{"prompt": ["p"]}': '"prompt" is neither a string nor a list of {"role", "content"} messages',
@@ -204,7 +215,8 @@ MALFORMED = {
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1, "2"]}': '"scores[1]" is not a number',
     '{"prompt": "p", "responses": ["a", "b"], "rewards": [true, 2]}': '"rewards[0]" is not a number',
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "systems": "xy"}': '"systems" is not a list',
-    '{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "systems": ["x", 1]}': '"systems[1]" is not a string',
+    '{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "systems": ["x", 1]}':
+        '"systems[1]" is not a string',
     '{"prompt": "p", "completion": "a", "attributes": [1]}': '"attributes" is not an object',
     '{"prompt": "p", "completion": "a", "attributes": {"quality": 1.0}}':
         '"attributes" has "quality", which is not an integer',
@@ -219,7 +231,8 @@ FAULTS = {
     r'{"prompt": " \n", "chosen": "a", "rejected": "b"}': ("empty prompt", '"prompt" is empty'),
     '{"prompt": "p", "chosen": "a", "rejected": " "}': ("empty response", '"rejected" is empty'),
     '{"prompt": "p", "chosen": "", "rejected": "b"}': ("empty response", '"chosen" is empty'),
-    '{"prompt": "p", "chosen": "a", "rejected": "a"}': ("equal responses", '"chosen" and "rejected" are equal'),
+    '{"prompt": "p", "chosen": "a", "rejected": "a"}': ("equal responses",
+                                                        '"chosen" and "rejected" are equal'),
     r'{"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}':
         ("no shared prompt", '"rejected" does not share the prompt of "chosen"'),
     r'{"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant:"}':
@@ -230,14 +243,16 @@ FAULTS = {
         ("no shared prompt", '"chosen" does not share the prompt of "prompt"'),
     '{"prompt": "p", "completion": " "}': ("empty response", '"completion" is empty'),
     '{"prompt": "p", "response": ""}': ("empty response", '"response" is empty'),
-    '{"prompt": "p", "responses": ["a", ""], "scores": [1, 2]}': ("empty response", '"responses[1]" is empty'),
+    '{"prompt": "p", "responses": ["a", ""], "scores": [1, 2]}': ("empty response",
+                                                                  '"responses[1]" is empty'),
     '{"prompt": "p", "responses": ["a"], "scores": [1]}':
         ("fewer than two responses", "a ranking needs at least two responses"),
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1]}':
         ("different lengths", '"scores" has length 1 for 2 responses'),
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "systems": ["x", "y", "z"]}':
         ("different lengths", '"systems" has length 3 for 2 responses'),
-    '{"prompt": "p", "responses": ["a", "b"], "scores": [1, NaN]}': ("score not finite", '"scores[1]" is not finite'),
+    '{"prompt": "p", "responses": ["a", "b"], "scores": [1, NaN]}': ("score not finite",
+                                                                     '"scores[1]" is not finite'),
     '{"prompt": "p", "responses": ["a", "b"], "rewards": [-Infinity, 1]}':
         ("score not finite", '"rewards[0]" is not finite'),
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1' + "0" * 400 + ", 1]}":
@@ -264,7 +279,8 @@ def usable_row_like(line):
         return [pair(1), pair(2)]
     if "responses" in row:
         return [{"prompt": p, "responses": ["a", "b"], "scores": [1, 2]} for p in "xy"]
-    return [{"prompt": p, "response": "a"} if "response" in row or "completion" in row else {"prompt": p} for p in "xy"]
+    return [{"prompt": p, "response": "a"} if "response" in row or "completion" in row else {"prompt": p}
+            for p in "xy"]
 
 
 @pytest.mark.parametrize("line, fault", FAULTS.items(), ids=range(len(FAULTS)))
@@ -316,7 +332,8 @@ def test_limit_stops_reading(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [pair(1), pair(9, "a", "a"), pair(2), "not JSON"])
     assert rows_of(load(path, limit=2, skip_bad_rows=True).prompts) == ["prompt 1", "prompt 2"]
     assert capsys.readouterr().err == "left out 1 of 3 rows: 1 equal responses\n"
-    assert message(path, limit=3, skip_bad_rows=True) == "rows.jsonl line 4: not JSON (Expecting value at column 1)"
+    assert message(path, limit=3,
+                   skip_bad_rows=True) == "rows.jsonl line 4: not JSON (Expecting value at column 1)"
 
 
 def test_broken_gzip(tmp_path):
@@ -328,10 +345,12 @@ def test_broken_gzip(tmp_path):
 
 
 def test_no_such_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_,
+                        **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    for source in ("rows.jsonl", "a/rows.jsonl.gz", "a/rows.json", "folder/rows", f"{tmp_path}/rows", "/a/b/c", "rows"):
+    for source in ("rows.jsonl", "a/rows.jsonl.gz", "a/rows.json", "folder/rows", f"{tmp_path}/rows",
+                   "/a/b/c", "rows"):
         assert message(source) == f"no such file: {source}"
     assert message("folder") == "folder is a directory; pass one .jsonl file"
 
@@ -355,7 +374,8 @@ def test_split_moves_with_nothing_but_the_prompt(tmp_path):
     swapped = load_rows(tmp_path, *[pair(i, f"bad {i}", f"good {i}") for i in range(300)])
     assert swapped.prompts == task.prompts
     # AG: the labels swap with the fields, and the order of the fields in the file means nothing.
-    assert swapped.pairs == {split: [Pair(p, r, c) for p, c, r in pairs] for split, pairs in task.pairs.items()}
+    assert swapped.pairs == {split: [Pair(p, r, c) for p, c, r in pairs] for split,
+                             pairs in task.pairs.items()}
     assert load_rows(tmp_path, *[dict(reversed(row.items())) for row in rows]) == task
     backwards = load_rows(tmp_path, *rows[::-1])
     assert backwards.prompts == {split: prompts[::-1] for split, prompts in task.prompts.items()}
@@ -364,7 +384,7 @@ def test_split_moves_with_nothing_but_the_prompt(tmp_path):
 
 
 def test_the_hash_is_fixed():
-    """If these change sides, so do every user's. (`printf "prompt 14" | sha256sum` begins with less than 199.)"""
+    """If these change sides, so do every user's. (`printf "prompt 14" | sha256sum` begins below 199.)"""
     keys = {f"prompt {i}": f"prompt {i}" for i in range(20)}
     assert choose_test_prompts(keys) == {"prompt 14", "prompt 15", "prompt 19"}
 
@@ -379,7 +399,8 @@ def test_no_split_is_empty():
 
 # ---- hub
 
-HTTP = sys.modules[errors.HTTPError.__module__.split(".")[0]]  # whichever httpx this huggingface_hub is built on
+# whichever httpx this huggingface_hub is built on
+HTTP = sys.modules[errors.HTTPError.__module__.split(".")[0]]
 REFUSED = HTTP.Response(404, request=HTTP.Request("GET", "https://huggingface.co"))
 
 
@@ -392,7 +413,8 @@ def hub(monkeypatch, tmp_path):
         assert (repo_id, repo_type) == ("owner/name", "dataset")
         return write(tmp_path / Path(filename).name, files[filename])
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, *, repo_type: list(files))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, *,
+                        repo_type: list(files))
     monkeypatch.setattr(huggingface_hub.HfApi, "hf_hub_download", download)
     return files
 
@@ -409,7 +431,8 @@ def test_hub_data_set(hub):
 def test_choose_file():
     assert choose_file("o/n", ["a.csv", "only.jsonl"]) == "only.jsonl"
     for files in (["a.jsonl", "b.jsonl.gz"], ["x/train.jsonl", "y/train.jsonl"]):
-        with pytest.raises(UserError, match=f"^o/n has several files; write o/n:FILE with one of {', '.join(files)}$"):
+        with pytest.raises(UserError,
+                           match=f"^o/n has several files; write o/n:FILE with one of {', '.join(files)}$"):
             choose_file("o/n", files)
     with pytest.raises(UserError, match="^o/n has no .jsonl file; pass a local .jsonl file instead$"):
         choose_file("o/n", ["a.parquet"])

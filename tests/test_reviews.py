@@ -45,7 +45,8 @@ def test_split_is_the_same_in_another_process():
     """`hash()` of a string differs between processes, and a cached pool would meet other test prompts."""
     code = "from tasks import reviews; print(reviews.make_prompts('test', 3, 0), reviews.VOCABULARY)"
     seen = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                           encoding="utf-8", env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}).stdout
+                           encoding="utf-8", env={**os.environ, "PYTHONHASHSEED": seed,
+                                                  "PYTHONPATH": str(ROOT)}).stdout
             for seed in "12"]
     assert seen[0] == seen[1] == f"{reviews.make_prompts('test', 3, 0)} {reviews.VOCABULARY}\n"
 
@@ -73,7 +74,7 @@ def test_parse_prompt_reads_every_wording_and_refuses_foreign_text():
 # ---- tokens
 
 def test_texts_are_their_tokens_and_the_vocabulary_is_exact():
-    """A token outside the vocabulary would become <unk>; one that never occurs would keep its random embedding."""
+    """A token outside the vocabulary would become <unk>; one that never occurs would stay untrained."""
     used = Counter()
     for text in reviews.REQUESTS:
         used.update(re.findall(reviews.TOKEN_PATTERN, text))
@@ -138,7 +139,8 @@ def test_grammar_accepts(text):
     assert reviews.fluent(text)
 
 
-@pytest.mark.parametrize("text", [*UNGRAMMATICAL, "", " ", GRAMMATICAL[0] + "\n", GRAMMATICAL[0] + GRAMMATICAL[0][:-1]])
+@pytest.mark.parametrize("text", [*UNGRAMMATICAL, "", " ", GRAMMATICAL[0] + "\n",
+                                  GRAMMATICAL[0] + GRAMMATICAL[0][:-1]])
 def test_grammar_rejects(text):
     """Agreement, a/an, doubled and missing words, the final stop, trailing text, clauses out of place."""
     assert reviews.parse(text) is None and not reviews.fluent(text)
@@ -158,8 +160,9 @@ def test_grammar_accepts_all_that_writers_draft(name):
 
 
 def test_slips_break_the_grammar_at_the_writers_rate(monkeypatch):
-    """A slip that left the text grammatical would be none, and the fluency of the policy would start at 100%."""
-    rates = {name: statistics.mean(reviews.fluent(text) for _, text in texts(name, 3000)) for name in reviews.WRITERS}
+    """A slip that left the text grammatical would be none, and the policy's fluency would start at 100%."""
+    rates = {name: statistics.mean(reviews.fluent(text) for _, text in texts(name, 3000))
+             for name in reviews.WRITERS}
     assert 0.99 < rates["crowd"] < 0.999 and 0.95 < rates["weak"] < rates["crowd"]
     assert all(rates[name] == 1 for name in rates if reviews.WRITERS[name].slip == 0)
     always = dataclasses.replace(reviews.WRITERS["crowd"], slip=1.0)
@@ -167,7 +170,7 @@ def test_slips_break_the_grammar_at_the_writers_rate(monkeypatch):
     assert statistics.mean(reviews.fluent(text) for _, text in texts("crowd", 1000)) < 0.1
 
 
-# ---- gold: every value is worked out by hand from the docstring of `gold`. WESTERN adds 0.1 and asks for the songs.
+# ---- gold: every value is worked out by hand from the docstring of `gold`; WESTERN adds 0.1, asks for songs
 
 HAND = {
     # good 0.4, + 0.5 on topic, + 0.1 western
@@ -184,14 +187,15 @@ HAND = {
     "denial": (" i did not really mind the songs.", {}, 0.26 + 0.6),
     # awful -1.0 weighs 0.5, charmed 0.7 * 1.3 = 0.91 weighs 1.5: (-0.5 + 1.365) / 2 = 0.4325
     "but": (" the songs were awful, but its plot charmed us deeply.", {}, 0.4325 + 0.6),
-    # weights 0.5, 1.5 * 0.5 (after one "but" and before another), 1.5: (0.5 * 0.4 - 0.75 * 1 + 1.5 * 1) / 2.75
+    # weights 0.5, 1.5 * 0.5 (after one "but", before another), 1.5: (0.5 * 0.4 - 0.75 * 1 + 1.5 * 1) / 2.75
     "but twice": (" i liked the songs, but i hated the plot, yet i loved the cast.", {}, 0.95 / 2.75 + 0.6),
     # and: equal weights, (0.4 - 0.4) / 2 = 0; no songs, so no 0.5
     "off topic": (" the plot was good and it has weak jokes.", {}, 0.1),
     # 0.4 on average, on topic, one mention too many
     "repeat": (" the songs were good. it has good songs.", {}, 0.4 + 0.6 - 0.3),
     # four mentions, three too many, of which two count
-    "repeats": (" i liked the songs. i liked the songs. i liked the songs. i liked the songs.", {}, 0.4 + 0.6 - 0.6),
+    "repeats": (" i liked the songs. i liked the songs. i liked the songs. i liked the songs.", {},
+                0.4 + 0.6 - 0.6),
     # an opener neither adds to the sentiment nor dilutes it
     "opener": (" this western stars a lonely king on the moon. the songs were good.", {}, 1.0),
     "opener alone": (" this western stars a lonely king on the moon.", {}, 0.1),
@@ -234,25 +238,29 @@ def test_gold_range_holds_and_is_tight():
             for response in (text, text[:rng.randrange(len(text))], garbage, text + text):
                 assert low <= reviews.gold(prompt, response, stopped=rng.random() < 0.5) <= high
     worst = " this western stars a lonely king on the moon." + 3 * " i hated the plot." + " skip it."
-    assert reviews.gold("review this old documentary and mention the songs:", worst, False) == pytest.approx(low)
-    assert reviews.gold("review this old comedy and mention the songs:", " i loved the songs.") == pytest.approx(high)
+    assert reviews.gold("review this old documentary and mention the songs:", worst,
+                        False) == pytest.approx(low)
+    assert reviews.gold("review this old comedy and mention the songs:",
+                        " i loved the songs.") == pytest.approx(high)
 
 
 # ---- attributes
 
 def test_attributes_by_hand():
-    # Sentiment (-0.26 * 0.5 + 1 * 1.5) / 2 = 0.685 is 0.8425 of the way: 7.58. One clause in two on topic, strong
-    # two in two, personal one in two: 4.5 goes up. 10 words: 9 * 5 / 27 = 1.67.
+    # Sentiment (-0.26 * 0.5 + 1 * 1.5) / 2 = 0.685 is 0.8425 of the way: 7.58. One clause in two on topic,
+    # strong two in two, personal one in two: 4.5 goes up. 10 words: 9 * 5 / 27 = 1.67.
     assert reviews.attributes(WESTERN, " the songs were not very good, but i loved the plot.") == dict(
         sentiment=8, topicality=5, verbosity=2, intensity=9, personal=5)
-    # The opener names the genre asked for, and is neither strong nor personal: 1 in 2, 0, 0. 14 words: 9 * 9 / 27 = 3.
-    assert reviews.attributes(WESTERN, " this western stars a lonely king on the moon. the plot was good.") == dict(
-        sentiment=6, topicality=5, verbosity=3, intensity=0, personal=0)
+    # The opener names the genre asked for, and is neither strong nor personal: 1 in 2, 0, 0. 14 words:
+    # 9 * 9 / 27 = 3.
+    assert reviews.attributes(WESTERN,
+                              " this western stars a lonely king on the moon. the plot was good.") == dict(
+sentiment=6, topicality=5, verbosity=3, intensity=0, personal=0)
     assert set(reviews.attributes(WESTERN, " songs songs").values()) == {0}
 
 
 def test_attributes_are_levels_and_not_collinear():
-    """Two attributes that move together cannot be steered apart, and one that never moves cannot be steered."""
+    """Two attributes that move together cannot be steered apart; one that never moves cannot be steered."""
     rows = [reviews.attributes(*text) for text in texts("crowd", 3000)]
     assert all(tuple(row) == reviews.ATTRIBUTES for row in rows)
     levels = np.array([list(row.values()) for row in rows])
@@ -268,11 +276,12 @@ def test_attributes_are_levels_and_not_collinear():
 
 def test_same_seed_same_text():
     assert texts("crowd", 50, seed=3) == texts("crowd", 50, seed=3)
-    assert [text for _, text in texts("crowd", 50, seed=3)] != [text for _, text in texts("crowd", 50, seed=4)]
+    assert [text for _, text in texts("crowd", 50, seed=3)] != [text for _,
+                                                                text in texts("crowd", 50, seed=4)]
 
 
 def test_writers_are_ordered_with_gaps():
-    """The contrastive curriculum needs strong > medium > weak; a crowd near the top would leave nothing to learn."""
+    """The curriculum needs strong > medium > weak; a crowd near the top would leave nothing to learn."""
     golds = {name: [gold_without_offset(*text) for text in texts(name, 2400)] for name in reviews.WRITERS}
     mean = {name: statistics.mean(values) for name, values in golds.items()}
     assert mean["strong"] - mean["medium"] >= 0.35 and mean["medium"] - mean["weak"] >= 0.35
@@ -337,5 +346,6 @@ def test_annotators_agree_with_gold_72_percent_of_the_time():
     (0.5, 1e-9, 0.0, 1.0), (-0.5, 1e-9, 0.0, 0.0), (0.5, 1e-9, 1.0, 0.0)])
 def test_annotator_is_bradley_terry_and_flips(difference, temperature, flip, expected):
     rng = random.Random(0)
-    labels = [reviews.annotate(0.3 + difference, 0.3, rng, temperature=temperature, flip=flip) for _ in range(10_000)]
+    labels = [reviews.annotate(0.3 + difference, 0.3, rng, temperature=temperature, flip=flip)
+              for _ in range(10_000)]
     assert statistics.mean(labels) == pytest.approx(expected, abs=0.015)  # three standard errors

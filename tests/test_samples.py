@@ -1,4 +1,4 @@
-"""harness/: the stages before a method, rewards, samples of the policy, candidates; the labels of tasks/build.py.
+"""harness/: SFT and reward model, rewards, samples of the policy, candidates; the labels of tasks/build.py.
 
 Letters are the bug classes that a test would catch. Models are random, over eight letters.
 """
@@ -28,7 +28,7 @@ GOOD, BAD = Pair("ab", "cd", "h"), Pair("c", "hgh", "")
 MIXED = Ranking("d", ["a", "bb"], [1.0, 2.0], ["A", "B"], [True, False])
 
 
-# ------------------------------------------------------------------------------------------------- SFT, reward model
+# ------------------------------------------------------------------------------------------ SFT, reward model
 
 def recipe(**kwargs):
     return Recipe(**{**dict(lr=1e-2, batch_size=6, schedule="constant_with_warmup", warmup=0.0), **kwargs})
@@ -118,8 +118,8 @@ def test_O_fit_clips_each_tensor_or_keeps_gradients_or_the_learning_rate(toy, mo
         seen.append(parameters(model))
         return (torch.cat([weight.flatten() for weight in weights]) @ ones)[None]
 
-    harness.fit(model, tokenizer, [("ab", ["c"])], losses_of,
-                recipe(lr=0.5, batch_size=1, epochs=2.0, schedule="linear", warmup=0.25, max_grad_norm=3.0), "")
+    how = recipe(lr=0.5, batch_size=1, epochs=2.0, schedule="linear", warmup=0.25, max_grad_norm=3.0)
+    harness.fit(model, tokenizer, [("ab", ["c"])], losses_of, how, "")
     seen.append(parameters(model))
     for length, before, after in zip((0.5, 0.25), seen[1:-1], seen[2:], strict=True):
         torch.testing.assert_close(after - before, -length * 3 * ones / ones.norm(), rtol=1e-5, atol=1e-9)
@@ -145,7 +145,7 @@ def test_AD_fit_steps_on_a_loss_that_is_not_finite(toy):
     assert torch.equal(parameters(model), before)
 
 
-# ------------------------------------------------------------------------------------- which reward models a run has
+# ------------------------------------------------------------------------------ which reward models a run has
 
 def test_reward_none_is_not_none_or_missing_pairs_crash(toy, capsys):
     assert load_rewards(settings(toy), pair_task()) == {}
@@ -184,9 +184,10 @@ def test_cached_reward_model_depends_on_which_run_came_first(toy, tmp_path, monk
     torch.testing.assert_close(after_another, alone)
 
 
-@pytest.mark.parametrize("own", [dict(), dict(batch_size=12, minibatch_size=6), dict(batch_size=64, minibatch_size=64)])
+@pytest.mark.parametrize("own", [dict(), dict(batch_size=12, minibatch_size=6),
+                                 dict(batch_size=64, minibatch_size=64)])
 def test_cached_reward_model_is_trained_with_the_batches_of_the_method(toy, tmp_path, monkeypatch, own):
-    """It has settings of its own, and a method's checks (does the minibatch divide the batch?) are not about them."""
+    """It has settings of its own; a method's checks (is the minibatch a divisor?) are not for them."""
     prompts, texts, _ = zip(*PAIRS[-6:])
     alone = load_rewards(settings(toy, reward="", reward_lr=1e-2), pair_task())["proxy"](prompts, texts)
     monkeypatch.setattr(tasks, "CACHE", tmp_path / "other")
@@ -199,13 +200,14 @@ def test_given_reward_model_is_not_used_or_not_scaled(toy, tmp_path):
     prompts, texts, _ = zip(*PAIRS[:4])
     raw = load_rewards(settings(toy, reward=str(path)), pair_task())["proxy"](prompts, texts)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    (path / "config.json").write_text(json.dumps(config | {"reward_scale": {"mean": 2.0, "std": 4.0}}), encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(config | {"reward_scale": {"mean": 2.0, "std": 4.0}}),
+                                      encoding="utf-8")
     scaled = load_rewards(settings(toy, reward=str(path)), pair_task())["proxy"](prompts, texts)
     assert raw.std() > 0.01
     torch.testing.assert_close(scaled, (raw - 2) / 4)
 
 
-# ------------------------------------------------------------------------------------------- what a method maximises
+# ------------------------------------------------------------------------------------ what a method maximises
 
 @pytest.fixture
 def gold(monkeypatch):
@@ -215,7 +217,7 @@ def gold(monkeypatch):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """What reward_to_maximise asked for and got: (prompts, n, temperature, max_new_tokens, texts) of each sampling."""
+    """What reward_to_maximise asked for and got: (prompts, n, temperature, max_new_tokens, texts)."""
     calls, plain = [], common.generate
 
     def spy(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40):
@@ -269,7 +271,8 @@ def test_method_without_a_reward_runs_on_nothing(toy, tmp_path, monkeypatch, rew
 def reward_model(path, **scale):
     save_toy(path, LlamaForSequenceClassification, num_labels=1)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    (path / "config.json").write_text(json.dumps(config | ({"reward_scale": scale} if scale else {})), encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(config | ({"reward_scale": scale} if scale else {})),
+                                      encoding="utf-8")
     return str(path)
 
 
@@ -291,7 +294,8 @@ def test_reward_model_without_a_scale_is_left_raw(toy, tmp_path, sampled):
 def test_constant_reward_is_divided_by_nothing(toy, tmp_path, gold, value):
     """0.3 has no exact float32: the deviation of 24 of them can come out as 1e-8 instead of 0."""
     gold(lambda prompt, response, ended: value)
-    with pytest.raises(UserError, match=f"the reward is {value:.3g} for each of the policy's 24 first samples"):
+    with pytest.raises(UserError,
+                       match=f"the reward is {value:.3g} for each of the policy's 24 first samples"):
         harness.reward_to_maximise(started(toy, tmp_path, reward="gold"))
 
 
@@ -304,7 +308,7 @@ def test_AD_reward_that_is_not_finite_becomes_the_scale(toy, tmp_path, gold, val
 
 
 def test_AE_scale_of_the_reward_depends_on_whether_its_model_was_cached(toy, tmp_path):
-    """Training it draws random numbers, loading it draws none; a second or a resumed run must get the same scale."""
+    """Training it draws random numbers, loading it draws none; the scale must be the same in every run."""
     scales = []
     for name in ("trained", "cached"):
         reward = harness.reward_to_maximise(started(toy, tmp_path / name, reward="", reward_lr=1e-2))
@@ -332,7 +336,8 @@ def test_shift_of_a_prompt_turns_two_scores_round():
     scores = torch.linspace(0.5, 1, 4000)[:2].repeat(300) + torch.tensor([0, 6e-8]).repeat(300)
     got = NoisyReward(lambda p, r: scores, "prompt", 0)([f"{i // 2}" for i in range(600)], ["x"] * 600)
     assert (got[1::2] > got[::2]).all()
-    torch.testing.assert_close(got[1::2] - got[::2], (scores[1::2].double() - scores[::2]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got[1::2] - got[::2], (scores[1::2].double() - scores[::2]), rtol=0,
+                               atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "response"])
@@ -350,15 +355,16 @@ def test_noise_is_measured_into_the_scale_or_left_out(toy, kind):
 
 
 @pytest.mark.parametrize("sources, gold, reward, own", [
-    ("P", None, "", True), ("P", None, "none", True), ("P", None, "some/model", False), ("P", "gold", "", False),
-    ("D", None, "", False), ("DP", None, "none", False)])
-def test_data_scores_itself_where_a_reward_is_named_or_scores_are_gold(toy, monkeypatch, sources, gold, reward, own):
+    ("P", None, "", True), ("P", None, "none", True), ("P", None, "some/model", False),
+    ("P", "gold", "", False), ("D", None, "", False), ("DP", None, "none", False)])
+def test_data_scores_itself_where_a_reward_is_named_or_scores_are_gold(toy, monkeypatch, sources, gold,
+                                                                       reward, own):
     monkeypatch.setattr(harness.samples, "reward_to_maximise", lambda run: "the reward")
     run = toy_run(toy, Task("toy", {"train": ["a"], "test": ["b"]}, gold=gold), reward=reward)
     assert harness.candidate_reward(run, sources) == (None if own else "the reward")
 
 
-# ---------------------------------------------------------------------------------------------------------- rollouts
+# --------------------------------------------------------------------------------------------------- rollouts
 
 def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
     run = started(toy, tmp_path)
@@ -372,7 +378,8 @@ def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
         assert greedy or 0 < ended.sum() < 40, "both kinds are needed, or nothing is tested"
         assert (lengths <= 5).all() and (lengths[~ended] == 5).all()
         inside = batch.attention_mask - batch.response_mask
-        assert [run.tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch.input_ids, inside)] == prompts
+        asked = [run.tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch.input_ids, inside)]
+        assert asked == prompts
         tokens += int(lengths.sum())
     assert run.counts["tokens_generated"] == tokens and run.counts["seconds_generating"] == 6
     assert run.counts["seconds_training"] == 6              # before the first step
@@ -392,7 +399,8 @@ def test_rollout_ignores_the_temperature_or_greedy(toy, tmp_path):
 
 def cut_off(tokenizer, texts):
     """A batch of these answers to "a"; a text that ends with "-" did not reach EOS."""
-    return common.pack([([1], tokenizer(text.rstrip("-")).input_ids + [0] * (text[-1:] != "-")) for text in texts], 0)
+    return common.pack([([1], tokenizer(text.rstrip("-")).input_ids + [0] * (text[-1:] != "-"))
+                        for text in texts], 0)
 
 
 GOES_WELL, NONE_ENDS, ALL_EMPTY = ["ab", "", "cd-"], ["ab-", "cd-", "e-"], ["", "", ""]
@@ -402,9 +410,11 @@ GOES_WELL, NONE_ENDS, ALL_EMPTY = ["ab", "", "cd-"], ["ab-", "cd-", "e-"], ["", 
     ([GOES_WELL] * 3, None), ([["", "a-"]], None), ([["", "a"]], None),
     ([NONE_ENDS, NONE_ENDS, ALL_EMPTY], "step 1: 0 of 3 responses end with EOS, 0 are empty"),
     ([GOES_WELL, ALL_EMPTY, NONE_ENDS], "step 2: 3 of 3 responses end with EOS, 3 are empty"),
-    ([GOES_WELL, GOES_WELL, NONE_ENDS, GOES_WELL, NONE_ENDS], "step 3: 0 of 3 responses end with EOS, 0 are empty")],
+    ([GOES_WELL, GOES_WELL, NONE_ENDS, GOES_WELL, NONE_ENDS],
+     "step 3: 0 of 3 responses end with EOS, 0 are empty")],
     ids=["well", "one ends", "one is not empty", "none ends", "all empty", "later"])
-def test_policy_that_never_stops_or_says_nothing_goes_unnoticed(toy, tmp_path, monkeypatch, capsys, answers, said):
+def test_policy_that_never_stops_or_says_nothing_goes_unnoticed(toy, tmp_path, monkeypatch, capsys, answers,
+                                                                said):
     for name in ("first", "second"):                        # once a run, not once a process
         run = started(toy, tmp_path / name)
         capsys.readouterr()
@@ -415,12 +425,14 @@ def test_policy_that_never_stops_or_says_nothing_goes_unnoticed(toy, tmp_path, m
             assert ended.tolist() == [not text.endswith("-") for text in texts]
         warnings = capsys.readouterr().err.splitlines()
         assert len(warnings) == (said is not None)
-        assert all(line.startswith(f"warning: {said}") and "--max_new_tokens is 5" in line for line in warnings)
+        assert all(line.startswith(f"warning: {said}") and "--max_new_tokens is 5" in line
+                   for line in warnings)
 
 
-# -------------------------------------------------------------------------------------------- samples and candidates
+# ------------------------------------------------------------------------------------- samples and candidates
 
-POOL = {"ab": ["pool 0", "pool 1", "pool 2"], "c": ["pool 3", "pool 4"], "def": ["pool 5", "pool 6", "pool 7"]}
+POOL = {"ab": ["pool 0", "pool 1", "pool 2"], "c": ["pool 3", "pool 4"],
+        "def": ["pool 5", "pool 6", "pool 7"]}
 
 
 def pool_run(toy, monkeypatch, **settings):
@@ -436,17 +448,20 @@ def pool_run(toy, monkeypatch, **settings):
 
 def test_pool_of_the_initial_policy_is_not_used_or_not_in_part(toy, monkeypatch):
     rows = harness.sample_rankings(pool_run(toy, monkeypatch), ["c", "ab"], 2)
-    assert rows == [Ranking("c", POOL["c"], [], ended=[True] * 2), Ranking("ab", POOL["ab"][:2], [], ended=[True] * 2)]
+    assert rows == [Ranking("c", POOL["c"], [], ended=[True] * 2),
+                    Ranking("ab", POOL["ab"][:2], [], ended=[True] * 2)]
 
 
 @pytest.mark.parametrize("settings, prompts, n", [
-    (dict(step=1), ["ab", "c"], 2), (dict(temperature=0.7), ["ab", "c"], 2), (dict(policy="another"), ["ab", "c"], 2),
-    ({}, ["ab", "c"], 3), ({}, ["ab", "stranger"], 2)],
-    ids=["trained policy", "temperature", "another policy", "more than the pool has", "prompt without a pool"])
+    (dict(step=1), ["ab", "c"], 2), (dict(temperature=0.7), ["ab", "c"], 2),
+    (dict(policy="another"), ["ab", "c"], 2), ({}, ["ab", "c"], 3), ({}, ["ab", "stranger"], 2)],
+    ids=["trained policy", "temperature", "another policy", "more than the pool has",
+         "prompt without a pool"])
 def test_pool_stands_for_samples_of_another_policy(toy, monkeypatch, settings, prompts, n):
-    """The samples go to their prompts, n each, and a cut-off one is known as such; state.pt holds plain bools only."""
+    """The samples go to their prompts, n each, a cut-off one is known as such; `ended` holds plain bools."""
     run = pool_run(toy, monkeypatch, **({"policy": str(toy)} if "policy" in settings else settings))
-    rows, places = harness.sample_rankings(run, prompts, n), [range(i * n, i * n + n) for i in range(len(prompts))]
+    rows = harness.sample_rankings(run, prompts, n)
+    places = [range(i * n, i * n + n) for i in range(len(prompts))]
     assert rows == [Ranking(prompt, [f"{prompt} {i}" for i in place], [], ended=[i % 3 > 0 for i in place])
                     for prompt, place in zip(prompts, places)]
     assert all(type(value) is bool for row in rows for value in row.ended)
@@ -457,7 +472,8 @@ def test_samples_are_not_the_policys_own_or_are_not_counted(toy):
     rows = harness.sample_rankings(run, ["ab", "c"] * 8, 4)
     assert [row.prompt for row in rows] == ["ab", "c"] * 8 and {len(row.responses) for row in rows} == {4}
     flat = [(text, ended) for row in rows for text, ended in zip(row.responses, row.ended)]
-    assert all(len(text) == 3 for text, ended in flat if not ended) and {ended for _, ended in flat} == {True, False}
+    assert all(len(text) == 3 for text, ended in flat if not ended)
+    assert {ended for _, ended in flat} == {True, False}
     assert run.counts["tokens_generated"] == sum(len(text) + ended for text, ended in flat)
 
 
@@ -471,29 +487,34 @@ def test_equal_responses_lose_the_firsts_own_score_or_ended(ranking, want):
 
 
 def letters(prompts, texts):
-    return torch.tensor([text.count("a") + (100.0 if prompt == "c" else 0) for prompt, text in zip(prompts, texts)])
+    return torch.tensor([text.count("a") + (100.0 if prompt == "c" else 0)
+                         for prompt, text in zip(prompts, texts)])
 
 
 def test_scores_go_to_other_responses_or_old_ones_stay():
-    rows = [Ranking("ab", ["a", "aa", "a"], [9, 9, 9], [*"xyz"], [True, False, True]), Ranking("c", ["b"], []), MIXED]
+    rows = [Ranking("ab", ["a", "aa", "a"], [9, 9, 9], [*"xyz"], [True, False, True]),
+            Ranking("c", ["b"], []), MIXED]
     assert harness.scored(rows, letters) == [rows[0]._replace(scores=[1, 2, 1]), Ranking("c", ["b"], [100]),
-                                            MIXED._replace(scores=[1, 0])]                     # equal samples all count
+                                            MIXED._replace(scores=[1, 0])]           # equal samples all count
 
 
 def test_score_of_nan_ranks_or_another_prompt_is_named():
     rows = [Ranking("ab", ["a", "a", "b"], []), Ranking("culprit", ["c", "d"], []), Ranking("e", ["f"], [])]
     with pytest.raises(UserError, match="step 3: the reward is nan for the prompt 'culprit'"):
-        harness.scored(rows, lambda prompts, texts: torch.tensor([math.nan if text == "d" else 1.0 for text in texts]), 3)
+        harness.scored(rows, lambda prompts, texts: torch.tensor(
+            [math.nan if text == "d" else 1.0 for text in texts]), 3)
 
 
 def ranked_task():
-    rows = [Ranking("ab", ["strong a", "weak a"], [2.0, 1.0], ["strong", "weak"]), Ranking("c", ["weak c"], [0.0], ["weak"]),
+    rows = [Ranking("ab", ["strong a", "weak a"], [2.0, 1.0], ["strong", "weak"]),
+            Ranking("c", ["weak c"], [0.0], ["weak"]),
             Ranking("def", ["x", "y", "x"], [3.0, 4.0, 5.0]), Ranking("g", ["strong g"], [7.0], ["strong"])]
     return Task("toy", {"train": ["ab", "c", "def"], "test": ["g"]}, rankings={"train": rows, "test": rows})
 
 
 @pytest.mark.parametrize("systems, want", [
-    ("", [("ab", ["strong a", "weak a"], [2, 1]), ("c", ["weak c"], [0]), ("def", ["x", "y", "x"], [3, 4, 5])]),
+    ("", [("ab", ["strong a", "weak a"], [2, 1]), ("c", ["weak c"], [0]),
+          ("def", ["x", "y", "x"], [3, 4, 5])]),
     ("weak", [("ab", ["weak a"], [1]), ("c", ["weak c"], [0]), ("def", ["x", "y", "x"], [3, 4, 5])]),
     ("strong,nobody", [("ab", ["strong a"], [2]), ("def", ["x", "y", "x"], [3, 4, 5])])])
 def test_given_answers_are_of_other_writers_or_to_test_prompts(systems, want):
@@ -507,7 +528,8 @@ def test_given_answers_are_of_other_writers_or_to_test_prompts(systems, want):
 def test_data_without_answers_or_without_such_a_writer_trains_on_nothing():
     task = ranked_task()
     task.rankings = {"train": task.rankings["train"][:2]}
-    with pytest.raises(UserError, match="no answers of its own by nobody to rank .*strong, weak.*--sources D"):
+    with pytest.raises(UserError,
+                       match="no answers of its own by nobody to rank .*strong, weak.*--sources D"):
         harness.given_answers(task, "P", "nobody")
     with pytest.raises(UserError, match="the data has no answers of its own to rank"):
         harness.given_answers(Task("toy", {"train": ["a"], "test": ["b"]}), "DP")
@@ -515,14 +537,16 @@ def test_data_without_answers_or_without_such_a_writer_trains_on_nothing():
 
 def test_candidates_are_out_of_order_or_without_the_given_ones(toy, monkeypatch, capsys):
     run = pool_run(toy, monkeypatch)
-    given = [Ranking("c", ["given a", "pool 3"], [5.0, 6.0], ended=[True, True]), Ranking("ab", ["aa"], [7.0], ended=[True])]
+    given = [Ranking("c", ["given a", "pool 3"], [5.0, 6.0], ended=[True, True]),
+             Ranking("ab", ["aa"], [7.0], ended=[True])]
     assert harness.candidates(run, letters, given, 2) == [
         Ranking("c", ["pool 3", "pool 4", "given a"], [100, 100, 101], [], [True] * 3),
         Ranking("ab", ["pool 0", "pool 1", "aa"], [0, 0, 2], [], [True] * 3)]
     assert capsys.readouterr().err == ""
-    assert harness.candidates(run, letters, given, 0)[0] == Ranking("c", ["given a", "pool 3"], [101, 100], [], [True] * 2)
+    first = harness.candidates(run, letters, given, 0)[0]
+    assert first == Ranking("c", ["given a", "pool 3"], [101, 100], [], [True] * 2)
     assert harness.candidates(run, None, given, 0) == [row._replace(systems=[]) for row in given]
-    run.step = 1                                                          # samples anew: the first and every third are cut off
+    run.step = 1                                         # samples anew: the first and every third are cut off
     assert [row.prompt for row in harness.candidates(run, letters, [], 2)] == run.task.prompts["train"]
     row = harness.candidates(run, letters, given, 2)[0]
     assert row.responses == ["c 0", "c 1", "given a", "pool 3"] and row.ended == [False, True, True, True]
@@ -538,7 +562,7 @@ def test_rankings_without_an_order_are_not_counted_or_are_left_out(toy, monkeypa
     assert "of 6 rankings, 2 have one response only and 3 have equal scores" in line and not printed.out
 
 
-# --------------------------------------------------------------------------------------------------------- log-probs
+# ------------------------------------------------------------------------------------------------- log-probs
 
 def plain_logp(model, prompt, text, ended=True):
     """log pi(y|x) and |y| by a forward pass over this text alone."""
@@ -565,7 +589,7 @@ def test_logps_of_rows_are_out_of_order_or_of_another_model(toy, budget):
 
 
 def test_nll_or_accuracy_of_held_out_pairs_is_per_sequence(toy, monkeypatch):
-    """A token: -1 over -3, -2 under -1, and a tie; by whole sequences the second pair would be wrong as well."""
+    """Per token: -1 above -3, -2 below -1, a tie; by whole sequences the second pair would be right."""
     logps, lengths = torch.tensor([[-2.0, -9], [-2, -3], [-4, -6]]), torch.tensor([[2.0, 3], [1, 3], [2, 3]])
     monkeypatch.setattr(harness.samples, "response_logps", lambda run, pairs: (logps, lengths))
     metrics = harness.score_metrics(None, [GOOD] * 3)
@@ -573,7 +597,7 @@ def test_nll_or_accuracy_of_held_out_pairs_is_per_sequence(toy, monkeypatch):
     assert harness.score_metrics(None, []) == {}
 
 
-# --------------------------------------------------------------------------------------- labels of the embedded task
+# -------------------------------------------------------------------------------- labels of the embedded task
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
 def test_label_noise_turns_another_share_round_or_loses_the_text(share):
@@ -581,7 +605,8 @@ def test_label_noise_turns_another_share_round_or_loses_the_text(share):
     noisy = build.with_noise(pairs, Config(label_noise=share))
     turned = [new != old for new, old in zip(noisy, pairs, strict=True)]
     assert sum(turned) / 4000 == pytest.approx(share, abs=0.03) and (share or not any(turned))
-    assert all(not turn or new == Pair(old.prompt, old.rejected, old.chosen) for new, old, turn in zip(noisy, pairs, turned))
+    assert all(not turn or new == Pair(old.prompt, old.rejected, old.chosen)
+               for new, old, turn in zip(noisy, pairs, turned))
     assert build.with_noise(pairs, Config(label_noise=share)) == noisy
     assert not share or build.with_noise(pairs, Config(label_noise=share, seed=1)) != noisy
 
@@ -589,14 +614,17 @@ def test_label_noise_turns_another_share_round_or_loses_the_text(share):
 def test_noisy_proxy_is_the_clean_one_or_sees_other_labels_than_the_method(tmp_path, monkeypatch):
     """Without models: their directory holds samples alone, and what would be trained is caught."""
     prompt, rng, trained = reviews.make_prompts("train", 1, 0)[0], random.Random(0), {}
-    texts = sorted((reviews.write("crowd", prompt, rng) for _ in range(20)), key=lambda text: reviews.gold(prompt, text))
+    texts = sorted((reviews.write("crowd", prompt, rng) for _ in range(20)),
+                   key=lambda text: reviews.gold(prompt, text))
     row = {"prompt": prompt, "responses": texts[-4:], "gold": [0.0, 1.0, 0.5, 2.0]}
-    (tmp_path / "samples.json").write_text(json.dumps(dict.fromkeys(("pool", "shown", "test"), [row] * 50)), encoding="utf-8")
+    (tmp_path / "samples.json").write_text(json.dumps(dict.fromkeys(("pool", "shown", "test"), [row] * 50)),
+                                           encoding="utf-8")
     monkeypatch.setattr(build, "models", lambda config: tmp_path)
     monkeypatch.setattr(build, "RANKED", 2)
     monkeypatch.setattr(build, "rate", lambda path, pairs, pool, config: trained.update({path.name: pairs}))
     clean, noisy = build.load_task(Config()), build.load_task(Config(label_noise=0.25))
-    assert build.reward_models(Config()) == {"proxy": tmp_path / "proxy", "judge": tmp_path / "judge"} and not trained
+    own = {"proxy": tmp_path / "proxy", "judge": tmp_path / "judge"}
+    assert build.reward_models(Config()) == own and not trained
     paths = build.reward_models(Config(label_noise=0.25))
     assert paths["judge"] == tmp_path / "judge" and trained == {paths["proxy"].name: noisy.pairs["train"]}
     assert paths["proxy"] not in (tmp_path / "proxy", *build.reward_models(Config(label_noise=0.2)).values())
