@@ -163,7 +163,7 @@ def learn_tags(run, levels, samples):
 
 
 def plan_of(config, samples, levels):
-    """Each step's samples, with tags and weights. Every pass is in a new order; the last step may be smaller."""
+    """The samples of every step, with tags and weights; each pass in a new order, the last step smaller."""
     if config.objective == "filter":
         samples = sorted(samples, key=lambda s: -s.reward)[:max(1, round(config.share * len(samples)))]
     if config.objective == "dt":

@@ -5,8 +5,9 @@
 What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.log, run.evaluate.
 """
 from common import UserError, warn
-from harness.conditioning import (add_tags, complete_prompt, complete_request, curve, parse_request,
-                                  reward_curve, slope, steering, steering_metrics, table, trends)
+from harness.conditioning import (add_tags, check_ratings, complete_prompt, complete_request, curve,
+                                  label_errors, parse_request, rated_rows, report_steering, reward_curve,
+                                  slope, steering, steering_metrics, table, trends, true_levels)
 from harness.config import Config, option
 from harness.evaluation import probe
 from harness.loading import load_policy, load_task, load_tokenizer, policy_path, test_pool

@@ -54,6 +54,73 @@ def add_tags(run, attributes):
             extend_vocabulary(run.policy, rows[spare:])
 
 
+def rated_rows(task, split, attributes=""):
+    """The split's responses with people's ratings of these attributes ("A,B"), or of all; [] if unrated.
+
+    UserError for no ratings to train on, a response without one of the attributes, a level beyond 0 to 9, or
+    an attribute that never varies in training.
+    """
+    rows = task.ratings.get(split, [])
+    if not rows and split == "train":
+        raise UserError('the data has no ratings: give rows of "prompt", "completion" and "attributes", or '
+                        "responses with scores")
+    first = (task.ratings.get("train", []) + rows)[:1]
+    names = [name.strip() for name in attributes.split(",")] if attributes else sorted(
+        name for row in first for name in row.attributes)
+    for row in rows:
+        for name in names:
+            if name not in row.attributes:
+                raise UserError(f"a response to {row.prompt!r} has no attribute {name!r}, only "
+                                f"{', '.join(row.attributes)}")
+            if not 0 <= row.attributes[name] <= 9:
+                raise UserError(f"{name} is {row.attributes[name]} in a response to {row.prompt!r}: levels "
+                                "go from 0 to 9")
+    for name in names if split == "train" else []:
+        if len({row.attributes[name] for row in rows}) == 1:
+            raise UserError(f"{name} is {rows[0].attributes[name]} in all {len(rows)} responses: nothing to "
+                            "steer by; leave it out of --attributes")
+    return [row._replace(attributes={name: row.attributes[name] for name in names}) for row in rows]
+
+
+def check_ratings(levels):
+    """UserError or warnings for what a prediction model gave: [{name: level}], None where unreadable."""
+    known, n = [row for row in levels if row], len(levels)
+    if not known:
+        raise UserError("the prediction model wrote no readable rating: train it longer, or take --predictor "
+                        "regression")
+    for name, level in known[0].items():
+        if all(row[name] == level for row in known):
+            warn(f"the prediction model says {name} {level} of all {len(known)} responses: nothing to steer "
+                 "by; train it longer, or take --labels human")
+    if len(known) < n:
+        warn(f"{n - len(known)} of {n} ratings by the prediction model cannot be read: left out")
+
+
+def true_levels(task, names):
+    """The function (prompts, responses) -> [{name: level}] that knows the truth; None where nothing does."""
+    def judge(prompts, responses):
+        return [{name: levels[name] for name in names} for levels in map(task.attributes, prompts, responses)]
+
+    return judge if task.attributes else None
+
+
+def rating_error(samples, judge):
+    """Mean distance of the samples' levels from those that judge(prompts, responses) gives; nan if none."""
+    levels = judge([row.prompt for row in samples], [row.responses[0] for row in samples])
+    gaps = [abs(given[name] - row.levels[name])
+            for row, given in zip(samples, levels) if given for name in given]
+    return statistics.fmean(gaps) if gaps else math.nan
+
+
+def label_errors(ratings, samples, held_out, predict, truth):
+    """Metrics of labels, as far as they can be known: predictor_error, of predictions for held-out responses
+    against people's levels; human_error and label_error, of people's and the samples' levels against the
+    truth."""
+    errors = {"eval/predictor_error": rating_error(held_out, predict)} if predict and held_out else {}
+    return errors | ({"eval/human_error": rating_error(ratings, truth),
+                      "eval/label_error": rating_error(samples, truth)} if truth else {})
+
+
 def curve(run, asked, measure):
     """What each request brings: [{"asked", "words": mean length, and what measure(texts, ended) returns}].
 
@@ -140,6 +207,15 @@ def steering_metrics(matrix):
     cross = [abs(matrix[name][other]) for name in matrix for other in matrix if other != name] or [0.0]
     return {"eval/slope": statistics.fmean(own.values()), "eval/slope_min": min(own.values()),
             "eval/cross_talk": statistics.fmean(cross)} | {f"eval/slope_{name}": v for name, v in own.items()}
+
+
+def report_steering(run, asked):
+    """The last steering into run.results, its matrix onto the screen; {} and nothing where there was none."""
+    run.results |= {name: run.state.get(name, {}) for name in ("steering", "matrix", "followed")}
+    if run.results["matrix"]:
+        rows = [[name, *row.values()] for name, row in run.results["matrix"].items()]
+        run.notes += [f"asked for {asked}; levels found for each level asked for, one attribute (row) at a "
+                      "time:", table([["", *run.results["matrix"]], *rows])]
 
 
 def table(lines, width=12):

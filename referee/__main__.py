@@ -15,7 +15,8 @@ from harness import UserError
 def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         return print(__doc__)
-    from referee import docs, runs, tables                # here, so that a UserError of theirs is one line too
+    # Imported here, so that a UserError of theirs (scipy is missing) is one line too.
+    from referee import docs, runs, tables
     from referee.arms import method_names
     if argv == ["--docs"]:
         return print("written:", *docs.write_all())

@@ -73,6 +73,7 @@ def code_hash():
 
 def models(config):
     """Build what is missing of this seed's models (up to two minutes); returns their directory."""
+    torch.set_num_threads(1)             # sums in another order would be other models, and other runs of them
     path = home(config)
     if (path / "vitals.json").exists():
         return path

@@ -807,3 +807,32 @@ def test_d_encoder_score_is_that_of_the_text_alone():                           
     reward = common.RewardModel(model, letters())          # an encoder gets its tokenizer's own right padding
     alone, beside = reward(["ab"], ["c"]), reward(["ab", "abcdefgh"], ["c", "d"])
     assert beside[0].item() == pytest.approx(alone[0].item(), abs=1e-5) and abs(beside[1] - beside[0]) > 1e-3
+
+
+# --------------------------------------------------------------------------------------- optimizer, schedule
+
+def test_optimizer_has_other_settings_than_all_scripts_share():
+    optimizer, _ = common.adamw(llama(), 0.1, 10)
+    group, = optimizer.param_groups
+    assert type(optimizer) is torch.optim.AdamW
+    assert group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0
+    assert len(group["params"]) == len([*llama().parameters()])
+
+
+@pytest.mark.parametrize("schedule, warmup, want", [
+    ("constant_with_warmup", 0.25, [0, 0.5, 1, 1, 1, 1, 1, 1, 1]), ("constant_with_warmup", 0.0, [1] * 9),
+    ("linear", 0.25, [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]),
+    ("cosine", 0.0, [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)])])
+def test_learning_rate_follows_another_schedule_or_warmup_is_not_a_share_of_the_steps(schedule, warmup, want):
+    optimizer, schedule = common.adamw(llama(), 0.1, 8, schedule, warmup)
+    rates = []
+    for _ in want:
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.1 * rate for rate in want], abs=1e-12)
+
+
+def test_no_step_at_all_makes_no_optimizer():
+    optimizer, schedule = common.adamw(llama(), 0.1, 0, "cosine", 0.1)                           # --epochs 0
+    assert schedule.get_last_lr() == [0.1] and optimizer.state_dict()["state"] == {}

@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
-import conditioning
 import decision_transformer as dt
-import stages
-from common import spearman
+import harness
+from common import UserError
 from conftest import cases, close, parameters, rand, sgd, tensor
 from decision_transformer import Sample, assign_bins, effective_share, reward_bins, rwr_weights, tag
-from tasks import Ranking, Task, UserError
+from harness import conditioning
+from harness.conditioning import spearman
+from tasks import Ranking, Task, write_json
 
 
 # -------------------------------------------------------------------------------------------------- weights of a batch
@@ -40,7 +41,7 @@ def test_weights_of_rwr_or_their_loss_differ_from_a_fixture():
         samples = [Sample(str(i), ["a"], [True], reward) for i, reward in enumerate(given["rewards"])]
         (rows,) = dt.plan_of(config, samples, None)
         assert statistics.fmean(row.weight * nll[int(row.prompt)].item() for row in rows) == pytest.approx(
-            expected["loss_softmax_sum"], rel=1e-5)                 # what stages.minimise makes of it: the mean over the rows
+            expected["loss_softmax_sum"], rel=1e-5)                 # what the loop makes of it: the mean over the rows
 
 
 def test_weights_of_rwr_do_not_sum_to_one_or_feel_a_shift_or_overflow_or_beta_is_upside_down():
@@ -153,8 +154,8 @@ def begun(toy, out, data=None, reward=letters, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
     torch.manual_seed(config.seed)
-    policy, tokenizer = common.load_policy(config), common.load_tokenizer(toy, config)
-    return common.Run(config, out, data or task(), tokenizer, policy, {"proxy": reward})
+    policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
+    return harness.Run(config, out, data or task(), tokenizer, policy, {"proxy": reward})
 
 
 def own(scores, **kwargs):
@@ -231,13 +232,13 @@ def test_equal_rewards_pass(objective):
 def test_sources_mix_up_texts_scores_and_ends(toy, tmp_path, monkeypatch):
     given = {p: Ranking(p, ["hhh", "a"], [9.0, -9.0], ["w", "v"], [True, True]) for p in PROMPTS[:6]}
     data, sampled = task(rankings={"train": list(given.values())}), []
-    sample = stages.sample_rankings
+    sample = harness.sample_rankings
 
     def sample_and_note(run, prompts, n):
         sampled.append(sample(run, prompts, n))
         return sampled[-1]
 
-    monkeypatch.setattr(stages, "sample_rankings", sample_and_note)
+    monkeypatch.setattr(harness.samples, "sample_rankings", sample_and_note)
     for sources, wanted in (("D", PROMPTS), ("DP", PROMPTS[:6]), ("P", PROMPTS[:6])):
         run = begun(toy, tmp_path / sources, data, sources=sources, validation=0.0, candidates=4)
         samples, _ = dt.offline_samples(run, letters)
@@ -312,8 +313,8 @@ def test_tags_change_plain_text_or_are_lost_on_disk_or_learned_twice(tie, toy, t
     assert len(run.tokenizer) == 13 and torch.equal(parameters(run.policy), weights)
     run.policy.save_pretrained(tmp_path / "saved")
     run.tokenizer.save_pretrained(tmp_path / "saved")
-    policy = common.load_policy(replace(run.config, policy=str(tmp_path / "saved")))
-    tokenizer = common.load_tokenizer(tmp_path / "saved", run.config)
+    config = replace(run.config, policy=str(tmp_path / "saved"))
+    policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
     assert tokenizer(tags, add_special_tokens=False).input_ids == [[9], [10], [11], [12]]
     reread = common.encode(tokenizer, ["ab" + tag for tag in tags], ["cd", "h", "a", "fff"])
     assert torch.equal(reread.input_ids, asked.input_ids)
@@ -322,7 +323,7 @@ def test_tags_change_plain_text_or_are_lost_on_disk_or_learned_twice(tie, toy, t
 
 def test_tags_are_named_after_other_levels_responses(toy, tmp_path, monkeypatch):
     run, seen = begun(toy, tmp_path / "run"), []
-    monkeypatch.setattr(common, "add_tags", lambda run, attributes: seen.append(attributes))
+    monkeypatch.setattr(harness, "add_tags", lambda run, attributes: seen.append(attributes))
     samples = [Sample("p", [text], [True], reward) for text, reward in zip("abcdef", (-2.0, -1.0, 0.0, 0.1, 1.5, -0.6))]
     dt.learn_tags(run, levels(), samples)
     assert seen == [{"reward": {"<reward:0>": ["a", "b", "f"], "<reward:1>": ["c", "d"], "<reward:2>": ["e"]}}]
@@ -375,19 +376,13 @@ def test_plans_lose_the_best_or_tag_or_weigh_what_is_not_conditioned(toy):
 
 
 def stepped(run, monkeypatch, samples, known):
-    """The rows that dt.train gives to common.minimise, step by step."""
-    seen, minimise = [], common.minimise
-
-    def note(run, step, rows, losses_of):
-        seen.append(rows)
-        return minimise(run, step, rows, losses_of)
-
+    """The rows that dt.train has log-probs of, step by step, when these are the samples and levels."""
+    seen, microbatches = [], run.microbatches
     with monkeypatch.context() as patch:
-        patch.setattr(common, "minimise", note)
-        common.begin(run)
-        if run.config.objective == "dt":
-            dt.learn_tags(run, known, samples)
-        dt.train(run, dt.plan_of(run.config, samples, known), known, [], letters)
+        patch.setattr(dt, "offline_samples", lambda run, reward: (samples, []))
+        patch.setattr(dt, "levels_of", lambda config, samples: known)
+        patch.setattr(run, "microbatches", lambda rows: microbatches(seen.append(rows) or rows))        # once a step
+        dt.train(run)
     return seen
 
 
@@ -398,8 +393,9 @@ MIXED = [Sample("ab", ["cd"], [True], -1.5), Sample("ab", ["ha"], [False], 0.1),
 @pytest.mark.parametrize("budget", [24, 100000])
 @pytest.mark.parametrize("objective", ["dt", "filter", "rwr", "sft"])
 def test_L_one_step_is_not_the_weighted_gradient_by_hand(objective, budget, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    run = begun(toy, tmp_path / "run", objective=objective, batch_size=6, share=0.5, beta=0.8, token_budget=budget)
+    monkeypatch.setattr(common, "adamw", sgd)
+    run = begun(toy, tmp_path / "run", objective=objective, batch_size=6, share=0.5, beta=0.8, token_budget=budget,
+                max_grad_norm=1e9)
     known, plain = levels(), begun(toy, tmp_path / "plain")
     (rows,) = stepped(run, monkeypatch, MIXED, known)
     assert len(rows) == (3 if objective == "filter" else 6)
@@ -420,10 +416,11 @@ def test_L_one_step_is_not_the_weighted_gradient_by_hand(objective, budget, toy,
         scores = plain.policy(torch.tensor([before + after])).logits[0].log_softmax(-1)
         loss -= weight * sum(scores[len(before) + i - 1, token] for i, token in enumerate(after))
     loss.backward()
-    sgd(plain.policy, None, None, None)
+    optimizer, _ = sgd(plain.policy, None, None)
+    optimizer.step()
     assert (parameters(plain.policy) - initial).abs().max() > 1e-3
     assert (parameters(run.policy) - parameters(plain.policy)).abs().max() < 2e-6
-    line = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[1])
+    line = json.loads((run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1])
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -490,7 +487,6 @@ def test_calibration_asks_for_something_else_than_its_rows_say(control, toy, tmp
     run.task.gold = None
     assert set(dt.calibration(run, known, [0.0], ["d", "ee"], None)[0]) == {"asked", "words"}
 
-    assert dt.calibration_metrics(run, known, letters) == {}        # before training
     run.trace, run.state, asked[:] = [{}], {"level": 1}, []
     run.task.gold = lambda prompt, text, ended: float(len(asked)) ** 2
     metrics = dt.calibration_metrics(run, known, letters)
@@ -525,7 +521,7 @@ def test_AB_what_is_asked_for_does_not_come(control, whole):
     result, *_ = whole("run", data, number_of_a, control=control, candidates=8, epochs=10.0, batch_size=16, bins=5,
                        max_new_tokens=6, eval_prompts=24, validation=0.16)
     rows = result["calibration"][:5]
-    assert json.loads((whole.out / "attributes.json").read_text())["means"] == [row["asked"] for row in rows]
+    assert json.loads((whole.out / "attributes.json").read_text(encoding="utf-8"))["means"] == [row["asked"] for row in rows]
     assert rank_correlation([(row["asked"], row["reward"]) for row in rows]) > 0.8 < result["eval/spearman_reward"]
     assert rows[-1]["reward"] - rows[0]["reward"] > 1.5 and result["eval/slope_reward"] > 0.5
     assert result["eval/proxy"] > result["trace"][0]["eval/proxy"] + 1 and result["eval/level"] >= 3
@@ -535,29 +531,36 @@ def test_AB_what_is_asked_for_does_not_come(control, whole):
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
-    """decision_transformer.run with a fake reward model: its result, metrics.jsonl, the saved weights. whole.steps: the rows of
-    each step, whole.asked: the prompts of each evaluation and each point of a curve, whole.out: the directory."""
-    minimise = common.minimise
+    """A run of decision_transformer.py with a fake reward model: its result, metrics.jsonl, the saved weights. whole.steps: the
+    rows of each step, whole.asked: the prompts of each evaluation and each point of a curve, whole.out: the directory."""
+    microbatches, generate, rollout = harness.Run.microbatches, common.generate, harness.samples.rollout
+
+    def note(run_, rows):
+        run.steps.append(rows)
+        return microbatches(run_, rows)
+
+    def spied(model, tokenizer, prompts, *args, **kwargs):
+        run.asked.append(prompts)
+        return generate(model, tokenizer, prompts, *args, **kwargs)
+
+    def unseen(*args):                                              # the samples that are trained on are asked for nothing
+        before = len(run.asked)
+        found = rollout(*args)
+        del run.asked[before:]
+        return found
 
     def run(name, data=None, reward=letters, **kwargs):
-        def note(run_, step, rows, losses_of):
-            run.steps.append(rows)
-            return minimise(run_, step, rows, losses_of)
-
-        def spied(generate):
-            return lambda model, tokenizer, prompts, *args, **kw: (run.asked.append(prompts),
-                                                                   generate(model, tokenizer, prompts, *args, **kw))[1]
-
         run.out, run.steps, run.asked = tmp_path / name, [], []
         source = spelling(toy, tmp_path / "spelling") if kwargs.get("control") == "text" else toy
         with monkeypatch.context() as patch:
-            patch.setattr(common, "load_task", lambda config: data or task())
-            patch.setattr(common, "load_rewards", lambda config, task: {"proxy": reward})
-            patch.setattr(common, "minimise", note)
-            for module in (common, conditioning):
-                patch.setattr(module, "generate", spied(module.generate))
-            result = dt.run(settings(source, out=str(run.out), **kwargs))
-        return result, (run.out / "metrics.jsonl").read_text(), parameters(LlamaForCausalLM.from_pretrained(run.out))
+            patch.setattr(harness.loading, "load_task", lambda config: data or task())
+            patch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": reward})
+            patch.setattr(harness.Run, "microbatches", note)
+            patch.setattr(harness.samples, "rollout", unseen)
+            patch.setattr(common, "generate", spied)
+            result = harness.launch(dt.train, settings(source, out=str(run.out), **kwargs))
+        metrics = (run.out / "metrics.jsonl").read_text(encoding="utf-8")
+        return result, metrics, parameters(LlamaForCausalLM.from_pretrained(run.out))
 
     return run
 
@@ -582,7 +585,7 @@ def test_training_and_inference_write_a_prompt_differently(control, form, toy, w
     golds = []
     data = task(gold=lambda prompt, text, ended: golds.append(prompt) or float(len(text)))
     whole("run", data, control=control, epochs=2.0)
-    found = json.loads((whole.out / "attributes.json").read_text())
+    found = json.loads((whole.out / "attributes.json").read_text(encoding="utf-8"))
     rows, asked = sum(whole.steps, []), whole.asked
     assert rows and all(re.fullmatch(r"[a-h]+" + form, row.prompt) for row in rows)
     assert all(row.prompt == re.match("[a-h]+", row.prompt)[0] + tag(found, row.reward) for row in rows)
@@ -597,13 +600,13 @@ def test_training_and_inference_write_a_prompt_differently(control, form, toy, w
     assert asked[-1 - len(test):] == [test[found["asked"]], *test]  # the evaluation after training, and the curve
     assert set(golds) == {"d", "ee", *(p for p in PROMPTS if p not in {re.match("[a-h]+", row.prompt)[0] for row in rows})}
 
-    seen, generate = [], conditioning.generate
-    monkeypatch.setattr(conditioning, "generate", lambda *args, **kwargs: seen.append(args) or generate(*args, **kwargs))
+    seen, generate = [], common.generate
+    monkeypatch.setattr(common, "generate", lambda *args, **kwargs: seen.append(args) or generate(*args, **kwargs))
     for steer, level in (("", found["asked"]), ("reward=0", 0), (" reward = 2 ", 2)):
         capsys.readouterr()
-        out = dt.run(settings(toy, policy=str(whole.out), prompt="ab", steer=steer, eval_samples=3))
+        dt.answer(settings(toy, policy=str(whole.out), prompt="ab", steer=steer, eval_samples=3))
         first, *printed = capsys.readouterr().out.splitlines()
-        assert out == {} and first == "ab" + written[level] and len(printed) == 3
+        assert first == "ab" + written[level] and len(printed) == 3
         assert seen[-1][2] == ["ab" + written[level]] and seen[-1][3] == 3
         assert common.encode(seen[-1][1], [first], [""]).input_ids.tolist()[0][:-1] == seen[-1][1](first).input_ids
     assert len(seen) == 3
@@ -621,36 +624,38 @@ def test_what_is_asked_for_is_not_the_best_on_the_validation_prompts_or_is_chose
     apart = sorted(set(PROMPTS) - {row.prompt[:-10] for row in sum(whole.steps, [])})
     last = len(whole.steps) - 1
     assert len(apart) == 2 and calls == [(last, apart * 4), (last + 1, ["d", "ee"])]         # chosen by what is trained
-    assert json.loads((whole.out / "attributes.json").read_text())["asked"] == metrics["eval/level"] == 1
+    assert json.loads((whole.out / "attributes.json").read_text(encoding="utf-8"))["asked"] == metrics["eval/level"] == 1
     assert whole.asked[-1] == ["d<reward:1>", "ee<reward:1>"]
 
     for name, kwargs, level in (("steered", dict(steer="reward=2"), 2), ("none", dict(validation=0.0), 3)):
         calls.clear()
         metrics = whole(name, **kwargs)[0]
         assert calls == [(len(whole.steps), ["d", "ee"])] and metrics["eval/level"] == level
-        assert json.loads((whole.out / "attributes.json").read_text())["asked"] == level
+        assert json.loads((whole.out / "attributes.json").read_text(encoding="utf-8"))["asked"] == level
         assert whole.asked[-1] == [f"d<reward:{level}>", f"ee<reward:{level}>"]
 
     def cut(run):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "finish", cut)
+        patch.setattr(harness.Run, "finish", cut)
         with pytest.raises(KeyboardInterrupt):
             whole("cut", save_every=1)
     whole("cut", save_every=1, resume=True)                         # every step is done
-    assert not whole.steps and json.loads((whole.out / "attributes.json").read_text())["asked"] == 1
+    assert not whole.steps and json.loads((whole.out / "attributes.json").read_text(encoding="utf-8"))["asked"] == 1
 
 
 def test_attributes_are_not_saved_or_saved_of_a_policy_that_reads_none(whole, toy):
     result, *_ = whole("dt", chat=True)
-    found = json.loads((whole.out / "attributes.json").read_text())
+    found = json.loads((whole.out / "attributes.json").read_text(encoding="utf-8"))
     assert set(found) == {"edges", "means", "control", "method", "chat", "levels", "asked"}
     assert (found["method"], found["control"], found["chat"]) == ("decision_transformer", "tokens", True)
     rewards = [row.reward for row in sum(whole.steps, [])]
     assert found["edges"] == reward_bins(rewards, 4).tolist() and len(found["means"]) == 4
     assert [row["asked"] for row in result["calibration"]] == found["means"] and found["asked"] == result["eval/level"]
     assert found["levels"] == {"reward": 3}
+    own = {"eval/level", "eval/effective_share", "eval/slope_reward", "eval/spearman_reward", "eval/slope_words"}
+    assert not own & set(result["trace"][0]) and own - set(result["trace"][-1]) == {"eval/effective_share"}
     assert conditioning.load_attributes(whole.out, "decision_transformer") == found
     for objective in ("sft", "rwr"):
         result, *_ = whole(objective, objective=objective, beta=0.5)
@@ -660,8 +665,9 @@ def test_attributes_are_not_saved_or_saved_of_a_policy_that_reads_none(whole, to
         shares = [sum(w) ** 2 / (len(w) * sum(x * x for x in w)) for w in weights]
         assert result["eval/effective_share"] == pytest.approx(statistics.fmean(shares), rel=1e-5)
         assert (result["eval/effective_share"] == pytest.approx(1)) == (objective == "sft")
+        assert not own & set(result["trace"][0]) and own & set(result["trace"][-1]) == {"eval/effective_share"}
         with pytest.raises(UserError, match=r"attributes\.json"):
-            dt.run(settings(toy, policy=str(whole.out), prompt="ab"))
+            dt.answer(settings(toy, policy=str(whole.out), prompt="ab"))
 
 
 @pytest.mark.parametrize("steer, message", [
@@ -671,18 +677,18 @@ def test_bad_request_passes(steer, message, toy, tmp_path, whole):
     with pytest.raises(UserError, match=f"--steer .*{message}"):
         whole("run", steer=steer)
     found = {"method": "decision_transformer", "levels": {"reward": 3}, "asked": 2, "chat": False}
-    common.write_json(tmp_path / "policy" / "attributes.json", levels() | found | {"means": [-1.0, 0.0, 1.0, 2.0]})
+    write_json(tmp_path / "policy" / "attributes.json", levels() | found | {"means": [-1.0, 0.0, 1.0, 2.0]})
     with pytest.raises(UserError, match=f"--steer .*{message}"):
-        dt.run(settings(toy, policy=str(tmp_path / "policy"), prompt="ab", steer=steer))
+        dt.answer(settings(toy, policy=str(tmp_path / "policy"), prompt="ab", steer=steer))
 
 
 def test_policy_of_another_method_or_of_none_is_asked(toy, tmp_path):
     for name, found in (("none", None), ("other", {"method": "steerlm"})):
         (tmp_path / name).mkdir()
         if found:
-            common.write_json(tmp_path / name / "attributes.json", found)
+            write_json(tmp_path / name / "attributes.json", found)
         with pytest.raises(UserError, match=rf"{name} has no attributes\.json of decision_transformer\.py"):
-            dt.steer(settings(toy, policy=str(tmp_path / name), prompt="ab"))
+            dt.answer(settings(toy, policy=str(tmp_path / name), prompt="ab"))
 
 
 @pytest.mark.parametrize("wrong, flag", [
@@ -704,7 +710,7 @@ def test_defaults_of_a_file_are_those_of_the_embedded_task(toy):
 
 @pytest.mark.parametrize("options", [{}, dict(objective="rwr", normalise="prompt"), dict(control="text")])
 def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options):
-    options, log = dict(options, save_every=2, eval_every=3, epochs=2.0), common.log
+    options, log = dict(options, save_every=2, eval_every=3, epochs=2.0), harness.Run.log
     straight, metrics, weights = whole("straight", **options)
     attributes, steps = whole.out / "attributes.json", len(whole.steps)
 
@@ -714,7 +720,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
+        patch.setattr(harness.Run, "log", kill)
         with pytest.raises(KeyboardInterrupt):
             whole("killed", **options)
     torch.manual_seed(999)
@@ -723,7 +729,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options)
     assert resumed[1] == metrics and f'"step": {steps}' in metrics and torch.equal(resumed[2], weights)
     assert resumed[0]["tokens_generated"] == straight["tokens_generated"] > 0
     assert resumed[0].get("calibration") == straight.get("calibration")
-    assert not attributes.exists() or attributes.read_text() == (whole.out / "attributes.json").read_text()
+    assert not attributes.exists() or attributes.read_text(encoding="utf-8") == (whole.out / "attributes.json").read_text(encoding="utf-8")
 
 
 def test_AE_runs_differ_under_one_seed_or_agree_under_two_or_an_evaluation_on_the_way_counts(whole):

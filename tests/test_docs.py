@@ -186,10 +186,12 @@ def is_name(name, constants, patterns):
 
 
 def metric_faults(text, sources):
-    """Names of metrics: the code in the first column of the tables."""
-    names = [name for row in table_rows(section(text, "Metrics")) for name in spans(row[0])]
-    strings = strings_of(sources)
-    return [f"no code writes {name}" for name in names if not is_name(name, *strings)] if names else ["no table of metrics"]
+    """Names of metrics: the code in the first column of the tables. `_x` is an ending, of the first name or of many."""
+    cells, strings = [spans(row[0]) for row in table_rows(section(text, "Metrics"))], strings_of(sources)
+    names = [{cell[0] + name, f"eval/<name>{name}"} if name.startswith("_") else {name}
+             for cell in cells for name in cell]
+    faults = [f"no code writes {min(ways)}" for ways in names if not any(is_name(name, *strings) for name in ways)]
+    return faults if names else ["no table of metrics"]
 
 
 # --------------------------------------------------------------------------------------------------------- the pages
@@ -265,22 +267,24 @@ def test_equation_check_cannot_fail():
 
 
 def test_commands_are_not_found():
-    text = ("see `python a.py\n--b 1` and `c`\n```\npip install x && python d.py --e \\\n    --f  # why\nA=1 python g.py\n"
-            "python h.py | tail\n```\n```python\nimport python\n```\n")
+    text = ("see `python a.py\n--b 1` and `c`\n```\npip install x && python d.py --e \\\n    --f  # why\n"
+            "A=1 python g.py\npython h.py | tail\n```\n```python\nimport python\n```\n")
     assert commands(text) == ["python d.py --e      --f  # why", "A=1 python g.py", "python h.py", "python a.py --b 1"]
     assert docstring_commands('"""A\n\n    python a.py --b\n    text\n"""\n') == ["python a.py --b"]
 
 
 @pytest.mark.parametrize("command, fault", [
-    ("python dpo.py", None), ("python dpo.py --beta 0.3 --help  # a comment", None), ("python dpo.py --quiet ...", None),
-    ('python dpo.py --pairs "strong>weak" --lr 1e-5', None), ("python benchmarks/logps.py", None),
-    ("A=1 python -m referee dpo --seeds 2", None), ("python -m referee dpo --report", None),
-    ("python -m referee --docs", None), ("python -m tasks.build --seed 3", None), ("python -m pytest -q", None),
-    ("python dpo.py --gamma 1", "--gamma"), ("python dpo.py --beta high", "invalid float"), ("python dpo.py --beta", "expected"),
-    ("python dpo.py --loss ipo", "invalid choice"), ("python dpo.py --beta 0", "--beta must be above 0"),
-    ("python dpo.py --hard_pairs a", "--hard_pairs needs --pairs"), ("python lm.py", "no such file: lm.py"),
-    ("python -m referee", "no method"), ("python -m referee xyz", "'xyz'"), ("python -m referee dpo --gamma 1", "--gamma"),
-    ("python -m tasks.build --seeds 3", "--seeds"), ("python -m tasks.make", "tasks/make.py"),
+    ("python dpo.py", None), ("python dpo.py --beta 0.3 --help  # a comment", None),
+    ("python dpo.py --quiet ...", None), ('python dpo.py --pairs "strong>weak" --lr 1e-5', None),
+    ("python benchmarks/logps.py", None), ("A=1 python -m referee dpo --seeds 2", None),
+    ("python -m referee dpo --report", None), ("python -m referee --docs", None),
+    ("python -m tasks.build --seed 3", None), ("python -m pytest -q", None),
+    ("python dpo.py --gamma 1", "--gamma"), ("python dpo.py --beta high", "invalid float"),
+    ("python dpo.py --beta", "expected"), ("python dpo.py --loss ipo", "invalid choice"),
+    ("python dpo.py --beta 0", "--beta must be above 0"), ("python dpo.py --hard_pairs a", "needs --pairs"),
+    ("python lm.py", "no such file: lm.py"), ("python -m referee", "no method"), ("python -m referee xyz", "'xyz'"),
+    ("python -m referee dpo --gamma 1", "--gamma"), ("python -m tasks.build --seeds 3", "--seeds"),
+    ("python -m tasks.make", "tasks/make.py"),
     ("python benchmarks/logps.py --xyz", "--xyz")])
 def test_command_check_cannot_fail(command, fault):
     faults = command_faults(command)
@@ -294,7 +298,8 @@ def test_option_check_cannot_fail():
 
 def test_link_check_cannot_fail(tmp_path):
     home = ROOT / "docs" / "page.md"
-    assert not link_faults(home, "# A title, with `code`\n[a](../dpo.py) ![b](https://x.y/z) [c](#a-title-with-code) `[d](e)`")
+    title = "# A title, with `code`\n"
+    assert not link_faults(home, title + "[a](../dpo.py) ![b](https://x.y/z) [c](#a-title-with-code) `[d](e)`")
     assert not link_faults(ROOT / "x.md", "[a](dpo.py) [b](docs)")
     assert link_faults(home, "[a](dpo.py)") == ["dpo.py leads to no file of the project"]
     assert link_faults(home, "# B\n[a](#c)") == ["#c leads to no heading"]
@@ -307,9 +312,11 @@ def test_metric_check_cannot_fail():
         rows = "\n".join(f"| {name} | the mean of `x` |" for name in names)
         return f"## Metrics\n\n| name | formula |\n| --- | --- |\n{rows}\n"
 
-    sources = ['a = {f"eval/{n}": 1, f"eval/{n}_se": 2, f"eval/slope_{n}": 3}\nb = ("gold", "loss", "eval/x")\n', 'c = "words"\n']
+    sources = ['a = {f"eval/{n}": 1, f"eval/{n}_se": 2, f"eval/slope_{n}": 3}\n',
+               'b = ("gold", "loss", "eval/x", "words")\n']
     assert not metric_faults(page("`loss`", "`eval/gold`, `eval/gold_se`", "`eval/x`", "`eval/slope_words`"), sources)
-    assert not metric_faults(page("`eval/slope_<attribute>`"), sources)
+    assert not metric_faults(page("`eval/slope_<attribute>`", "`eval/gold`, `_se`", "`eval/x`; also `_se`"), sources)
+    assert metric_faults(page("`eval/gold`, `_error`"), sources) == ["no code writes eval/<name>_error"]
     assert metric_faults(page("`loss`, `los`"), sources) == ["no code writes los"]
     assert metric_faults(page("`eval/golden`", "`eval/slope_gold`", "`x`"), sources) == [
         "no code writes eval/golden", "no code writes x"]

@@ -16,8 +16,7 @@ from tasks import Demonstration, Pair, Ranking
 from tasks.preferences import best_of, choose_file, choose_test_prompts, load, pairs_of
 
 REAL_DATA = ROOT.parent / "shared" / "data"
-USER, ASSISTANT = ({"role": role, "content": content} for role,
-                   content in (("user", "p"), ("assistant", "yes")))
+USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "content": "yes"}
 NO = {"role": "assistant", "content": "no"}
 SKIP = "; --skip_bad_rows leaves such rows out"
 
@@ -150,12 +149,12 @@ def test_rankings_and_demonstrations_in_chat_form(tmp_path, tokenizer):
 
 def test_a_chat_needs_a_template(tmp_path, tokenizer):
     path = write(tmp_path / "c.jsonl", [{"prompt": [USER]}, {"prompt": [{"role": "tool", "content": "x"}]}])
-    assert message(path,
-                   tokenizer=tokenizer) == 'c.jsonl line 2: the chat template refuses "prompt" (no tools)'
+    refused = 'c.jsonl line 2: the chat template refuses "prompt" (no tools)'
+    assert message(path, tokenizer=tokenizer) == refused
     tokenizer.chat_template = None
     for without in (None, tokenizer):
-        assert message(path,
-                       tokenizer=without) == "c.jsonl line 1: a chat needs a tokenizer with a chat template"
+        needed = "c.jsonl line 1: a chat needs a tokenizer with a chat template"
+        assert message(path, tokenizer=without) == needed
 
 
 def test_the_split_does_not_depend_on_the_template(tmp_path, tokenizer):
@@ -231,8 +230,8 @@ FAULTS = {
     r'{"prompt": " \n", "chosen": "a", "rejected": "b"}': ("empty prompt", '"prompt" is empty'),
     '{"prompt": "p", "chosen": "a", "rejected": " "}': ("empty response", '"rejected" is empty'),
     '{"prompt": "p", "chosen": "", "rejected": "b"}': ("empty response", '"chosen" is empty'),
-    '{"prompt": "p", "chosen": "a", "rejected": "a"}': ("equal responses",
-                                                        '"chosen" and "rejected" are equal'),
+    '{"prompt": "p", "chosen": "a", "rejected": "a"}':
+        ("equal responses", '"chosen" and "rejected" are equal'),
     r'{"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}':
         ("no shared prompt", '"rejected" does not share the prompt of "chosen"'),
     r'{"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant:"}':
@@ -243,16 +242,16 @@ FAULTS = {
         ("no shared prompt", '"chosen" does not share the prompt of "prompt"'),
     '{"prompt": "p", "completion": " "}': ("empty response", '"completion" is empty'),
     '{"prompt": "p", "response": ""}': ("empty response", '"response" is empty'),
-    '{"prompt": "p", "responses": ["a", ""], "scores": [1, 2]}': ("empty response",
-                                                                  '"responses[1]" is empty'),
+    '{"prompt": "p", "responses": ["a", ""], "scores": [1, 2]}':
+        ("empty response", '"responses[1]" is empty'),
     '{"prompt": "p", "responses": ["a"], "scores": [1]}':
         ("fewer than two responses", "a ranking needs at least two responses"),
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1]}':
         ("different lengths", '"scores" has length 1 for 2 responses'),
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "systems": ["x", "y", "z"]}':
         ("different lengths", '"systems" has length 3 for 2 responses'),
-    '{"prompt": "p", "responses": ["a", "b"], "scores": [1, NaN]}': ("score not finite",
-                                                                     '"scores[1]" is not finite'),
+    '{"prompt": "p", "responses": ["a", "b"], "scores": [1, NaN]}':
+        ("score not finite", '"scores[1]" is not finite'),
     '{"prompt": "p", "responses": ["a", "b"], "rewards": [-Infinity, 1]}':
         ("score not finite", '"rewards[0]" is not finite'),
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1' + "0" * 400 + ", 1]}":
@@ -332,8 +331,8 @@ def test_limit_stops_reading(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [pair(1), pair(9, "a", "a"), pair(2), "not JSON"])
     assert rows_of(load(path, limit=2, skip_bad_rows=True).prompts) == ["prompt 1", "prompt 2"]
     assert capsys.readouterr().err == "left out 1 of 3 rows: 1 equal responses\n"
-    assert message(path, limit=3,
-                   skip_bad_rows=True) == "rows.jsonl line 4: not JSON (Expecting value at column 1)"
+    text = message(path, limit=3, skip_bad_rows=True)
+    assert text == "rows.jsonl line 4: not JSON (Expecting value at column 1)"
 
 
 def test_broken_gzip(tmp_path):
@@ -345,8 +344,8 @@ def test_broken_gzip(tmp_path):
 
 
 def test_no_such_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_,
-                        **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files",
+                        lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     for source in ("rows.jsonl", "a/rows.jsonl.gz", "a/rows.json", "folder/rows", f"{tmp_path}/rows",
@@ -374,8 +373,8 @@ def test_split_moves_with_nothing_but_the_prompt(tmp_path):
     swapped = load_rows(tmp_path, *[pair(i, f"bad {i}", f"good {i}") for i in range(300)])
     assert swapped.prompts == task.prompts
     # AG: the labels swap with the fields, and the order of the fields in the file means nothing.
-    assert swapped.pairs == {split: [Pair(p, r, c) for p, c, r in pairs] for split,
-                             pairs in task.pairs.items()}
+    assert swapped.pairs == {split: [Pair(p, r, c) for p, c, r in pairs]
+                             for split, pairs in task.pairs.items()}
     assert load_rows(tmp_path, *[dict(reversed(row.items())) for row in rows]) == task
     backwards = load_rows(tmp_path, *rows[::-1])
     assert backwards.prompts == {split: prompts[::-1] for split, prompts in task.prompts.items()}
@@ -413,8 +412,8 @@ def hub(monkeypatch, tmp_path):
         assert (repo_id, repo_type) == ("owner/name", "dataset")
         return write(tmp_path / Path(filename).name, files[filename])
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, *,
-                        repo_type: list(files))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files",
+                        lambda self, repo_id, *, repo_type: list(files))
     monkeypatch.setattr(huggingface_hub.HfApi, "hf_hub_download", download)
     return files
 

@@ -43,11 +43,11 @@ def test_splits_share_no_request_whatever_the_seeds():
 
 def test_split_is_the_same_in_another_process():
     """`hash()` of a string differs between processes, and a cached pool would meet other test prompts."""
-    code = "from tasks import reviews; print(reviews.make_prompts('test', 3, 0), reviews.VOCABULARY)"
-    seen = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                           encoding="utf-8", env={**os.environ, "PYTHONHASHSEED": seed,
-                                                  "PYTHONPATH": str(ROOT)}).stdout
-            for seed in "12"]
+    code = ("import sys, types; sys.modules['common'] = types.SimpleNamespace(UserError=ValueError);"
+            "from tasks import reviews; print(reviews.make_prompts('test', 3, 0), reviews.VOCABULARY)")
+    environments = [{**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)} for seed in "12"]
+    seen = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True,
+                           encoding="utf-8", check=True).stdout for env in environments]
     assert seen[0] == seen[1] == f"{reviews.make_prompts('test', 3, 0)} {reviews.VOCABULARY}\n"
 
 
@@ -238,10 +238,9 @@ def test_gold_range_holds_and_is_tight():
             for response in (text, text[:rng.randrange(len(text))], garbage, text + text):
                 assert low <= reviews.gold(prompt, response, stopped=rng.random() < 0.5) <= high
     worst = " this western stars a lonely king on the moon." + 3 * " i hated the plot." + " skip it."
-    assert reviews.gold("review this old documentary and mention the songs:", worst,
-                        False) == pytest.approx(low)
-    assert reviews.gold("review this old comedy and mention the songs:",
-                        " i loved the songs.") == pytest.approx(high)
+    documentary, comedy = (WESTERN.replace("western", genre) for genre in ("documentary", "comedy"))
+    assert reviews.gold(documentary, worst, False) == pytest.approx(low)
+    assert reviews.gold(comedy, " i loved the songs.") == pytest.approx(high)
 
 
 # ---- attributes
@@ -253,9 +252,9 @@ def test_attributes_by_hand():
         sentiment=8, topicality=5, verbosity=2, intensity=9, personal=5)
     # The opener names the genre asked for, and is neither strong nor personal: 1 in 2, 0, 0. 14 words:
     # 9 * 9 / 27 = 3.
-    assert reviews.attributes(WESTERN,
-                              " this western stars a lonely king on the moon. the plot was good.") == dict(
-sentiment=6, topicality=5, verbosity=3, intensity=0, personal=0)
+    opened = " this western stars a lonely king on the moon. the plot was good."
+    assert reviews.attributes(WESTERN, opened) == dict(
+        sentiment=6, topicality=5, verbosity=3, intensity=0, personal=0)
     assert set(reviews.attributes(WESTERN, " songs songs").values()) == {0}
 
 
@@ -276,8 +275,8 @@ def test_attributes_are_levels_and_not_collinear():
 
 def test_same_seed_same_text():
     assert texts("crowd", 50, seed=3) == texts("crowd", 50, seed=3)
-    assert [text for _, text in texts("crowd", 50, seed=3)] != [text for _,
-                                                                text in texts("crowd", 50, seed=4)]
+    first, other = ([text for _, text in texts("crowd", 50, seed=seed)] for seed in (3, 4))
+    assert first != other
 
 
 def test_writers_are_ordered_with_gaps():
