@@ -1,4 +1,4 @@
-"""conditioning.py, and what conditioned methods need of the rest: prompts in another form, ratings, curves, matrices."""
+"""harness/conditioning.py, and what conditioned methods need of the rest: prompts in another form, ratings, curves, matrices."""
 import json
 import math
 import os
@@ -14,34 +14,36 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
-import compare
-import conditioning
 import decision_transformer
-import lm
+import harness
+import harness.run
 import steerlm
+from common import UserError
 from conftest import close, parameters
-from tasks import Demonstration, Ranking, Task, UserError, build, preferences, reviews
+from harness import conditioning, evaluation, loading
+from referee import figures, statistics as referee_statistics
+from tasks import Demonstration, Ranking, Task, build, preferences, reviews, write_json
 
 TRAIN, TEST = ["ab", "hb", "cde"], ["d", "ee", "fgh"]
 
 
 def settings(toy, **kwargs):
-    return common.Config(**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, temperature=0.7,
+    return harness.Config(**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, temperature=0.7,
                                 eval_samples=2, eval_prompts=3, save_every=0, device="cpu", quiet=True) | kwargs)
 
 
 def begun(toy, tmp_path, task=None, rewards=None, **kwargs):
     config = settings(toy, out=str(tmp_path / "run"), **kwargs)
     torch.manual_seed(0)
-    return common.Run(config, tmp_path / "run", task or Task("toy", {"train": TRAIN, "test": TEST}),
-                      common.load_tokenizer(toy, config), common.load_policy(config), rewards or {})
+    return harness.Run(config, tmp_path / "run", task or Task("toy", {"train": TRAIN, "test": TEST}),
+                       harness.load_tokenizer(config), harness.load_policy(config), rewards or {})
 
 
 @pytest.fixture(scope="module")
 def tied(toy, tmp_path_factory):
     """Like toy, with one matrix for input and output."""
     path = tmp_path_factory.mktemp("tied")
-    common.load_tokenizer(toy, settings(toy)).save_pretrained(path)
+    harness.load_tokenizer(settings(toy)).save_pretrained(path)
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                                  max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
@@ -87,7 +89,7 @@ def row_of(run, tag):
 def test_tag_starts_elsewhere_than_at_the_end_of_prompts_shifted_to_its_words(either, tmp_path):
     run = begun(either, tmp_path)
     old = weights(run)[0]
-    common.add_tags(run, {"x": WORDS, "y": {"<y:0>": ["a"], "<y:1>": ["ha"]}})
+    harness.add_tags(run, {"x": WORDS, "y": {"<y:0>": ["a"], "<y:1>": ["ha"]}})
     expected = starts(old, WORDS) | starts(old, {"<y:0>": ["a"], "<y:1>": ["ha"]})
     assert len(expected) == 5 and len(run.tokenizer) == len(weights(run)[0]) == 14 and torch.equal(weights(run)[0][:9], old)
     for tag, start in expected.items():
@@ -103,7 +105,7 @@ def test_tag_that_no_response_carries_starts_off_the_end_of_prompts_or_all_such_
     run = begun(toy, tmp_path)
     old = weights(run)[0]
     end = (old[2] + old[2] + old[5]) / 3
-    common.add_tags(run, {"x": WORDS | {"<x:3>": []}, "y": {f"<y:{i}>": [] for i in range(4)}})
+    harness.add_tags(run, {"x": WORDS | {"<x:3>": []}, "y": {f"<y:{i}>": [] for i in range(4)}})
     close(row_of(run, "<x:3>"), end, 1e-6)
     for tag, start in starts(old, WORDS | {"<x:3>": []}).items():
         close(row_of(run, tag), start, 1e-5)
@@ -117,20 +119,20 @@ def test_starts_of_tags_depend_on_the_random_state(toy, tmp_path):
     for seed in (1, 2):
         run = begun(toy, tmp_path)
         torch.manual_seed(seed)
-        common.add_tags(run, {"y": {"<y:0>": [], "<y:1>": []}})
+        harness.add_tags(run, {"y": {"<y:0>": [], "<y:1>": []}})
         found.append(weights(run))
     assert all(map(torch.equal, *found))
 
 
 def test_known_tag_changes_or_comes_twice(either, tmp_path):
     run = begun(either, tmp_path)
-    common.add_tags(run, {"x": WORDS})
+    harness.add_tags(run, {"x": WORDS})
     with torch.no_grad():
         run.policy.get_input_embeddings().weight[9:] += 0.5                             # trained meanwhile
     before, ids = weights(run), run.tokenizer.get_vocab()
-    common.add_tags(run, {"x": WORDS})
+    harness.add_tags(run, {"x": WORDS})
     assert all(map(torch.equal, weights(run), before)) and run.tokenizer.get_vocab() == ids
-    common.add_tags(run, {"x": {"<x:new>": ["a"]} | WORDS, "y": {"<y:0>": ["b"], "<y:1>": ["h"]}})
+    harness.add_tags(run, {"x": {"<x:new>": ["a"]} | WORDS, "y": {"<y:0>": ["b"], "<y:1>": ["h"]}})
     for now, then in zip(weights(run), before):
         assert len(now) == len(run.tokenizer) == 15 and torch.equal(now[:12], then)
     assert {tag: i for tag, i in run.tokenizer.get_vocab().items() if i < 12} == ids
@@ -139,7 +141,7 @@ def test_known_tag_changes_or_comes_twice(either, tmp_path):
 
 def test_tag_is_several_tokens_or_another_one_after_reloading(either, tmp_path):
     run = begun(either, tmp_path)
-    common.add_tags(run, {"x": WORDS})
+    harness.add_tags(run, {"x": WORDS})
     prompts = ["ab<x:2>", "h<x:0><x:1>", "<x:1>"]
     batch = common.encode(run.tokenizer, prompts, ["cd", "e", "<x:0>a"])
     expected = [[1, 2, 11, 3, 4, 0], [8, 9, 10, 5, 0], [10, 9, 1, 0]]
@@ -149,12 +151,12 @@ def test_tag_is_several_tokens_or_another_one_after_reloading(either, tmp_path):
     run.policy.save_pretrained(out)
     run.tokenizer.save_pretrained(out)
     config = replace(run.config, policy=str(out))
-    policy, tokenizer = common.load_policy(config), common.load_tokenizer(out, config)
+    policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
     again = common.encode(tokenizer, prompts, ["cd", "e", "<x:0>a"])
     assert len(tokenizer) == 12 and torch.equal(again.input_ids, batch.input_ids)
     assert torch.equal(common.sequence_logps(policy, batch), common.sequence_logps(run.policy, batch))
     other = SimpleNamespace(policy=policy, tokenizer=tokenizer, task=run.task)
-    common.add_tags(other, {"x": WORDS})                            # and a second method finds them known
+    harness.add_tags(other, {"x": WORDS})                            # and a second method finds them known
     assert len(tokenizer) == 12 and all(map(torch.equal, weights(other), weights(run)))
 
 
@@ -164,7 +166,7 @@ def test_new_rows_of_an_untied_head_are_no_average_or_old_logits_move(toy, tmp_p
     run = begun(toy, tmp_path)
     (embeddings, head), ids = weights(run), torch.tensor([[1, 5, 3]])
     before, rows = run.policy(input_ids=ids).logits, torch.randn(4, 16)
-    lm.extend_vocabulary(run.policy, rows)
+    evaluation.extend_vocabulary(run.policy, rows)
     now = weights(run)
     assert [len(matrix) for matrix in now] == [13, 13] and run.policy.config.vocab_size == 13
     assert torch.equal(now[0], torch.cat([embeddings, rows])) and torch.equal(now[1][:9], head)
@@ -177,7 +179,7 @@ def test_new_rows_of_an_untied_head_are_no_average_or_old_logits_move(toy, tmp_p
 def test_tied_embeddings_come_apart_or_their_rows_are_lost(tied, tmp_path):
     run = begun(tied, tmp_path)
     old, rows = weights(run)[0], torch.randn(2, 16)
-    lm.extend_vocabulary(run.policy, rows)
+    evaluation.extend_vocabulary(run.policy, rows)
     assert run.policy.get_input_embeddings().weight is run.policy.get_output_embeddings().weight
     assert torch.equal(weights(run)[0], torch.cat([old, rows]))
     common.sequence_logps(run.policy, common.encode(run.tokenizer, ["ab"], ["c"])).sum().backward()
@@ -205,21 +207,21 @@ def questions(batch):
 
 def test_responses_to_other_prompts_are_other_tokens_or_their_masks_differ(toy, tmp_path):
     run = begun(toy, tmp_path)
-    common.add_tags(run, {"x": WORDS})
+    harness.add_tags(run, {"x": WORDS})
     prompts = ["a", "abcdefgh", "hh", "c<x:1>", "g"]
     batch, others = sampled(run, prompts), [p for p in ["hgfe", "b", "", "aa", "cab"] for _ in range(2)]
     others[4:6] = ["e<x:0>", "fff"]
-    other = common.with_prompts(run.tokenizer, batch, others)
+    other = evaluation.with_prompts(run.tokenizer, batch, others)
     assert answers(other) == answers(batch) and torch.equal(other.lengths, batch.lengths)       # no EOS where it was cut off
     assert questions(other) == [run.tokenizer(p).input_ids for p in others] != questions(batch)
     assert torch.equal(common.finished(run.tokenizer, other), common.finished(run.tokenizer, batch))
-    same = common.with_prompts(run.tokenizer, batch, [p for p in prompts for _ in range(2)])
+    same = evaluation.with_prompts(run.tokenizer, batch, [p for p in prompts for _ in range(2)])
     assert all(map(torch.equal, same.tensors(), batch.tensors()))
-    odd = lm.pack([([1], [9, 1, 11, 0])], 0)
-    assert answers(common.with_prompts(run.tokenizer, odd, ["ba"])) == [[9, 1, 11, 0]]          # special tokens are kept
+    odd = common.pack([([1], [9, 1, 11, 0])], 0)
+    assert answers(evaluation.with_prompts(run.tokenizer, odd, ["ba"])) == [[9, 1, 11, 0]]          # special tokens are kept
     for wrong in (others[:-1], others + ["a"]):
         with pytest.raises(ValueError):
-            common.with_prompts(run.tokenizer, batch, wrong)
+            evaluation.with_prompts(run.tokenizer, batch, wrong)
 
 
 def logp(model, prompt, response, temperature, more=()):
@@ -272,25 +274,25 @@ def test_kl_of_an_asked_policy_differs_from_enumeration_or_rewards_see_the_tag(t
     seen = {"gold": [], "proxy": []}
     run = begun(toy, tmp_path, *spying(seen))
     if tags:
-        common.add_tags(run, {"x": WORDS})
+        harness.add_tags(run, {"x": WORDS})
     changed(run.policy)
     end = "<x:1>" if tags else "hg"
-    metrics, samples = common.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, ask=lambda text: text + end)
+    metrics, samples = evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, ask=lambda text: text + end)
     (asked, batch), = watched
     plain = [prompt for prompt in TEST for _ in range(2)]
     assert asked == [prompt + end for prompt in TEST]
     assert seen["gold"] == seen["proxy"] == samples["prompts"] == plain
     assert metrics["eval/gold"] == metrics["eval/proxy"] == pytest.approx(2)
     assert samples["responses"] == common.decode(run.tokenizer, batch) and metrics["eval/length"] == batch.lengths.float().mean()
-    reference, more, kl = common.load_reference(run.config), weights(run)[0][9:], []
+    reference, more, kl = loading.load_reference(run.config), weights(run)[0][9:], []
     for i, (prompt, response) in enumerate(zip(plain, answers(batch))):
         tag = [10] if tags else [8, 7]
         assert questions(batch)[i] == letters(prompt) + tag
         kl.append(logp(run.policy, letters(prompt) + tag, response, 0.7) - logp(reference, letters(prompt), response, 0.7, more))
     assert metrics["eval/kl"] == pytest.approx(statistics.fmean(kl), abs=1e-5)
-    each = common.kl_to_reference(run.config, run.policy, batch, common.with_prompts(run.tokenizer, batch, plain))
+    each = evaluation.kl_to_reference(run.config, run.policy, batch, evaluation.with_prompts(run.tokenizer, batch, plain))
     assert each.tolist() == pytest.approx(kl, abs=1e-5) and max(map(abs, kl)) > 0.1
-    wrong = common.kl_to_reference(run.config, run.policy, batch)   # the reference must not see the tag
+    wrong = evaluation.kl_to_reference(run.config, run.policy, batch)   # the reference must not see the tag
     assert (wrong - each).abs().max() > 1e-3
 
 
@@ -298,22 +300,22 @@ def test_evaluation_without_ask_is_another_one(toy, tmp_path, watched, monkeypat
     seen = {"gold": [], "proxy": []}
     run = begun(toy, tmp_path, *spying(seen))
     changed(run.policy)
-    first = common.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards)
-    monkeypatch.setattr(common, "with_prompts", lambda *args: pytest.fail("the prompts are the same"))
-    assert first == common.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, None, str)
-    assert first == common.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, ask=lambda prompt: prompt)
+    first = evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards)
+    monkeypatch.setattr(evaluation, "with_prompts", lambda *args: pytest.fail("the prompts are the same"))
+    assert first == evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, None, str)
+    assert first == evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, ask=lambda prompt: prompt)
     asked, batch = watched[0]
     assert asked == TEST and seen["gold"][:6] == [prompt for prompt in TEST for _ in range(2)]
-    reference = common.load_reference(run.config)
+    reference = loading.load_reference(run.config)
     kl = [logp(run.policy, p, y, 0.7) - logp(reference, p, y, 0.7) for p, y in zip(questions(batch), answers(batch))]
     assert first[0]["eval/kl"] == pytest.approx(statistics.fmean(kl), abs=1e-5) and abs(statistics.fmean(kl)) > 1e-3
 
 
 def test_reference_with_fewer_tokens_reads_tags_as_the_policy_does_not(either, tmp_path):
     run = begun(either, tmp_path)
-    common.add_tags(run, {"x": WORDS})
+    harness.add_tags(run, {"x": WORDS})
     batch = common.encode(run.tokenizer, ["ab<x:0>", "h<x:2>"], ["cd<x:1>a", "e"])
-    close(common.kl_to_reference(run.config, run.policy, batch), [0.0, 0.0], 1e-5)      # as yet the two are one
+    close(evaluation.kl_to_reference(run.config, run.policy, batch), [0.0, 0.0], 1e-5)      # as yet the two are one
 
 
 # ------------------------------------------------------------------------------------------- before and after training
@@ -324,10 +326,9 @@ def ask(prompt):
 
 def test_policy_is_asked_before_training_or_no_longer_afterwards(toy, tmp_path, watched):
     run = begun(toy, tmp_path)
-    run.out.mkdir()
     run.ask = ask
     for _ in range(3):
-        common.record(run, dict)
+        run.evaluate()
     assert [asked for asked, _ in watched] == [TEST] + [[prompt + "hh" for prompt in TEST]] * 2
     assert run.samples["before"]["prompts"] == run.samples["after"]["prompts"] == [p for p in TEST for _ in range(2)]
     assert run.samples["before"]["responses"] == common.decode(run.tokenizer, watched[0][1])
@@ -335,16 +336,30 @@ def test_policy_is_asked_before_training_or_no_longer_afterwards(toy, tmp_path, 
     assert run.trace[0]["eval/kl"] == pytest.approx(0, abs=1e-6)
 
 
-def trained(run, begin, ask=str):
-    """Two steps that change the policy; the calls of `measure`."""
-    measured = []
-    if begin:
-        common.begin(run)
-        common.add_tags(run, {"x": WORDS})
-    run.ask = ask
-    for step, row in common.steps(run, ["first", "second"], lambda: measured.append(run.step) or {"eval/mine": 1.0}):
+def looped(run, plan=("first", "second")):
+    """The steps of a method's loop that changes the policy without a gradient, and evaluates as dpo.py does."""
+    optimizer, schedule = common.adamw(run.policy, run.config.lr, len(plan))
+    for step, row in run.steps(list(plan), run.policy, optimizer, schedule):
         changed(run.policy)
-    return measured
+        run.log(step, {"loss": 0.0})
+        if run.evaluation_due(step):
+            run.evaluate(**{"eval/mine": 1.0})
+        yield step, row
+
+
+def trained(run, tags, ask=str):
+    """Two steps; before them an evaluation, and then tags where `tags` says so. Returns the steps of the rows' evaluations."""
+    run.evaluate()
+    if tags:
+        harness.add_tags(run, {"x": WORDS})
+    run.ask = ask
+    assert [*looped(run)] == [(0, "first"), (1, "second")]
+    return [entry["step"] for entry in run.trace if "eval/mine" in entry]
+
+
+def evaluations(run):
+    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "loss" not in row]
 
 
 def test_before_is_recorded_twice_or_after_the_model_was_changed(toy, tmp_path, watched):
@@ -352,7 +367,7 @@ def test_before_is_recorded_twice_or_after_the_model_was_changed(toy, tmp_path, 
     run = begun(toy, tmp_path, *spying(seen), eval_every=1)
     assert trained(run, True, ask=lambda prompt: prompt + "<x:0>") == [1, 2]
     assert [entry["step"] for entry in run.trace] == [0, 1, 2] and len(watched) == 3
-    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    rows = evaluations(run)
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[0]["eval/kl"] == pytest.approx(0, abs=1e-6)
     assert [row.get("eval/mine") for row in rows] == [None, 1.0, 1.0]
     assert [row.get("eval/win_rate") for row in rows] == [None, 0.5, 0.5]
@@ -360,38 +375,40 @@ def test_before_is_recorded_twice_or_after_the_model_was_changed(toy, tmp_path, 
     assert int(watched[0][1].input_ids.max()) < 9
 
 
-def test_without_begin_the_steps_do_not_record_before(toy, tmp_path, watched):
+def test_steps_record_before_by_themselves_or_tags_change_what_was_recorded(toy, tmp_path, watched):
     run = begun(toy, tmp_path)
-    run.out.mkdir()
-    assert trained(run, False) == [0, 2] and [entry["step"] for entry in run.trace] == [0, 2] and len(watched) == 2
-    begun_too = begun(toy, tmp_path / "other")
-    common.begin(begun_too)
-    assert {k: v for k, v in run.trace[0].items() if k != "eval/mine"} == begun_too.trace[0]
+    assert trained(run, False) == [2] and [entry["step"] for entry in run.trace] == [0, 2] and len(watched) == 2
+    other = begun(toy, tmp_path / "other")
+    assert trained(other, True, ask=lambda prompt: prompt + "<x:0>") == [2] and len(watched) == 4
+    assert run.trace[0] == other.trace[0] and evaluations(run)[0] == evaluations(other)[0]
+    none = begun(toy, tmp_path / "none")
+    assert [*looped(none)] == [(0, "first"), (1, "second")]         # who does not ask for it gets no evaluation before
+    assert [entry["step"] for entry in none.trace] == [2] and len(watched) == 5
 
 
 def test_a_resumed_run_records_before_anew(toy, tmp_path, watched):
     straight = begun(toy, tmp_path / "straight")
     trained(straight, True, ask)
-    run, plan = begun(toy, tmp_path, save_every=1), ["first", "second"]
-    common.begin(run)
-    common.add_tags(run, {"x": WORDS})
-    with pytest.raises(KeyboardInterrupt):
-        for step, row in common.steps(run, plan):
-            if step:
-                raise KeyboardInterrupt
-            changed(run.policy)
-    before, again = (run.out / "metrics.jsonl").read_text(), begun(toy, tmp_path, resume=True)
+    run = begun(toy, tmp_path, save_every=1)
+    run.evaluate()
+    harness.add_tags(run, {"x": WORDS})
+    run.ask = ask
+    steps = looped(run)
+    assert next(steps) == (0, "first")
+    run.checkpoint()
+    steps.close()                                                   # killed in the second step
+    before, again = (run.out / "metrics.jsonl").read_text(encoding="utf-8"), begun(toy, tmp_path, resume=True)
     watched.clear()
-    common.begin(again)
-    assert not again.trace and not watched and (run.out / "metrics.jsonl").read_text() == before
-    common.add_tags(again, {"x": WORDS})
+    again.evaluate()
+    again.amend(**{"eval/mine": 1.0})
+    assert not again.trace and not watched and (run.out / "metrics.jsonl").read_text(encoding="utf-8") == before
+    harness.add_tags(again, {"x": WORDS})
     again.ask = ask
-    for step, row in common.steps(again, plan):
-        assert (step, row) == (1, "second") and again.trace == run.trace and len(run.trace) == 1
-        changed(again.policy)
+    for step, row in looped(again):
+        assert (step, row) == (1, "second") and again.trace[:1] == run.trace and len(run.trace) == 1
     assert [asked for asked, _ in watched] == [[prompt + "hh" for prompt in TEST]]
     assert torch.equal(parameters(again.policy), parameters(straight.policy)) and again.samples == straight.samples
-    assert [entry["step"] for entry in again.trace] == [0, 2]
+    assert [entry["step"] for entry in again.trace] == [0, 2] and evaluations(again) == evaluations(straight)
 
 
 # ------------------------------------------------------------------------------------------------------ probe, curve
@@ -402,7 +419,7 @@ def test_probe_draws_new_numbers_or_moves_the_runs(toy, tmp_path):
     for state in (1, 2):
         torch.manual_seed(state)
         before = torch.get_rng_state()
-        found.append(common.probe(run, prompts))
+        found.append(harness.probe(run, prompts))
         assert torch.equal(torch.get_rng_state(), before)
     (texts, ended), again = found
     assert texts == again[0] and torch.equal(ended, again[1]) and len(texts) == 12 and 0 < ended.sum() < 12
@@ -411,9 +428,9 @@ def test_probe_draws_new_numbers_or_moves_the_runs(toy, tmp_path):
     batch = common.generate(run.policy, run.tokenizer, prompts, 1, 0.7, max_new_tokens=4)
     assert texts == common.decode(run.tokenizer, batch) and torch.equal(ended, common.finished(run.tokenizer, batch))
     run.config = replace(run.config, seed=1)
-    assert common.probe(run, prompts)[0] != texts
+    assert harness.probe(run, prompts)[0] != texts
     changed(run.policy)
-    assert common.probe(run, prompts)[0] != found[0][0]
+    assert harness.probe(run, prompts)[0] != found[0][0]
 
 
 def test_curve_mixes_rows_or_miscounts_words(monkeypatch):
@@ -426,24 +443,24 @@ def test_curve_mixes_rows_or_miscounts_words(monkeypatch):
         seen.append((texts, ended))
         return {"sum": sum(map(len, texts))}
 
-    rows = common.curve(None, [(7, ["p", "p", "p"]), (2.5, ["q"])], measure)
+    rows = harness.curve(None, [(7, ["p", "p", "p"]), (2.5, ["q"])], measure)
     assert rows == [{"asked": 7, "words": 1.0, "sum": 12}, {"asked": 2.5, "words": 3.0, "sum": 6}]
     assert seen == [(said[name], ended[name]) for name in "pq"] and type(seen[0][1][0]) is bool
 
 
 def test_slope_is_not_that_of_least_squares():
     rows = [{"asked": 0, "came": 1.0}, {"asked": 1, "came": 2}, {"asked": 3, "came": 2.0}]
-    assert common.slope(rows, "came") == pytest.approx(2 / 7, abs=1e-12)                # 12/9 over 42/9
-    assert common.slope(rows[::-1], "came") == pytest.approx(2 / 7, abs=1e-12)
-    assert common.slope([{"asked": x, "m": 5 - 0.3 * x} for x in (0, 3, 6, 9)], "m") == pytest.approx(-0.3, abs=1e-12)
-    assert common.slope([{"asked": x + 1e6, "m": 1e3 * x} for x in (1.0, 2.0, 4.0)], "m") == pytest.approx(1e3, rel=1e-9)
-    assert common.slope([{"asked": 1, "m": 4}, {"asked": 2, "m": 4}], "m") == 0
+    assert harness.slope(rows, "came") == pytest.approx(2 / 7, abs=1e-12)                # 12/9 over 42/9
+    assert harness.slope(rows[::-1], "came") == pytest.approx(2 / 7, abs=1e-12)
+    assert harness.slope([{"asked": x, "m": 5 - 0.3 * x} for x in (0, 3, 6, 9)], "m") == pytest.approx(-0.3, abs=1e-12)
+    assert harness.slope([{"asked": x + 1e6, "m": 1e3 * x} for x in (1.0, 2.0, 4.0)], "m") == pytest.approx(1e3, rel=1e-9)
+    assert harness.slope([{"asked": 1, "m": 4}, {"asked": 2, "m": 4}], "m") == 0
 
 
 def test_table_is_not_aligned_or_rounds_whole_numbers():
-    assert common.table([["", "gold"], ["x", 1005.0], [3, -0.126]], 9) == "\n".join([
+    assert harness.table([["", "gold"], ["x", 1005.0], [3, -0.126]], 9) == "\n".join([
         "              gold", "        x  1005.00", "        3    -0.13"])
-    assert common.table([[math.nan, 12]]) == "         nan          12"
+    assert harness.table([[math.nan, 12]]) == "         nan          12"
 
 
 # -------------------------------------------------------------------------------------------------- requests and runs
@@ -452,10 +469,10 @@ KNOWN = {"sentiment": 9, "verbosity": 9, "reward": 4}
 
 
 def test_request_is_misread():
-    assert common.parse_request("", KNOWN) == {}
-    assert common.parse_request("sentiment=9,verbosity=0", KNOWN) == {"sentiment": 9, "verbosity": 0}
-    assert common.parse_request(" verbosity = 3 ,reward=4,", KNOWN) == {"verbosity": 3, "reward": 4}
-    assert list(common.parse_request("verbosity=1,sentiment=2", KNOWN)) == ["verbosity", "sentiment"]
+    assert harness.parse_request("", KNOWN) == {}
+    assert harness.parse_request("sentiment=9,verbosity=0", KNOWN) == {"sentiment": 9, "verbosity": 0}
+    assert harness.parse_request(" verbosity = 3 ,reward=4,", KNOWN) == {"verbosity": 3, "reward": 4}
+    assert list(harness.parse_request("verbosity=1,sentiment=2", KNOWN)) == ["verbosity", "sentiment"]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -466,49 +483,50 @@ def test_request_is_misread():
     ("reward=1,sentiment=2,reward=1", "names reward twice")])
 def test_bad_request_passes_or_is_not_explained(text, message):
     with pytest.raises(UserError, match=message) as caught:
-        common.parse_request(text, KNOWN)
+        harness.parse_request(text, KNOWN)
     assert f"--steer {text!r}" in str(caught.value)
 
 
 def test_attributes_of_another_method_are_taken_or_none_is_a_traceback(tmp_path):
     for folder in (tmp_path, str(tmp_path / "absent")):
         with pytest.raises(UserError, match="no attributes.json of steerlm.py"):
-            common.load_attributes(folder, "steerlm")
+            conditioning.load_attributes(folder, "steerlm")
     found = {"method": "steerlm", "asked": {"x": 3}}
-    common.write_json(tmp_path / "attributes.json", found)
-    assert common.load_attributes(str(tmp_path), "steerlm") == found
+    write_json(tmp_path / "attributes.json", found)
+    assert conditioning.load_attributes(str(tmp_path), "steerlm") == found
     with pytest.raises(UserError, match="run of decision_transformer.py"):
-        common.load_attributes(tmp_path, "decision_transformer")
+        conditioning.load_attributes(tmp_path, "decision_transformer")
 
 
 def test_last_run_is_one_of_another_script_or_unfinished_or_older(tmp_path, monkeypatch):
-    monkeypatch.setattr(conditioning, "ROOT", tmp_path)
+    for module in (conditioning, harness.run):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     config = steerlm.Config(quiet=True)
 
     def finished(method, name, age):
         file = tmp_path / "runs" / method / name / "attributes.json"
-        common.write_json(file, {})
+        write_json(file, {})
         os.utime(file, (1e9 - age, 1e9 - age))
         return file.parent
 
     with pytest.raises(UserError, match="there is no run to ask"):
-        common.latest_run(config)
+        conditioning.latest_run("steerlm")
     (tmp_path / "runs" / "steerlm" / "010").mkdir(parents=True)
     other = finished("decision_transformer", "001", 0)
     with pytest.raises(UserError, match="there is no run to ask"):
-        common.latest_run(config)
+        conditioning.latest_run("steerlm")
     for name, age in (("002", 50), ("009", 70), ("001", 30), ("named", 90)):
         finished("steerlm", name, age)
-    assert common.latest_run(config) == tmp_path / "runs" / "steerlm" / "001"
-    assert common.latest_run(decision_transformer.Config(quiet=True)) == other
-    assert common.output_directory(config) == tmp_path / "runs" / "steerlm" / "011"
+    assert conditioning.latest_run("steerlm") == tmp_path / "runs" / "steerlm" / "001"
+    assert conditioning.latest_run(harness.run.method_name(decision_transformer.Config(quiet=True))) == other
+    assert harness.run.output_directory(config) == tmp_path / "runs" / "steerlm" / "011"
 
 
 @pytest.fixture
 def asked_for(toy, tmp_path, monkeypatch, capsys):
     """A function that completes --prompt bc with a saved policy: (prompts, ids, n) of what was generated, what was printed."""
-    run, calls, generate = begun(toy, tmp_path), [], conditioning.generate
-    common.add_tags(run, {"x": WORDS})
+    run, calls, generate = begun(toy, tmp_path), [], common.generate
+    harness.add_tags(run, {"x": WORDS})
     run.tokenizer.chat_template = ("{% for m in messages %}{{ 'h' if m.role == 'user' else 'e' }}{{ m.content }}{% endfor %}"
                                    "{% if add_generation_prompt %}g{% endif %}")
 
@@ -521,14 +539,14 @@ def asked_for(toy, tmp_path, monkeypatch, capsys):
         out = tmp_path / "runs" / "steerlm" / folder
         run.policy.save_pretrained(out)
         run.tokenizer.save_pretrained(out)
-        common.write_json(out / "attributes.json", saved)
+        write_json(out / "attributes.json", saved)
         options = dict(model=str(toy), data="x", max_length=64, max_new_tokens=4, temperature=0.7, eval_samples=5, device="cpu")
-        common.complete_prompt(steerlm.Config(**options | {"prompt": "bc"} | kwargs), "steerlm", tags_of)
+        conditioning.complete_prompt(steerlm.Config(**options | {"prompt": "bc"} | kwargs), "steerlm", tags_of)
         return calls.pop(), capsys.readouterr().out
 
     complete.run, complete.generate = run, generate
     monkeypatch.setattr(conditioning, "ROOT", tmp_path)
-    monkeypatch.setattr(conditioning, "generate", note)
+    monkeypatch.setattr(common, "generate", note)
     return complete
 
 
@@ -671,7 +689,7 @@ def test_levels_are_no_shares_of_smaller_values_or_ties_come_apart():
 
 
 def load(tmp_path, rows):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return preferences.load(str(tmp_path / "rows.jsonl"))
 
 
@@ -725,8 +743,8 @@ PANEL = dict(kind="curve", curve="followed", x="asked", y=["a"])
 
 def test_curve_is_no_mean_over_seeds_or_its_interval_is_another():
     ax = axes()
-    compare.draw_curve(ax, PANEL, {"first": steered(1.0, 2.0, 3.0), "one": steered(5.0)}, {"first": "red", "one": "blue"})
-    half, found = compare.t_interval([1.0, 2.0, 3.0])[1], bars_of(ax)
+    figures.draw_curve(ax, PANEL, {"first": steered(1.0, 2.0, 3.0), "one": steered(5.0)}, {"first": "red", "one": "blue"})
+    half, found = referee_statistics.t_interval([1.0, 2.0, 3.0])[1], bars_of(ax)
     assert half > 2 and list(found) == ["first", "one"]
     assert found["first"] == [pytest.approx(row) for row in ((0, 2, 2 - half, 2 + half), (3, 4, 4 - half, 4 + half))]
     assert found["one"] == [(0, 5, 5, 5), (3, 7, 7, 7)]             # one seed has no interval
@@ -739,7 +757,7 @@ def test_curve_without_data_crashes_or_draws_what_was_not_measured():
     runs[7] = {"seconds": 1.0}                                      # of an arm without conditioning, or before it was stored
     runs[8] = {"followed": []}
     ax = axes()
-    compare.draw_curve(ax, PANEL | {"y": ["a", "b", "c"]}, {"arm": runs, "not run": {}}, {"arm": "red", "not run": "black"})
+    figures.draw_curve(ax, PANEL | {"y": ["a", "b", "c"]}, {"arm": runs, "not run": {}}, {"arm": "red", "not run": "black"})
     assert {name: [(x, y) for x, y, *_ in rows] for name, rows in bars_of(ax).items() if rows} == {
         "arm: a": [(0, 1.5), (3, 3.5)], "arm: b": [(0, 1.0)]}
 
@@ -750,7 +768,7 @@ def matrix(**rows):
 
 def test_matrix_is_transposed_or_no_mean_over_seeds():
     ax = axes()
-    compare.draw_matrix(ax, dict(kind="matrix", matrix="matrix"), {"arm": {
+    figures.draw_matrix(ax, dict(kind="matrix", matrix="matrix"), {"arm": {
         0: matrix(x=(0.9, 0.1), y=(-0.5, 0.4)), 1: matrix(x=(0.7, 0.3), y=(-0.5, 0.2)), 2: {"seconds": 1.0}, 3: {"matrix": {}}}})
     assert ax.images[0].get_array().tolist() == [pytest.approx([0.8, 0.2]), pytest.approx([-0.5, 0.3])]
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
@@ -759,7 +777,7 @@ def test_matrix_is_transposed_or_no_mean_over_seeds():
     assert set(texts) == {(0, 0), (1, 0), (0, 1), (1, 1)} and texts[1, 0].startswith("0.20") and texts[0, 1].startswith("-0.50")
     assert "±" in texts[0, 0]
     single = axes()
-    compare.draw_matrix(single, dict(matrix="matrix"), {"arm": {0: matrix(x=(0.9, 0.1), y=(-0.5, 0.4))}})
+    figures.draw_matrix(single, dict(matrix="matrix"), {"arm": {0: matrix(x=(0.9, 0.1), y=(-0.5, 0.4))}})
     assert [text.get_text() for text in single.texts] == ["0.90", "0.10", "-0.50", "0.40"]
 
 
@@ -772,18 +790,18 @@ def test_figure_with_curve_and_matrix_is_not_drawn_or_crashes_where_runs_are_mis
     method.EXPERIMENTS = {"steering": dict(question="What follows?", arms={"steered": {}, "plain": {}}, claims=[], panels=[
         PANEL | dict(arms=["steered"], title="what came"), PANEL | dict(y=["a", "b"]),
         dict(kind="matrix", matrix="matrix", arms=["steered"], title="matrix")])}
-    monkeypatch.setitem(sys.modules, "conditioned", method)
+    monkeypatch.setitem(sys.modules, "experiments.conditioned", method)
     for name in ("draw_curve", "draw_matrix", "draw_lines"):
-        def note(*args, draw=getattr(compare, name), name=name):
+        def note(*args, draw=getattr(figures, name), name=name):
             called.append((name, list(args[2])))
             draw(*args)
 
-        monkeypatch.setattr(compare, name, note)
+        monkeypatch.setattr(figures, name, note)
     trace = {"trace": [{"step": 0}, {"step": 1}]}
     runs = {seed: run | trace | matrix(a=(0.9, 0.1), b=(0.0, 0.4)) for seed, run in steered(1.0, 2.0).items()}
     found = {"all": {"steered": runs, "plain": {0: trace}}, "no matrix": {"steered": {0: trace}, "plain": {}},
              "no run": {"steered": {}, "plain": {}}}[stored]
-    compare.draw("conditioned", {"best_of_n": {}}, {"steering": found}, tmp_path / "figure.png")
+    figures.draw("conditioned", {"best_of_n": {}}, {"steering": found}, tmp_path / "figure.png")
     assert called == [("draw_curve", ["steered"]), ("draw_curve", ["steered", "plain"]), ("draw_matrix", ["steered"])]
     image = imread(tmp_path / "figure.png")[..., :3]
     assert image.shape[1] == pytest.approx(1600, abs=2)

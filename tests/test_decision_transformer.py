@@ -424,6 +424,17 @@ def test_L_one_step_is_not_the_weighted_gradient_by_hand(objective, budget, toy,
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("bound", [1e-2, 1e9])
+def test_gradient_is_not_clipped_or_the_clipped_norm_is_logged(bound, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "adamw", sgd)
+    run = begun(toy, tmp_path / "run", objective="sft", batch_size=6, max_grad_norm=bound)
+    initial = parameters(run.policy)
+    assert len(stepped(run, monkeypatch, MIXED, levels())) == 1
+    line = json.loads((run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    moved = (parameters(run.policy) - initial).norm().item()
+    assert line["grad_norm"] > 0.1 and moved == pytest.approx(0.01 * min(bound, line["grad_norm"]), rel=1e-2)
+
+
 def test_tag_is_in_the_loss_or_not_in_the_input(toy, tmp_path):
     run = begun(toy, tmp_path / "run")
     dt.learn_tags(run, levels(), MIXED)

@@ -44,30 +44,34 @@ def ragged(seed=0):
     return mask, *rand(3, 5, 8, seed=seed)
 
 
-# ---------------------------------------------------------------------------------------- against other people's code
+# -------------------------------------------------------------------------------- against other people's code
 
 def fixtures(name):
     return [(case["inputs"], case["expected"]) for case in cases(name)]
 
 
 def test_X_M_Y_estimators_differ_from_numbers_of_other_code():
-    advantages, _ = gae(tensor([[0, 0, 0, 0, 0, 2], [0, 0, 0, -1, 9, 9]]), torch.zeros(2, 6, dtype=torch.float64),
-                        torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]]), 0.9, 0.8)                                 # gae-08
-    close(advantages, [[0.3869835264, 0.53747712, 0.746496, 1.0368, 1.44, 2], [-0.373248, -0.5184, -0.72, -1, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 0]])                                                                  # kl_rewards-06
+    advantages, _ = gae(tensor([[0, 0, 0, 0, 0, 2], [0, 0, 0, -1, 9, 9]]),
+                        torch.zeros(2, 6, dtype=torch.float64),
+                        torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]]), 0.9, 0.8)                        # gae-08
+    close(advantages, [[0.3869835264, 0.53747712, 0.746496, 1.0368, 1.44, 2],
+                       [-0.373248, -0.5184, -0.72, -1, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0]])                                                        # kl_rewards-06
     rewards = kl_penalised_rewards(tensor([-1.193885]), tensor([[-4.596865, -1.730436, -3.31346, -3.079119]]),
                                    tensor([[36.267559, 22.300004, 16.740832, -83.67679]]), mask, 0.1)
     close(rewards, [[4.0864424, 2.403044, 0.8115442, 0]])
     whitened = masked_whiten(tensor([[-1, 0, 1, 1, 0, 0, -2, -1, 1]]) * 1e-6, torch.tensor([[1] * 8 + [0]]))
-    close(whitened[0, :2], [-0.007499648462217308, 0.0024998828207391023])                            # masked_whiten-07
+    close(whitened[0, :2], [-0.007499648462217308, 0.0024998828207391023])                  # masked_whiten-07
 
 
 def test_X_gae_differs_from_a_fixture():
     for given, expected in fixtures("gae"):
         mask = wide = torch.tensor(given["response_mask"])
-        if given["kind"] == "padded":                       # TRL has the score, and a value, one position after the end
-            wide = (torch.arange(mask.shape[1]) <= torch.tensor(given["sequence_lengths"])[:, None] + 1).long()
-        advantages, returns = gae(tensor(given["rewards"]), tensor(given["values"]), wide, given["gamma"], given["lam"])
+        if given["kind"] == "padded":             # TRL has the score, and a value, one position after the end
+            wide = (torch.arange(mask.shape[1]) <= torch.tensor(given["sequence_lengths"])[:, None]
+                    + 1).long()
+        advantages, returns = gae(tensor(given["rewards"]), tensor(given["values"]), wide, given["gamma"],
+                                  given["lam"])
         close(advantages, expected["advantages_raw"])
         close(returns, expected["returns"])
         if given["kind"] == "padded":
@@ -99,7 +103,8 @@ def test_Y_mean_or_whitening_differs_from_a_fixture():
 @pytest.mark.parametrize("name, loss, clip, inputs, outputs", [
     ("ppo_policy_loss", policy_loss, "cliprange", ("new_logprobs", "old_logprobs", "advantages"),
      ("pg_loss", "grad_new_logprobs")),
-    ("ppo_value_loss", value_loss, "cliprange_value", ("vpreds", "old_values", "returns"), ("vf_loss", "grad_vpreds"))])
+    ("ppo_value_loss", value_loss, "cliprange_value", ("vpreds", "old_values", "returns"),
+     ("vf_loss", "grad_vpreds"))])
 def test_loss_or_gradient_differs_from_a_fixture(name, loss, clip, inputs, outputs):
     for given, expected in fixtures(name):
         args = *(tensor(given[key]) for key in inputs), torch.tensor(given["mask"]), given[clip]
@@ -109,11 +114,11 @@ def test_loss_or_gradient_differs_from_a_fixture(name, loss, clip, inputs, outpu
             close(loss(*args)[1], expected["clipfrac_masked"])
 
 
-# ------------------------------------------------------------------------------------------------------ pure functions
+# --------------------------------------------------------------------------------------------- pure functions
 
 @pytest.mark.parametrize("advantage, ratio, loss, slope, held", [
-    (1, 1.5, -1.2, 0, 1), (1, 1.1, -1.1, -1.1, 0), (1, 0.5, -0.5, -0.5, 0),          # a good token: no more than 1.2
-    (-1, 0.5, 0.8, 0, 1), (-1, 0.9, 0.9, 0.9, 0), (-1, 1.5, 1.5, 1.5, 0)])           # a bad one: no less than 0.8
+    (1, 1.5, -1.2, 0, 1), (1, 1.1, -1.1, -1.1, 0), (1, 0.5, -0.5, -0.5, 0),   # a good token: no more than 1.2
+    (-1, 0.5, 0.8, 0, 1), (-1, 0.9, 0.9, 0.9, 0), (-1, 1.5, 1.5, 1.5, 0)])       # a bad one: no less than 0.8
 def test_policy_clip_holds_the_wrong_side(advantage, ratio, loss, slope, held):
     args = tensor([[math.log(ratio) - 2]]), tensor([[-2.0]]), tensor([[advantage]]), torch.ones(1, 1), 0.2
     for got, expected in zip((*gradient(policy_loss, *args), policy_loss(*args)[1]), (loss, [[slope]], held)):
@@ -121,7 +126,8 @@ def test_policy_clip_holds_the_wrong_side(advantage, ratio, loss, slope, held):
 
 
 @pytest.mark.parametrize("moved, target, loss, slope", [
-    (0.5, 1, 0.32, 0), (-0.5, -1, 0.32, 0), (0.5, -1, 1.125, 1.5), (-0.5, 1, 1.125, -1.5), (0.1, 1, 0.405, -0.9)])
+    (0.5, 1, 0.32, 0), (-0.5, -1, 0.32, 0), (0.5, -1, 1.125, 1.5), (-0.5, 1, 1.125, -1.5),
+    (0.1, 1, 0.405, -0.9)])
 def test_Z_value_clip_holds_the_wrong_side(moved, target, loss, slope):
     args = tensor([[3 + moved]]), tensor([[3.0]]), tensor([[3.0 + target]]), torch.ones(1, 1), 0.2
     for got, expected in zip(gradient(value_loss, *args), (loss, [[slope]])):
@@ -140,7 +146,8 @@ def test_X_gae_differs_from_its_definition(gamma, lam):
     mask, rewards, values, _ = ragged(seed=1)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     for i, row in enumerate(mask.bool()):
-        close(advantages[i, row], gae_by_definition(rewards[i, row].tolist(), values[i, row].tolist(), gamma, lam))
+        close(advantages[i, row],
+              gae_by_definition(rewards[i, row].tolist(), values[i, row].tolist(), gamma, lam))
         if gamma == lam == 1:
             close(advantages[i, row], rewards[i, row].flip(0).cumsum(0).flip(0) - values[i, row])
     close(returns, (advantages + values) * mask)
@@ -157,7 +164,8 @@ def test_M_rewards_do_not_sum_to_score_less_penalty():
 
 
 SCORES = torch.arange(5.0)
-PURE = {"mean": lambda m, a, b, c: masked_mean(a, m), "whiten": lambda m, a, b, c: masked_whiten(a, m)[m.bool()],
+PURE = {"mean": lambda m, a, b, c: masked_mean(a, m), "whiten": lambda m, a, b,
+        c: masked_whiten(a, m)[m.bool()],
         "rewards": lambda m, a, b, c: kl_penalised_rewards(SCORES, a, b, m, 0.1),
         "gae": lambda m, a, b, c: torch.cat(gae(a, b, m, 0.9, 0.8), 1),
         "policy": lambda m, a, b, c: torch.stack(policy_loss(a, b, c, m, 0.2)),
@@ -181,7 +189,8 @@ def test_Y_P_what_stands_outside_the_mask_matters_or_inputs_are_changed(name):
 
 def test_Y_empty_mask_one_token_or_no_variance_gives_nan():
     mask, a, b, c = ragged()
-    none, one = torch.zeros_like(mask), F.one_hot(torch.tensor([3] * 5), 8) * F.one_hot(torch.tensor(2), 5)[:, None]
+    none, one = torch.zeros_like(mask), F.one_hot(torch.tensor([3] * 5),
+                                                  8) * F.one_hot(torch.tensor(2), 5)[:, None]
     for name in ("mean", "rewards", "gae", "policy", "value"):
         assert (PURE[name](none, a, b, c) == 0).all()
     for loss in (policy_loss, value_loss):
@@ -198,7 +207,7 @@ def test_kl_coef_adapts_the_wrong_way_or_without_a_cut():
 
 def test_H_penalty_is_not_the_exact_kl_or_drives_the_policy_away():
     theta, ref = rand(2, 5).log_softmax(1)
-    policy, ones = theta.requires_grad_().log_softmax(0), torch.ones(5, 1)           # five responses of one token
+    policy, ones = theta.requires_grad_().log_softmax(0), torch.ones(5, 1)       # five responses of one token
 
     def kl(p, q):
         return (p.exp() * (p - q)).sum().item()
@@ -211,11 +220,12 @@ def test_H_penalty_is_not_the_exact_kl_or_drives_the_policy_away():
     assert kl((theta - 0.1 * theta.grad).log_softmax(0), ref) < kl(policy, ref) - 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------- the toy model
+# ---------------------------------------------------------------------------------------------- the toy model
 
 def save(path, letters="abc", hidden=16):
     """A directory with a random Llama whose distributions are far from uniform."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *letters])}, unk_token="a"))
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *letters])},
+                                      unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>",
@@ -236,8 +246,10 @@ PROMPTS = ["a", "bc", "cab", "b", "ca", "abcab", "cc"]
 
 
 def settings(toy, **kwargs):
-    return ppo.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="gold", max_length=64, max_new_tokens=6,
-                                batch_size=4, minibatch_size=2, ppo_epochs=2, epochs=1.0, lr=1e-2, eval_prompts=2,
+    return ppo.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="gold", max_length=64,
+                                max_new_tokens=6,
+                                batch_size=4, minibatch_size=2, ppo_epochs=2, epochs=1.0, lr=1e-2,
+                                eval_prompts=2,
                                 eval_samples=2, save_every=0, device="cpu", quiet=True), **kwargs})
 
 
@@ -254,7 +266,8 @@ def prepared(toy, out, **kwargs):
     out.mkdir(exist_ok=True)
     tokenizer, policy = harness.load_tokenizer(config), perturbed(harness.load_policy(config).double())
     value_model = perturbed(common.load_value_model(toy, tokenizer, "cpu").double())
-    run = harness.Run(config, out, Task("toy", {"train": PROMPTS, "test": ["ab", "c"]}), tokenizer, policy, {},
+    run = harness.Run(config, out, Task("toy", {"train": PROMPTS, "test": ["ab", "c"]}), tokenizer, policy,
+                      {},
                       {"kl_coef": config.kl_coef}, trained=torch.nn.ModuleList([policy, value_model]))
     torch.manual_seed(0)
     return run, loading.load_reference(config).double(), value_model
@@ -292,7 +305,7 @@ def sgd(model, lr, steps, schedule="linear", warmup=0.0):
 
 
 UNCLIPPED = {"max_grad_norm": 1e9}
-NO_STEP = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)                     # optimizer or schedule
+NO_STEP = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)                   # optimizer or schedule
 
 
 def spy(monkeypatch, module, name, note):
@@ -314,13 +327,15 @@ def plain_logps(model, prompt, response, temperature):
     return [logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
 
 
-# ------------------------------------------------------------------------------------------------- rollout and rewards
+# ---------------------------------------------------------------------------------------- rollout and rewards
 
 @pytest.mark.parametrize("temperature, whiten", [(1.0, False), (0.7, False), (0.7, True)])
 def test_M_D_I_rollout_differs_from_a_loop_over_rows(toy, tmp_path, monkeypatch, temperature, whiten):
-    rows, totals, given = [([1], [1, 2, 0]), ([2, 3], [1, 2, 3, 1])], (2.0, 3.0 - 0.25), []      # the second has no EOS
+    # the second has no EOS
+    rows, totals, given = [([1], [1, 2, 0]), ([2, 3], [1, 2, 3, 1])], (2.0, 3.0 - 0.25), []
     batch = pack(rows, 0)
-    monkeypatch.setattr(harness, "rollout", lambda run, _: (batch, ["", ""], common.finished(run.tokenizer, batch)))
+    monkeypatch.setattr(harness, "rollout", lambda run,
+                        _: (batch, ["", ""], common.finished(run.tokenizer, batch)))
     spy(monkeypatch, ppo, "gae", lambda _, *args: given.append(args[0]))
     run, reference, value_model = prepared(toy, tmp_path, temperature=temperature, kl_coef=0.3, gamma=0.9,
                                            missing_eos_penalty=0.25, whiten_rewards=whiten, token_budget=7)
@@ -329,7 +344,8 @@ def test_M_D_I_rollout_differs_from_a_loop_over_rows(toy, tmp_path, monkeypatch,
     rewards, values, logps = [], [], []
     for (prompt, response), total in zip(rows, totals):
         logps += plain_logps(run.policy, prompt, response, temperature)
-        ratios = [p - q for p, q in zip(logps[-len(response):], plain_logps(reference, prompt, response, temperature))]
+        ratios = [p - q for p,
+                  q in zip(logps[-len(response):], plain_logps(reference, prompt, response, temperature))]
         rewards += [-0.3 * ratio for ratio in ratios[:-1]] + [total - 0.3 * ratios[-1]]
         with torch.no_grad():
             values += value_model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1, 0].tolist()
@@ -341,7 +357,8 @@ def test_M_D_I_rollout_differs_from_a_loop_over_rows(toy, tmp_path, monkeypatch,
     close(given[0][mask], rewards, 1e-6)
     close(old.values[mask].double(), values, 1e-6)
     advantages = tensor([a for part in ([0, 1, 2], [3, 4, 5, 6])
-                         for a in gae_by_definition(rewards[part].tolist(), values[part].tolist(), 0.9, 0.95)])
+                         for a in gae_by_definition(rewards[part].tolist(), values[part].tolist(), 0.9,
+                                                    0.95)])
     close(old.returns[mask], advantages + values, 1e-6)
     close(old.advantages[mask], (advantages - advantages.mean()) / advantages.std(correction=0), 1e-6)
 
@@ -360,7 +377,8 @@ def test_expected_gradient_is_not_that_of_reward_less_kl(toy, tmp_path, temperat
     """Over all that three sampling steps can give: 13 responses with EOS and 27 that are cut."""
     run, reference, _ = prepared(toy, tmp_path)
     words = [[list(word) for word in itertools.product((1, 2, 3), repeat=n)] for n in range(4)]
-    batch = pack([([1, 2], word) for word in [word + [0] for n in range(3) for word in words[n]] + words[3]], 0)
+    batch = pack([([1, 2], word) for word in [word + [0] for n in range(3) for word in words[n]] + words[3]],
+                 0)
     mask, scores, weights = batch.response_mask[:, 1:], rand(40), list(run.policy.parameters())
     logps, ref_logps = (common.token_logps(model, batch, temperature) for model in (run.policy, reference))
     probabilities, old = logps.sum(1).exp(), logps.detach()
@@ -375,7 +393,7 @@ def test_expected_gradient_is_not_that_of_reward_less_kl(toy, tmp_path, temperat
     assert max(grad.abs().max() for grad in exact) > 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------- updates
+# ---------------------------------------------------------------------------------------------------- updates
 
 def test_one_update_differs_from_a_plain_policy_gradient_step(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "adamw", sgd)
@@ -409,17 +427,20 @@ def test_O_AH_token_budget_or_padding_changes_what_is_learned_or_logged(toy, tmp
                                    (22, False, [2, 1] * 4 + [1, 1]), (100000, True, [3] * 4 + [1, 1])):
         sizes.clear(), used.clear()
         monkeypatch.setattr(harness, "rollout", wide if padding else rollout)
-        run, rows = trained(toy, tmp_path / f"{budget} {padding}", [PROMPTS[:6], PROMPTS[6:]], token_budget=budget,
+        run, rows = trained(toy, tmp_path / f"{budget} {padding}", [PROMPTS[:6], PROMPTS[6:]],
+                            token_budget=budget,
                             batch_size=6, minibatch_size=3, kl_coef=0.3, clip=0.01, **UNCLIPPED)
         assert sizes == parts and len(rows) == 2            # six prompts, then a ragged one
-        assert [sorted(used[i] + used[i + 1]) for i in (0, 2)] == [list(range(6))] * 2 and used[:2] != used[2:4]
+        assert [sorted(used[i] + used[i + 1])
+                for i in (0, 2)] == [list(range(6))] * 2 and used[:2] != used[2:4]
         results.append((parameters(run.trained), rows))
     weights, rows = results[0]
     assert (weights - parameters(prepared(toy, tmp_path)[0].trained)).abs().max() > 1e-3
     assert all(abs(rows[0][name]) > 1e-6 for name in ("policy/clipfrac", "policy/approxkl", "objective/kl"))
     for other, other_rows in results[1:]:
         close(other, weights, 1e-6)
-        assert all(row == pytest.approx(expected, abs=1e-5, rel=1e-5) for row, expected in zip(other_rows, rows))
+        assert all(row == pytest.approx(expected, abs=1e-5, rel=1e-5) for row,
+                   expected in zip(other_rows, rows))
 
 
 @pytest.mark.parametrize("lr", [1e-30, 1e-2])
@@ -432,7 +453,7 @@ def test_G_ratio_is_not_1_before_the_first_update_or_without_one(toy, tmp_path, 
 
     spy(monkeypatch, ppo, "update", note)
     trained(toy, tmp_path, [PROMPTS[:4], PROMPTS[:2]], lr=lr, token_budget=1, temperature=0.7)
-    assert len(seen) == 6 and len(off) == 12                # passes over two minibatches, then over one; of two parts
+    assert len(seen) == 6 and len(off) == 12        # passes over two minibatches, then over one; of two parts
     for i, metrics in enumerate(seen):
         furthest, approxkl = max(off[2 * i:2 * i + 2]), metrics["policy/approxkl"]
         if lr == 1e-30 or i in (0, 4):
@@ -471,10 +492,12 @@ def test_Z_policy_and_value_loss_reach_into_each_others_network(toy, tmp_path, m
     optimizer = SimpleNamespace(step=note, zero_grad=run.trained.zero_grad)
     old = ppo.collect(run, PROMPTS, count_a, reference, value_model)
     for change in (dict(), dict(advantages=0 * old.advantages), dict(returns=old.values)):
-        ppo.update(run, SimpleNamespace(**(vars(old) | change)), torch.arange(7), run.trained, optimizer, NO_STEP,
+        ppo.update(run, SimpleNamespace(**(vars(old) | change)), torch.arange(7), run.trained, optimizer,
+                   NO_STEP,
                    first=True)
     both, only_value, only_policy = norms
-    assert only_value == pytest.approx([0, both[1]]) and only_policy == pytest.approx([both[0], 0]) and min(both) > 0.01
+    assert only_value == pytest.approx([0,
+                                        both[1]]) and only_policy == pytest.approx([both[0], 0]) and min(both) > 0.01
 
 
 @pytest.mark.parametrize("bound", [1e-3, 1e9])
@@ -483,7 +506,8 @@ def test_gradients_of_both_networks_are_not_clipped_together_or_the_clipped_norm
     monkeypatch.setattr(common, "adamw", sgd)
     kept = []
     spy(monkeypatch, ppo, "collect", lambda old, run, *_: kept.append(parameters(run.trained)))
-    run, [row] = trained(toy, tmp_path, [PROMPTS], ppo_epochs=1, batch_size=7, minibatch_size=7, max_grad_norm=bound)
+    run, [row] = trained(toy, tmp_path, [PROMPTS], ppo_epochs=1, batch_size=7, minibatch_size=7,
+                         max_grad_norm=bound)
     moved = (parameters(run.trained) - kept[0]).norm().item()
     assert row["grad_norm"] > 0.01 and moved == pytest.approx(0.05 * min(bound, row["grad_norm"]), rel=1e-3)
 
@@ -492,7 +516,8 @@ def test_Z_values_are_not_0_at_the_start_or_token_ids_are_misread(toy, tmp_path)
     run, *_ = prepared(toy, tmp_path)
     value_model = common.load_value_model(toy, run.tokenizer, "cpu")
     assert (common.token_values(value_model, pack([([1], [1, 2, 0]), ([2, 3], [1])], 0)) == 0).all()
-    assert torch.equal(value_model.model.embed_tokens.weight, harness.load_policy(run.config).model.embed_tokens.weight)
+    assert torch.equal(value_model.model.embed_tokens.weight,
+                       harness.load_policy(run.config).model.embed_tokens.weight)
     common.load_value_model(save(tmp_path / "same", hidden=8), run.tokenizer, "cpu")
     with pytest.raises(UserError, match="value model .*other has another tokenizer") as error:
         common.load_value_model(save(tmp_path / "other", "bca"), run.tokenizer, "cpu")
@@ -505,14 +530,18 @@ def test_logged_numbers_differ_from_their_definitions(toy, tmp_path, monkeypatch
     spy(monkeypatch, ppo, "update", lambda metrics, *_: seen.append(metrics))
     run, [row] = trained(toy, tmp_path, [PROMPTS], temperature=0.7, lr=3e-2, clip=0.3, value_clip=0.1)
     [(old, untouched)] = kept
-    assert all(torch.equal(value, getattr(untouched, name)) for name, value in vars(old).items() if name != "batch")
+    assert all(torch.equal(value, getattr(untouched, name)) for name,
+               value in vars(old).items() if name != "batch")
     where = old.mask.bool()
     errors, returns, logps = (x[where] for x in (old.returns - old.values, old.returns, old.logps))
-    expected = {"objective/scores": old.scores.mean(), "objective/kl": (logps - old.ref_logps[where]).sum() / 7,
-                "objective/kl_coef": 0.05, "objective/entropy": -logps.mean(), "eos_rate": old.ended.float().mean(),
+    expected = {"objective/scores": old.scores.mean(),
+                "objective/kl": (logps - old.ref_logps[where]).sum() / 7,
+                "objective/kl_coef": 0.05, "objective/entropy": -logps.mean(),
+                "eos_rate": old.ended.float().mean(),
                 "val/explained_variance": 1 - errors.var() / returns.var()}
     expected |= {name: sum(metrics[name] for metrics in seen) / 8 for name in seen[0]}
-    assert row == pytest.approx({"step": 1} | {name: float(value) for name, value in expected.items()}, rel=1e-5)
+    assert row == pytest.approx({"step": 1} | {name: float(value) for name, value in expected.items()},
+                                rel=1e-5)
 
     rows = torch.tensor([5, 0, 3])
     batch, mask, gains = old.batch[rows], old.mask[rows], old.advantages[rows]
@@ -536,7 +565,8 @@ def test_kl_coef_does_not_adapt_from_step_to_step(toy, tmp_path, monkeypatch):
     _, rows = trained(toy, tmp_path, [PROMPTS[:4]] * 3, kl_target=0.3, kl_horizon=20)
     assert used == [row["objective/kl_coef"] for row in rows] and used[0] == 0.05 and len(set(used)) == 3
     for row, after in zip(rows, used[1:]):
-        assert after == pytest.approx(adapted_kl_coef(row["objective/kl_coef"], row["objective/kl"], 0.3, 4, 20))
+        assert after == pytest.approx(adapted_kl_coef(row["objective/kl_coef"], row["objective/kl"], 0.3, 4,
+                                                      20))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -563,16 +593,19 @@ def test_easy_reward_is_not_learned_or_a_huge_penalty_does_not_hold(toy, tmp_pat
                     kl_coef=kl_coef)[1] for kl_coef in (0.0, 100.0)]
     scores, kl = ([[row[f"objective/{name}"] for row in rows] for rows in runs] for name in ("scores", "kl"))
     assert scores[0][-1] > scores[0][0] + 1.5
-    assert kl[0][-1] > 2 * kl[0][0] and kl[1][-1] < kl[1][0]                         # driven back to the reference
+    assert kl[0][-1] > 2 * kl[0][0] and kl[1][-1] < kl[1][0]                    # driven back to the reference
 
 
-# ------------------------------------------------------------------------------------------------ options, whole runs
+# ---------------------------------------------------------------------------------------- options, whole runs
 
 @pytest.mark.parametrize("flag, wrong", [
-    ("--minibatch_size 4", dict(batch_size=10, minibatch_size=4)), ("--kl_target", dict(kl_target=6, kl_coef=0)),
-    ("--minibatch_size 8", dict(batch_size=4, minibatch_size=8)), *[(f"--{name}", {name: value}) for name, value in (
-        ("minibatch_size", 0), ("ppo_epochs", 0), ("kl_coef", -0.1), ("kl_coef", math.nan), ("kl_target", 0), ("lr", 0),
-        ("kl_target", -6), ("kl_horizon", 0), ("clip", 0), ("value_clip", -1), ("gamma", 1.5), ("lam", -0.1))]])
+    ("--minibatch_size 4", dict(batch_size=10, minibatch_size=4)),
+    ("--kl_target", dict(kl_target=6, kl_coef=0)),
+    ("--minibatch_size 8", dict(batch_size=4, minibatch_size=8)),
+    *[(f"--{name}", {name: value}) for name, value in (
+("minibatch_size", 0), ("ppo_epochs", 0), ("kl_coef", -0.1), ("kl_coef", math.nan), ("kl_target", 0),
+("lr", 0),
+("kl_target", -6), ("kl_horizon", 0), ("clip", 0), ("value_clip", -1), ("gamma", 1.5), ("lam", -0.1))]])
 def test_bad_option_passes_or_its_flag_is_not_named(flag, wrong):
     with pytest.raises(UserError, match=flag):
         ppo.Config(**wrong)
@@ -588,7 +621,8 @@ def whole(toy, tmp_path, monkeypatch):
     spy(monkeypatch, ppo, "train", lambda _, run: kept.append(parameters(run.trained)))
 
     def run(name, **kwargs):
-        harness.launch(ppo.train, settings(toy, **{**dict(out=str(tmp_path / name), epochs=1.0, lr=3e-3), **kwargs}))
+        harness.launch(ppo.train,
+                       settings(toy, **{**dict(out=str(tmp_path / name), epochs=1.0, lr=3e-3), **kwargs}))
         return (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8"), kept.pop()
 
     return run
@@ -609,7 +643,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(tmp_path, monkeypatch, whole
 
     def kill(run, step, metrics):
         log(run, step, metrics)
-        if step == 4:                                       # two steps past the checkpoint, with an evaluation between
+        if step == 4:                              # two steps past the checkpoint, with an evaluation between
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -628,8 +662,9 @@ def test_AE_run_is_not_reproducible_or_heeds_evaluations_or_not_its_seed(whole):
     (first, weights), (again, _), (other, _) = whole("a"), whole("b"), whole("c", seed=1)
     assert first == again != other
     watched, watched_weights = whole("d", eval_every=1)
-    steps, watched_steps = ([line for line in text.splitlines() if "loss/" in line] for text in (first, watched))
+    steps, watched_steps = ([line for line in text.splitlines() if "loss/" in line]
+                            for text in (first, watched))
     assert steps == watched_steps and len(watched.splitlines()) == len(first.splitlines()) + 1
     assert torch.equal(weights, watched_weights)
-    before, after = (json.loads(line)["objective/kl"] for line in steps)             # a reference that moves along: 0
+    before, after = (json.loads(line)["objective/kl"] for line in steps)     # a reference that moves along: 0
     assert abs(before) < 1e-5 and abs(after) > 1e-3

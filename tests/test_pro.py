@@ -18,9 +18,10 @@ from tasks import Pair, Ranking, Task
 
 # pro-00, -03 and -07 of the fixtures: scores, rewards, and L_rank place by place.
 LITERALS = [
-    ([-1.0, -1.5, -2.0, -0.7], [3.0, 2.0, 1.0, -1.0], [2.8623500631406786, 3.1865869173417884, 2.6716446919676695]),
+    ([-1.0, -1.5, -2.0, -0.7], [3.0, 2.0, 1.0, -1.0],
+     [2.8623500631406786, 3.1865869173417884, 2.6716446919676695]),
     ([-1.2, -0.4, -0.8], [0.5, 0.5, 0.5], [1.0986122886681098, 0.6931471805599453]),
-    ([-400.0, -2.0], [0.0, 5.0], [0.0]),                    # the wrong order: the official code overflows here
+    ([-400.0, -2.0], [0.0, 5.0], [0.0]),                   # the wrong order: the official code overflows here
 ]
 
 
@@ -28,7 +29,7 @@ def sigmoid_loss(gap):
     return -math.log(1 / (1 + math.exp(-gap)))
 
 
-# ---------------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 @pytest.mark.parametrize("scores, rewards, places", LITERALS)
 def test_S_loss_or_its_terms_differ_from_the_fixtures_numbers(scores, rewards, places):
@@ -45,7 +46,8 @@ def test_loss_scores_or_sft_term_differ_from_a_fixture():
         rewards = tensor(given["rewards"])
         if given["kind"] == "raw":
             ids, mask = torch.tensor(given["input_ids"]), torch.tensor(given["response_mask"])
-            logps = torch.stack([common.gather_logps(*rows) for rows in zip(tensor(given["logits"]), ids)]) * mask[:, :, 1:]
+            logps = torch.stack([common.gather_logps(*rows)
+                                 for rows in zip(tensor(given["logits"]), ids)]) * mask[:, :, 1:]
             logps, lengths, ranking = logps.sum(2), mask.sum(2), expected["response_only"]
             close(logps, ranking["sum_logps"])
             close(logps / lengths, ranking["mean_logps"])
@@ -78,7 +80,7 @@ def test_S_two_responses_are_not_a_logistic_loss_or_the_winner_has_no_temperatur
 
 
 def test_S_temperatures_differ_from_a_calculation_by_hand():
-    s, r = [-1.0, -1.1, -1.5], [2.0, 1.8, 0.2]              # gaps 0.2 and 1.8, then 1.6; the first place has the largest
+    s, r = [-1.0, -1.1, -1.5], [2.0, 1.8, 0.2]   # gaps 0.2 and 1.8, then 1.6; the first place has the largest
     logits = [1.8 * s[0], 0.2 * s[1], 1.8 * s[2]]
     first = math.log(sum(map(math.exp, logits))) - logits[0]
     close(pro_loss(tensor([s]), tensor([r])), [first + sigmoid_loss(1.6 * (s[1] - s[2]))])
@@ -139,15 +141,18 @@ def test_Q_a_prompt_depends_on_its_batch_or_P_inputs_are_changed():
     assert all(map(torch.equal, inputs, before))
 
 
-@pytest.mark.parametrize("shapes", [[(3,), (3,)], [(2, 3), (3,)], [(2, 3), (1, 3)], [(2, 3), (2, 1)], [(2, 3, 1)] * 2])
+@pytest.mark.parametrize("shapes",
+                         [[(3,), (3,)], [(2, 3), (3,)], [(2, 3), (1, 3)], [(2, 3), (2, 1)], [(2, 3, 1)] * 2])
 def test_Q_wrong_shapes_are_broadcast(shapes):
     with pytest.raises(ValueError, match=r"\[B, K\]"):
         pro_loss(*(rand(*shape) for shape in shapes))
 
 
 @pytest.mark.parametrize("wrong, flag", [
-    (dict(sft_weight=-0.1), "--sft_weight"), (dict(sft_weight=math.nan), "--sft_weight"), (dict(terms=-1), "--terms"),
-    (dict(candidates=0), "--candidates"), (dict(candidates=1), "--candidates"), (dict(eval_pairs=0), "--eval_pairs"),
+    (dict(sft_weight=-0.1), "--sft_weight"), (dict(sft_weight=math.nan), "--sft_weight"),
+    (dict(terms=-1), "--terms"),
+    (dict(candidates=0), "--candidates"), (dict(candidates=1), "--candidates"),
+    (dict(eval_pairs=0), "--eval_pairs"),
     (dict(sources="DD"), "--sources"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
@@ -155,10 +160,11 @@ def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     pro.Config(candidates=1, sources="DP"), pro.Config(sft_weight=0.0, terms=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 ROWS = [Ranking("ab", ["cd", "efgha", "b"], [1.0, 3.0, 2.0]), Ranking("h", ["a", "bcb"], [0.0, 0.5]),
-        Ranking("cdefg", ["abcabc", "h", "hh", "de"], [1.0, 2.5, 3.0, 4.0]), Ranking("gg", ["hh", "aaaaaaa"], [2.0, 1.0]),
+        Ranking("cdefg", ["abcabc", "h", "hh", "de"], [1.0, 2.5, 3.0, 4.0]),
+        Ranking("gg", ["hh", "aaaaaaa"], [2.0, 1.0]),
         Ranking("b", ["cccc", "dd", "e"], [-1.0, -3.0, 1.0]), Ranking("ef", ["gh", "hg"], [1.0, 2.0]),
         Ranking("abc", ["d", "ee", "fff"], [1.0, 2.0, 2.0])]
 TASK = Task("toy", {"train": [row.prompt for row in ROWS], "test": ["d", "ee", "ha"]},
@@ -167,7 +173,8 @@ TASK = Task("toy", {"train": [row.prompt for row in ROWS], "test": ["d", "ee", "
 
 def proxy(prompts, responses):
     """A reward that differs from the data's own scores."""
-    return torch.tensor([sum(map(ord, text)) % 7 / 3 - len(prompt) / 8 for prompt, text in zip(prompts, responses)])
+    return torch.tensor([sum(map(ord, text)) % 7 / 3 - len(prompt) / 8 for prompt,
+                         text in zip(prompts, responses)])
 
 
 proxy.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))
@@ -184,7 +191,7 @@ def trained(toy, tmp_path, monkeypatch):
         return rankings
 
     monkeypatch.setattr(harness.evaluation, "kl_to_reference",
-                        lambda config, policy, batch, plain: torch.zeros(len(batch)))                               # slow
+                        lambda config, policy, batch, plain: torch.zeros(len(batch)))                   # slow
     monkeypatch.setattr(harness.run, "load_rewards",
                         lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
     monkeypatch.setattr(harness, "candidates", spy)
@@ -192,8 +199,10 @@ def trained(toy, tmp_path, monkeypatch):
     def run(name, task=TASK, **kwargs):
         monkeypatch.setattr(harness.loading, "load_task", lambda config: task)
         harness.launch(pro.train, pro.Config(**{**dict(
-            model=str(toy), data="toy.jsonl", out=str(tmp_path / name), sources="P", max_length=64, max_new_tokens=5, lr=1e-2,
-            batch_size=4, epochs=1.0, eval_prompts=3, eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs}))
+            model=str(toy), data="toy.jsonl", out=str(tmp_path / name), sources="P", max_length=64,
+            max_new_tokens=5, lr=1e-2,
+            batch_size=4, epochs=1.0, eval_prompts=3, eval_samples=1, save_every=0, device="cpu", quiet=True),
+                                                **kwargs}))
         return runs[-1]
 
     return run
@@ -221,7 +230,8 @@ def plain_losses(model, row, config):
     """Loss, L_rank, L_SFT, and the scores of best and worst of one Ranking."""
     answers = sorted(zip(row.scores, row.responses, row.ended, strict=True), key=lambda answer: -answer[0])
     logps, lengths = zip(*(plain_score(model, row.prompt, text, ended) for _, text, ended in answers))
-    s, r, rank = [logp / length for logp, length in zip(logps, lengths)], [score for score, *_ in answers], torch.tensor(0.0)
+    s, r, rank = [logp / length for logp, length in zip(logps, lengths)], [score for score,
+                                                                           *_ in answers], torch.tensor(0.0)
     for k in range(len(s) - 1)[:config.terms or None]:
         gaps = [r[k] - r[i] for i in range(k + 1, len(s))]
         factors = [max(gaps), *gaps] if config.dynamic_temperature else [1.0] * (len(gaps) + 1)
@@ -229,11 +239,14 @@ def plain_losses(model, row, config):
     return rank - config.sft_weight * (len(s) - 1) ** 2 * logps[0], rank, -logps[0], s[0], s[-1]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(sources="DP", candidates=2, dynamic_temperature=False, sft_weight=0.1, terms=2),
-                                     dict(sources="D", max_new_tokens=3, candidates=6)])
+@pytest.mark.parametrize("options",
+                         [dict(), dict(sources="DP", candidates=2, dynamic_temperature=False, sft_weight=0.1,
+                                       terms=2),
+                          dict(sources="D", max_new_tokens=3, candidates=6)])
 def test_O_L_S_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(trained, monkeypatch, options):
     monkeypatch.setattr(common, "adamw", sgd)
-    runs = [trained(str(budget), token_budget=budget, max_grad_norm=1e9, **options) for budget in (1, 130, 100000)]
+    runs = [trained(str(budget), token_budget=budget, max_grad_norm=1e9, **options)
+            for budget in (1, 130, 100000)]
     config, rankings = runs[0][0].config, runs[0][1]
     assert all(others == rankings for _, others in runs)
     policy = harness.load_policy(config)
@@ -241,11 +254,14 @@ def test_O_L_S_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(tra
     plan = harness.shuffled_batches(len(rankings), config.epochs, config.batch_size, config.seed)
     start = parameters(policy).clone()
     assert len(plan) == 2
-    assert config.sources == "D" or all(len({len(rankings[i].responses) for i in rows}) > 1 for rows in plan)      # unequal K
+    # unequal K
+    assert config.sources == "D" or all(len({len(rankings[i].responses) for i in rows}) > 1 for rows in plan)
     for rows, *logged in zip(plan, *(steps_of(run) for run, _ in runs), strict=True):
-        means = [sum(values) / len(rows) for values in zip(*(plain_losses(policy, rankings[i], config) for i in rows))]
+        means = [sum(values) / len(rows)
+                 for values in zip(*(plain_losses(policy, rankings[i], config) for i in rows))]
         for row in logged:
-            for name, value in zip(("loss", "loss/rank", "loss/sft", "scores/best", "scores/worst"), means, strict=True):
+            for name, value in zip(("loss", "loss/rank", "loss/sft", "scores/best", "scores/worst"), means,
+                                   strict=True):
                 assert row[name] == pytest.approx(value.item(), rel=1e-5)
         means[0].backward()
         optimizer.step()
@@ -254,7 +270,8 @@ def test_O_L_S_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(tra
     for run, _ in runs:
         assert (parameters(run.policy) - parameters(policy)).abs().max() < 1e-5
     if options.get("sources") == "D":                       # a sample that was cut off has no EOS
-        ended = {(whole, len(text) < 3) for row in rankings for text, whole in zip(row.responses, row.ended, strict=True)}
+        ended = {(whole, len(text) < 3) for row in rankings for text,
+                 whole in zip(row.responses, row.ended, strict=True)}
         assert ended == {(True, True), (False, False)}
 
 
@@ -268,7 +285,8 @@ def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(trained, monkeypa
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
 
     monkeypatch.setattr(common, "adamw", halving)
-    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone()) or log(run, *row))
+    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone())
+                        or log(run, *row))
     run, _ = trained("run", max_grad_norm=0.01)
     assert settings == [(run.config.lr, 2, run.config.schedule, run.config.warmup)]
     moved = [(after - before).norm().item() for before, after in zip(seen, seen[1:])]
@@ -288,10 +306,13 @@ def test_D_loss_of_a_prompt_depends_on_its_batch_or_its_candidates_places(traine
     longer = Ranking("abcdefghabcd", ["abcdefghabcdefgh", "h"], [1.0, 2.0])
     more = replace(TASK, prompts={"train": [*TASK.prompts["train"], longer.prompt], "test": ["d"]},
                    rankings={"train": [*ROWS, longer]})
-    turned = [Ranking(row.prompt, row.responses[1:] + row.responses[:1], row.scores[1:] + row.scores[:1]) for row in ROWS]
+    turned = [Ranking(row.prompt, row.responses[1:] + row.responses[:1], row.scores[1:] + row.scores[:1])
+              for row in ROWS]
     results = []
-    for i, (task, options) in enumerate([(TASK, dict(batch_size=1)), (TASK, dict(batch_size=7)), (more, dict(batch_size=8)),
-                                         (replace(TASK, rankings={"train": turned}), dict(token_budget=90, batch_size=3))]):
+    for i, (task, options) in enumerate([(TASK, dict(batch_size=1)), (TASK, dict(batch_size=7)),
+                                         (more, dict(batch_size=8)),
+                                         (replace(TASK, rankings={"train": turned}),
+                                          dict(token_budget=90, batch_size=3))]):
         seen.clear()
         trained(str(i), task, **options)
         results.append([seen[row.prompt] for row in ROWS])
@@ -300,16 +321,18 @@ def test_D_loss_of_a_prompt_depends_on_its_batch_or_its_candidates_places(traine
 
 
 def test_S_training_ranks_backwards(trained):
-    rank = [row["loss/rank"] for row in steps_of(trained("run", epochs=16.0, batch_size=7, sft_weight=0.0)[0])]
+    rank = [row["loss/rank"]
+            for row in steps_of(trained("run", epochs=16.0, batch_size=7, sft_weight=0.0)[0])]
     assert max(rank[-3:]) < 0.6 * rank[0]
 
 
-# -------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 def test_sources_give_the_wrong_candidates_or_scores(trained):
     judged, samples = replace(TASK, gold=lambda *row: 100.0), {}
     for name, task, options in [
-            ("P", TASK, dict(reward="none")), ("P with a reward", TASK, dict(reward="some/model")), ("P with gold", judged, {}),
+            ("P", TASK, dict(reward="none")), ("P with a reward", TASK, dict(reward="some/model")),
+            ("P with gold", judged, {}),
             ("D", TASK, dict(sources="D")), ("DP", TASK, dict(sources="DP"))]:
         run, rankings = trained(name, task, **options)
         samples[name] = {row.prompt: list(row.responses) for row in rankings}
@@ -320,7 +343,8 @@ def test_sources_give_the_wrong_candidates_or_scores(trained):
     assert samples["P"] == samples["P with a reward"] == samples["P with gold"] == {row.prompt: row.responses for row in ROWS}
     for row in ROWS:
         own = samples["D"][row.prompt]
-        assert 2 <= len(own) <= 5 and samples["DP"][row.prompt] == own + [text for text in row.responses if text not in own]
+        assert 2 <= len(own) <= 5 and samples["DP"][row.prompt] == own + [text for text in row.responses
+                                                                          if text not in own]
 
 
 def test_data_without_rankings_or_without_a_reward_trains_on_something_else(trained):
@@ -332,7 +356,8 @@ def test_data_without_rankings_or_without_a_reward_trains_on_something_else(trai
             trained("run", **options, reward="none")
 
 
-FLAWED = [Ranking("ab", ["cd"], [1.0]), Ranking("h", ["c", "c"], [1.0, 2.0]), Ranking("gg", ["a", "b", "cc"], [1.0] * 3),
+FLAWED = [Ranking("ab", ["cd"], [1.0]), Ranking("h", ["c", "c"], [1.0, 2.0]),
+          Ranking("gg", ["a", "b", "cc"], [1.0] * 3),
           Ranking("b", ["a", "bb", "a"], [0.0, 1.0, 2.0])]
 
 
@@ -342,7 +367,7 @@ def test_ranking_with_nothing_to_rank_is_not_said_or_trains_to_nan(trained, caps
     assert rankings[3][1:3] == (["a", "bb"], [0.0, 1.0])
     assert parameters(run.policy).isfinite().all() and (steps_of(run)[0]["loss/rank"] * 4) > math.log(6)
     assert all(math.isfinite(value) for row in steps_of(run) for value in row.values())
-    run, _ = trained("single", replace(TASK, rankings={"train": FLAWED[:2]}))                  # no loss, no gradient
+    run, _ = trained("single", replace(TASK, rankings={"train": FLAWED[:2]}))           # no loss, no gradient
     assert steps_of(run)[0]["loss"] == 0
     assert torch.equal(parameters(run.policy), parameters(harness.load_policy(run.config)))
 

@@ -21,7 +21,7 @@ from raft import best_of_k, kl_best_of_n, select
 from tasks import Pair, Ranking, Task
 
 
-# --------------------------------------------------------------------------------------------------------- best of K
+# -------------------------------------------------------------------------------------------------- best of K
 
 def test_V_best_of_k_is_not_the_first_maximum():
     assert best_of_k(tensor([[1, 3, 3], [2, 2, 2], [-5, -7, -4]])).tolist() == [1, 0, 2]
@@ -37,7 +37,8 @@ def test_V_selection_differs_from_a_fixture():
     for case in selections:
         rewards, expected = tensor(case["inputs"]["rewards"]), case["expected"]
         assert best_of_k(rewards).tolist() == expected["best_index"]
-        rows = select([Ranking("p", [*map(str, range(len(row)))], row.tolist(), (), [True] * len(row)) for row in rewards])
+        rows = select([Ranking("p", [*map(str, range(len(row)))], row.tolist(), (), [True] * len(row))
+                       for row in rewards])
         assert [row.responses for row in rows] == [[str(i)] for i in expected["best_index"]]
         assert [row.scores for row in rows] == [[best] for best in expected["best_reward"]]
         assert [kl_best_of_n(rewards.shape[1])] * len(rows) == pytest.approx(expected["kl_bound"], abs=1e-9)
@@ -59,9 +60,12 @@ def test_V_kl_of_best_of_n_differs_from_a_fixture():
             assert [kl_best_of_n(n) for n in given["n"]] == pytest.approx(expected["kl_bound"], abs=1e-9)
         if given["kind"] == "finite":
             law, kl = law_of_best(given["base_probs"], given["rewards"], given["n"])
-            assert law == pytest.approx(expected["bon_probs"], abs=1e-9) and kl == pytest.approx(expected["kl_exact"], abs=1e-9)
-            assert sum(map(float.__mul__, law, given["rewards"])) == pytest.approx(expected["expected_reward"], abs=1e-9)
-            assert kl <= expected["kl_bound"] + 1e-12 and abs(kl_best_of_n(given["n"]) - expected["kl_bound"]) < 1e-9
+            assert law == pytest.approx(expected["bon_probs"],
+                                        abs=1e-9) and kl == pytest.approx(expected["kl_exact"], abs=1e-9)
+            assert sum(map(float.__mul__, law,
+                           given["rewards"])) == pytest.approx(expected["expected_reward"], abs=1e-9)
+            assert kl <= expected["kl_bound"] + 1e-12 and abs(kl_best_of_n(given["n"])
+                                                              - expected["kl_bound"]) < 1e-9
         if given["kind"] == "subset_max":
             for n, best in zip(given["n"], expected["expected_max"], strict=True):
                 subsets = tensor(list(itertools.combinations(given["rewards"], n)))
@@ -70,7 +74,8 @@ def test_V_kl_of_best_of_n_differs_from_a_fixture():
 
 def test_V_kl_of_best_of_n_is_above_the_bound_or_the_bound_is_loose():
     base, rewards = [0.4, 0.3, 0.2, 0.1], [1.0, 0.0, 3.0, 1.0]
-    assert [kl_best_of_n(n) for n in (1, 2, 4)] == pytest.approx([0, math.log(2) - 1 / 2, math.log(4) - 3 / 4], abs=1e-12)
+    assert [kl_best_of_n(n)
+            for n in (1, 2, 4)] == pytest.approx([0, math.log(2) - 1 / 2, math.log(4) - 3 / 4], abs=1e-12)
     for n in (2, 3, 5):
         law, kl = law_of_best(base, rewards, n)
         assert law[2] == pytest.approx(1 - 0.8 ** n) and law[1] == pytest.approx(0.3 ** n)
@@ -80,7 +85,7 @@ def test_V_kl_of_best_of_n_is_above_the_bound_or_the_bound_is_loose():
     assert 0.97 * kl_best_of_n(2) < kl < kl_best_of_n(2)
 
 
-# -------------------------------------------------------------------------------------------------------- selection
+# -------------------------------------------------------------------------------------------------- selection
 
 def ranking(prompt, scores, ended=None):
     n = len(scores)
@@ -94,27 +99,31 @@ def chosen(rows):
 def test_V_local_and_global_rankings_by_hand_differ():
     rows = [ranking("a", [0.0, 2.0, 2.0], [True, False, True]), ranking("b", [9.0, 7.0, 8.0]),
             ranking("c", [-1.0, -2.0, -3.0])]
-    assert chosen(select(rows)) == ["a1", "b0", "c0"]               # of equals the first, each prompt from its own
+    assert chosen(select(rows)) == ["a1", "b0", "c0"]          # of equals the first, each prompt from its own
     assert select(rows)[0] == Ranking("a", ["a1"], [2.0], (), [False])
     assert chosen(select(rows, "global")) == ["b0", "b2", "b1"]     # as many as prompts
     assert chosen(select(rows, "global", 4 / 9)) == ["b0", "b2", "b1", "a1"]
     assert chosen(select(rows, "global", 1.0)) == ["b0", "b2", "b1", "a1", "a2", "a0", "c0", "c1", "c2"]
     assert chosen(select(rows, "global", 1e-9)) == ["b0"]
     ties = [ranking("a", [1.0, 1.0]), ranking("b", [1.0, 1.0])]
-    assert chosen(select(ties, "global")) == ["a0", "a1"] and chosen(select(ties, "global", 0.75)) == ["a0", "a1", "b0"]
+    assert chosen(select(ties, "global")) == ["a0",
+                                              "a1"] and chosen(select(ties, "global",
+                                                                      0.75)) == ["a0", "a1", "b0"]
 
 
 def letters(prompts, responses):
     """A reward model without a model: every letter counts, earlier ones more."""
-    return torch.tensor([sum((ord(c) - ord("a")) * 10 ** -i for i, c in enumerate(text)) for text in responses])
+    return torch.tensor([sum((ord(c) - ord("a")) * 10 ** -i for i, c in enumerate(text))
+                         for text in responses])
 
 
-letters.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))                 # has a scale of its own
+letters.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))              # has a scale of its own
 
 
 def test_V_noise_of_a_prompt_changes_a_local_ranking_or_noise_of_a_response_none():
     rng = random.Random(0)
-    rows = [Ranking(f"p{i}", ["".join(rng.choices("abcdefgh", k=rng.randint(1, 4))) for _ in range(8)], (), (), [True] * 8)
+    rows = [Ranking(f"p{i}", ["".join(rng.choices("abcdefgh", k=rng.randint(1, 4))) for _ in range(8)], (),
+                    (), [True] * 8)
             for i in range(50)]
 
     def picks(reward, *ways):
@@ -124,7 +133,7 @@ def test_V_noise_of_a_prompt_changes_a_local_ranking_or_noise_of_a_response_none
         return NoisyReward(letters, kind, seed)
 
     def faint(prompts, responses):
-        return 1e-6 * letters(prompts, responses)                   # float32 would round it away beside the noise
+        return 1e-6 * letters(prompts, responses)               # float32 would round it away beside the noise
 
     for seed in range(5):
         for reward in (letters, faint):
@@ -132,12 +141,14 @@ def test_V_noise_of_a_prompt_changes_a_local_ranking_or_noise_of_a_response_none
     assert picks(noisy("prompt"), "global") != picks(letters, "global")
     assert picks(noisy("response")) == picks(noisy("response")) != picks(letters)
     assert picks(noisy("response")) != picks(noisy("response", 1))
-    assert picks(noisy("prompt"), "global") == picks(noisy("prompt"), "global") != picks(noisy("prompt", 1), "global")
+    assert picks(noisy("prompt"), "global") == picks(noisy("prompt"),
+                                                     "global") != picks(noisy("prompt", 1), "global")
 
 
 @pytest.mark.parametrize("wrong, flag", [
     (dict(candidates=0), "--candidates"), (dict(rounds=0), "--rounds"), (dict(prompts=-1), "--prompts"),
-    (dict(kl_coef=-0.1), "--kl_coef"), (dict(kl_coef=math.nan), "--kl_coef"), (dict(share=1.5, ranking="global"), "--share"),
+    (dict(kl_coef=-0.1), "--kl_coef"), (dict(kl_coef=math.nan), "--kl_coef"),
+    (dict(share=1.5, ranking="global"), "--share"),
     (dict(share=math.nan, ranking="global"), "--share"), (dict(share=0.5), "--share is for --ranking global"),
     (dict(ranking="top"), "--ranking"), (dict(pool="first"), "--pool"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
@@ -145,14 +156,16 @@ def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
         raft.Config(**wrong)
 
 
-# ------------------------------------------------------------------------------------------------------- the rounds
+# ------------------------------------------------------------------------------------------------- the rounds
 
 PROMPTS = ["ab", "h", "cdefg", "gg", "b", "ef", "abc", "hd"]
 
 
 def settings(toy, **kwargs):
-    return raft.Config(**{**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, lr=1e-2, batch_size=4,
-                                 epochs=1.0, candidates=3, rounds=2, prompts=6, eval_prompts=2, eval_samples=1, save_every=0,
+    return raft.Config(**{**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, lr=1e-2,
+                                 batch_size=4,
+                                 epochs=1.0, candidates=3, rounds=2, prompts=6, eval_prompts=2,
+                                 eval_samples=1, save_every=0,
                                  device="cpu", quiet=True), **kwargs})
 
 
@@ -164,7 +177,8 @@ def begun(toy, out, reward=letters, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
     torch.manual_seed(config.seed)
-    return harness.Run(config, out, task(), harness.load_tokenizer(config), harness.load_policy(config), {"proxy": reward})
+    return harness.Run(config, out, task(), harness.load_tokenizer(config), harness.load_policy(config),
+                       {"proxy": reward})
 
 
 def negative(prompts, responses):
@@ -180,7 +194,8 @@ def watched(toy, out, monkeypatch, reward=letters, **kwargs):
     sample, microbatches = harness.sample_rankings, run.microbatches
 
     def note(kind, rows):
-        events.append(SimpleNamespace(kind=kind, weights=parameters(run.policy), moments=dict(run.optimizer.state), rows=rows))
+        events.append(SimpleNamespace(kind=kind, weights=parameters(run.policy),
+                                      moments=dict(run.optimizer.state), rows=rows))
         return rows
 
     with monkeypatch.context() as patch:
@@ -192,7 +207,8 @@ def watched(toy, out, monkeypatch, reward=letters, **kwargs):
 
 def weights_of(model, tokenizer, rows):
     """One plain step of maximum likelihood: responses with their EOS, unless they were cut off; the mean over rows."""
-    nll = [-common.sequence_logps(model, common.encode(tokenizer, [row.prompt], row.responses, row.ended)) for row in rows]
+    nll = [-common.sequence_logps(model, common.encode(tokenizer, [row.prompt], row.responses, row.ended))
+           for row in rows]
     (torch.cat(nll).sum() / len(rows)).backward()
     optimizer, _ = sgd(model, None, None)
     optimizer.step()
@@ -204,11 +220,11 @@ def weights_of(model, tokenizer, rows):
 def test_O_L_rounds_differ_from_a_plain_loop(budget, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "adamw", sgd)
     run, events = watched(toy, tmp_path / "run", monkeypatch, token_budget=budget, max_grad_norm=1e9)
-    assert [event.kind for event in events] == ["sample", "step", "step"] * 2            # 6 of a round, in fours
+    assert [event.kind for event in events] == ["sample", "step", "step"] * 2         # 6 of a round, in fours
     plain = harness.load_policy(run.config)
     weights, seen = parameters(plain), set()
     for event in events:
-        assert (event.weights - weights).abs().max() < 2e-6         # round 2 samples from what round 1 has trained
+        assert (event.weights - weights).abs().max() < 2e-6    # round 2 samples from what round 1 has trained
         if event.kind == "sample":
             assert len(event.rows) == 6 and all(len(row.responses) == 3 for row in event.rows)
             best = []
@@ -220,7 +236,7 @@ def test_O_L_rounds_differ_from_a_plain_loop(budget, toy, tmp_path, monkeypatch)
             assert {(row.prompt, *row.responses, *row.ended) for row in event.rows} <= set(best)
             seen |= {row.ended[0] for row in event.rows}
             weights = weights_of(plain, run.tokenizer, event.rows)
-    assert seen == {True, False}                                    # texts that end, and texts that were cut off
+    assert seen == {True, False}                                 # texts that end, and texts that were cut off
     assert (parameters(run.policy) - weights).abs().max() < 2e-6
     assert (weights - parameters(loading.load_reference(run.config))).abs().max() > 1e-3
 
@@ -240,7 +256,9 @@ def test_V_one_candidate_is_not_sft_on_plain_samples(toy, tmp_path, monkeypatch)
 def test_gradient_is_not_clipped_or_the_clipped_norm_is_logged(bound, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "adamw", sgd)
     run, _ = watched(toy, tmp_path / "run", monkeypatch, rounds=1, batch_size=6, max_grad_norm=bound)
-    row, = (row for row in map(json.loads, (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) if "loss" in row)
+    row, = (row for row in map(json.loads,
+                               (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            if "loss" in row)
     moved = (parameters(run.policy) - parameters(loading.load_reference(run.config))).norm().item()
     assert row["grad_norm"] > 0.1 and moved == pytest.approx(0.01 * min(bound, row["grad_norm"]), rel=1e-2)
 
@@ -268,9 +286,12 @@ def test_V_kl_in_the_ranking_is_not_reward_less_kl_coef_times_the_log_ratio(toy,
     by_hand = [row.responses[penalised.index(max(penalised))] for row, penalised in zip(rankings, scores)]
     kept, rewards = collected(run, rankings, monkeypatch, kl_coef=2.0), run.state["rewards"]
     assert chosen(kept) == by_hand
-    assert [row.scores[0] for row in kept] == pytest.approx([max(penalised) for penalised in scores], abs=1e-4)
-    assert chosen(collected(run, rankings, monkeypatch, kl_coef=0.0)) != by_hand and run.state["rewards"] == rewards
-    everything = [(value, text) for row, penalised in zip(rankings, scores) for value, text in zip(penalised, row.responses)]
+    assert [row.scores[0] for row in kept] == pytest.approx([max(penalised) for penalised in scores],
+                                                            abs=1e-4)
+    assert chosen(collected(run, rankings, monkeypatch,
+                            kl_coef=0.0)) != by_hand and run.state["rewards"] == rewards
+    everything = [(value, text) for row, penalised in zip(rankings, scores) for value,
+                  text in zip(penalised, row.responses)]
     kept = collected(run, rankings, monkeypatch, kl_coef=2.0, ranking="global")
     assert chosen(kept) == [text for _, text in sorted(everything, reverse=True)[:len(PROMPTS)]]
 
@@ -279,12 +300,15 @@ def test_round_mean_or_best_or_what_is_recovered_of_them_are_wrong(toy, tmp_path
     run = begun(toy, tmp_path / "run")
     assert raft.against_best(run, letters) == {}
     collected(run, [ranking("a", ())._replace(responses=["b", "d", "d"], ended=[True] * 3, systems=()),
-                    ranking("b", ())._replace(responses=["a", "h", "b"], ended=[True] * 3, systems=())], monkeypatch)
+                    ranking("b", ())._replace(responses=["a", "h", "b"], ended=[True] * 3, systems=())],
+              monkeypatch)
     mean, best = run.state["rewards"]
-    assert (mean, best) == pytest.approx(((7 / 3 + 8 / 3) / 2, (3 + 7) / 2))                 # "d" came twice, and counts twice
+    assert (mean, best) == pytest.approx(((7 / 3 + 8 / 3) / 2,
+                                          (3 + 7) / 2))                 # "d" came twice, and counts twice
     run.samples["after"] = {"proxy": [3.0, 5.0]}
     measured = raft.against_best(run, letters)
-    assert measured["eval/recovered"] == pytest.approx((4 - mean) / (best - mean)) and measured["eval/to_best"] == 4 - best
+    assert measured["eval/recovered"] == pytest.approx((4 - mean)
+                                                       / (best - mean)) and measured["eval/to_best"] == 4 - best
     assert raft.against_best(run, NoisyReward(letters, "prompt", 0)) == {}
 
 
@@ -295,7 +319,8 @@ def test_restart_samples_the_initial_policy_or_keeps_the_optimizers_moments(toy,
         rounds = [events[i:i + 3] for i in (0, 3, 6)]               # sample, two steps
         assert [event.kind for event in events] == ["sample", "step", "step"] * 3
         for (sampled, first, second), before in zip(rounds[1:], rounds):
-            assert (sampled.weights - initial).abs().max() > 1e-3 and not torch.equal(sampled.weights, before[2].weights)
+            assert (sampled.weights
+                    - initial).abs().max() > 1e-3 and not torch.equal(sampled.weights, before[2].weights)
             assert torch.equal(first.weights, initial if restart else sampled.weights)
             assert bool(first.moments) != restart and second.moments and not torch.equal(second.weights, initial)
 
@@ -334,13 +359,16 @@ def test_rare_skill_is_measured_on_other_prompts_or_changes_the_random_numbers(t
     assert raft.rare_skill(run) == {}
     run.task.gold = lambda prompt, text, ended: seen.append((prompt, text, ended)) or float(ended)
     before = torch.get_rng_state()
-    assert raft.rare_skill(run) == {"eval/rare_gold": sum(ended for *_, ended in seen) / 16} == raft.rare_skill(run)
-    assert torch.equal(before, torch.get_rng_state()) and len(seen) == 32 and {prompt for prompt, *_ in seen} == {"ee"}
+    assert raft.rare_skill(run) == {"eval/rare_gold": sum(ended for *_, ended in seen)
+                                    / 16} == raft.rare_skill(run)
+    assert torch.equal(before,
+                       torch.get_rng_state()) and len(seen) == 32 and {prompt for prompt,
+                                                                       *_ in seen} == {"ee"}
     run.config.rare = "h"
     assert raft.rare_skill(run) == {}                               # no test prompt has it
 
 
-# ------------------------------------------------------------------------------------------ whole runs: refresh, resume
+# -------------------------------------------------------------------------------- whole runs: refresh, resume
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
@@ -397,7 +425,8 @@ def test_refresh_trains_the_evaluations_proxy_or_on_old_samples_or_the_wrong_way
     model, before, run = rater[0]
     assert torch.equal(parameters(whole.proxy.model), before) and not torch.equal(parameters(model), before)
     assert [n for n, *_ in sampled] == [2, 3, 2, 3] and not torch.equal(sampled[0][1], sampled[2][1])
-    new = [[(row.prompt, *row.responses) for row in sampled[i][2] if row.responses[0] != row.responses[1]] for i in (0, 2)]
+    new = [[(row.prompt, *row.responses) for row in sampled[i][2] if row.responses[0] != row.responses[1]]
+           for i in (0, 2)]
     assert asked == new[0] + new[1] and len(new[0]) > 2
     labelled = [[Pair(p, min(a, b), max(a, b)) for p, a, b in rows] for rows in new]
     assert seen[0] == labelled[0] + seen[0][len(new[0]):] and sorted(seen[0][len(new[0]):]) == sorted(old)
@@ -409,7 +438,8 @@ def test_evaluation_is_compared_with_another_rounds_rewards_or_with_older_sample
     data = task(gold=lambda prompt, text, ended: float(len(text)))
     result, metrics, _ = whole("run", data, eval_every=1, rare="e", rounds=3)
     rows = [json.loads(line) for line in metrics.splitlines()]
-    steps, (before, *evaluations) = ([row for row in rows if ("loss" in row) == kind] for kind in (True, False))
+    steps, (before, *evaluations) = ([row for row in rows if ("loss" in row) == kind]
+                                     for kind in (True, False))
     assert "eval/to_best" not in before and len(evaluations) == len(steps) == 6
     assert len({row["eval/round_best"] for row in evaluations}) == 3
     for step, row in zip(steps, evaluations):
@@ -437,7 +467,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options)
 
     def kill(run, step, row):
         log(run, step, row)
-        if step == 4:                                               # in round 3; the checkpoint is in the midst of round 2
+        if step == 4:                                  # in round 3; the checkpoint is in the midst of round 2
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -457,7 +487,8 @@ def test_AE_runs_differ_under_one_seed_or_agree_under_two_or_prompt_noise_counts
     first, again, other = whole("a"), whole("b"), whole("c", seed=1)
     assert first[1] == again[1] and torch.equal(first[2], again[2])
     assert len(losses(first)) == 4 and not set(losses(first)) & set(losses(other))
-    noisy = whole("noisy", eval_every=1, reward_noise="prompt")     # to a local ranking as little as an evaluation
+    # to a local ranking as little as an evaluation
+    noisy = whole("noisy", eval_every=1, reward_noise="prompt")
     assert losses(noisy) == losses(first) and torch.equal(noisy[2], first[2])
     gain = first[0]["eval/proxy"] - first[0]["trace"][0]["eval/proxy"]
     assert first[0]["gain_per_sqrt_log_k"] == pytest.approx(gain / math.sqrt(math.log(3)))

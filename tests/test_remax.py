@@ -29,28 +29,31 @@ def near(expected, tolerance=1e-9):
     return pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
-# -------------------------------------------------------------------------------------------------- returns and loss
+# ------------------------------------------------------------------------------------------- returns and loss
 
 ZERO, KL, ONES = tensor([0.0]), tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3)
 
 
 @pytest.mark.parametrize("reward, kl_coef, gamma, expected", [
-    (0.0, 1.0, 1.0, [-6.0, -5.0, -3.0]), (0.0, 0.1, 1.0, [-0.6, -0.5, -0.3]), (2.0, 0.0, 1.0, [2.0, 2.0, 2.0]),
+    (0.0, 1.0, 1.0, [-6.0, -5.0, -3.0]), (0.0, 0.1, 1.0, [-0.6, -0.5, -0.3]),
+    (2.0, 0.0, 1.0, [2.0, 2.0, 2.0]),
     (2.0, 0.1, 1.0, [1.4, 1.5, 1.7]), (2.0, 0.0, 0.5, [0.5, 1.0, 2.0]), (0.0, 1.0, 0.5, [-2.75, -3.5, -3.0]),
     (2.0, 1.0, 0.5, [-2.25, -2.5, -1.0]), (2.0, 1.0, 0.0, [-1.0, -2.0, -1.0])])
 def test_W_M_returns_are_not_those_by_hand(reward, kl_coef, gamma, expected):
     ref = -rand(1, 3).abs()
     close(remax_returns(ZERO + reward + 7, ZERO + 7, ref + KL, ref, ONES, kl_coef, gamma), [expected])
-    padded = [F.pad(x, (2, 1)) for x in (ref + KL, ref, ONES)]                           # a prompt before, a pad after
+    padded = [F.pad(x, (2, 1)) for x in (ref + KL, ref, ONES)]                  # a prompt before, a pad after
     close(remax_returns(ZERO + reward, ZERO, *padded, kl_coef, gamma), [[0, 0, *expected, 0]])
-    close(remax_returns(rewards=ZERO + 2, baseline_rewards=ZERO, logps=ref + KL, ref_logps=ref, mask=ONES, kl_coef=0.1),
+    close(remax_returns(rewards=ZERO + 2, baseline_rewards=ZERO, logps=ref + KL, ref_logps=ref, mask=ONES,
+                        kl_coef=0.1),
           [[1.4, 1.5, 1.7]])
 
 
 def plain_returns(advantage, ratios, kl_coef, gamma):
     """The returns of one response, from its log-ratios."""
     n = len(ratios)
-    return [gamma ** (n - 1 - t) * advantage - kl_coef * sum(gamma ** (s - t) * ratios[s] for s in range(t, n))
+    return [gamma ** (n - 1 - t) * advantage - kl_coef
+            * sum(gamma ** (s - t) * ratios[s] for s in range(t, n))
             for t in range(n)]
 
 
@@ -66,7 +69,8 @@ def test_W_Y_P_loss_or_gradient_differ_from_the_sums_written_out():
     expected = torch.zeros(4, 4, dtype=torch.float64)
     for i in range(4):
         row = mask[i].bool()
-        expected[i, row] = tensor(plain_returns(rewards[i] - baselines[i], (logps - ref_logps)[i, row], 0.3, 0.9))
+        expected[i, row] = tensor(plain_returns(rewards[i] - baselines[i], (logps - ref_logps)[i, row], 0.3,
+                                                0.9))
     for kind in (torch.int64, torch.bool, torch.float64):
         returns = remax_returns(*given[:4], mask.to(kind), 0.3, 0.9)
         close(returns, expected)
@@ -130,10 +134,11 @@ def test_returns_or_loss_differ_from_a_fixture():
         close(remax_loss(new, returns, mask[:, start:]), expected["paper"]["loss_sequence_mean"])
 
 
-# ---------------------------------------------------------------------------------------------------- the expectation
+# -------------------------------------------------------------------------------------------- the expectation
 
 PREFIXES = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]
-RESPONSES = [p + (0,) for p in PREFIXES] + [p + (y,) for p in PREFIXES[3:] for y in (1, 2)]     # EOS = 0, at most three
+# EOS = 0, at most three
+RESPONSES = [p + (0,) for p in PREFIXES] + [p + (y,) for p in PREFIXES[3:] for y in (1, 2)]
 TOKENS = torch.tensor([(*y, 0, 0)[:3] for y in RESPONSES])
 STATES = torch.tensor([[PREFIXES.index(y[:t]) if t < len(y) else 0 for t in range(3)] for y in RESPONSES])
 MASK = torch.tensor([[int(t < len(y)) for t in range(3)] for y in RESPONSES])
@@ -146,7 +151,9 @@ def all_logps(logits):
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3, 2.0])
 def test_W_H_estimator_is_biased_or_would_be_right_without_kl_to_go(kl_coef):
-    logits, ref, rewards = rand(7, 3, seed=5).requires_grad_(), all_logps(rand(7, 3, seed=6)), 2 * rand(15, seed=7) + 1
+    logits, ref, rewards = rand(7, 3,
+                                seed=5).requires_grad_(), all_logps(rand(7, 3,
+                                                                         seed=6)), 2 * rand(15, seed=7) + 1
     logps = all_logps(logits)
     p = logps.sum(1).exp()
     close(p.sum().detach(), 1.0)
@@ -157,7 +164,8 @@ def test_W_H_estimator_is_biased_or_would_be_right_without_kl_to_go(kl_coef):
         losses = []
         for i in range(15):
             row = logps[i:i + 1], ref[i:i + 1], MASK[i:i + 1]
-            losses.append(remax_loss(row[0], returns_of(rewards[i:i + 1], baseline.view(1), *row, kl_coef), row[2]))
+            losses.append(remax_loss(row[0], returns_of(rewards[i:i + 1], baseline.view(1), *row, kl_coef),
+                                     row[2]))
         return -torch.autograd.grad((p.detach() * torch.stack(losses)).sum(), logits, retain_graph=True)[0]
 
     def own_kl_only(rewards, baselines, logps, ref_logps, mask, kl_coef):
@@ -178,7 +186,8 @@ def second_moment(p, r1, r2, baseline):
     logit, total, one = tensor(p).logit().requires_grad_(), 0.0, torch.ones(1, 1)
     for probability, reward, logp in ((p, r1, F.logsigmoid(logit)), (1 - p, r2, F.logsigmoid(-logit))):
         returns = remax_returns(ZERO + reward, ZERO + baseline, logp.view(1, 1), logp.view(1, 1), one, 0.05)
-        total += probability * torch.autograd.grad(remax_loss(logp.view(1, 1), returns, one), logit)[0].item() ** 2
+        total += probability * torch.autograd.grad(remax_loss(logp.view(1, 1), returns, one),
+                                                   logit)[0].item() ** 2
     return total
 
 
@@ -187,19 +196,21 @@ def test_W_bandit_differs_from_its_formula():
         baseline = r1 if p > 0.5 else r2
         gain = second_moment(p, r1, r2, baseline) - second_moment(p, r1, r2, 0.0)
         assert gain == near(p * (1 - p) * baseline * (baseline - 2 * ((1 - p) * r1 + p * r2)))
-    assert second_moment(0.9, 1.0, 0.1, 1.0) / second_moment(0.9, 1.0, 0.1, 0.0) == pytest.approx(6.7, abs=0.05)
-    for p in (0.51, 0.7, 0.9, 0.99):                        # the greedy arm is the better one, and half as good helps
+    assert second_moment(0.9, 1.0, 0.1, 1.0) / second_moment(0.9, 1.0, 0.1,
+                                                             0.0) == pytest.approx(6.7, abs=0.05)
+    for p in (0.51, 0.7, 0.9, 0.99):                # the greedy arm is the better one, and half as good helps
         assert second_moment(p, 1.0, 0.5, 1.0) < second_moment(p, 1.0, 0.5, 0.0)
 
 
-# ------------------------------------------------------------------------------------------- variance of the gradient
+# ----------------------------------------------------------------------------------- variance of the gradient
 
 def estimates(gradients, rewards, greedy_rewards):
     """{estimator: [M, P]}, each written out. gradients [M, 2, P], rewards [M, 2], greedy_rewards [M]."""
     table = {}
     for (a, b), (ga, gb), greedy in zip(rewards, gradients, greedy_rewards):
         row = {"REINFORCE, 1 sample": a * ga, "ReMax": (a - greedy) * ga, "REINFORCE": (a * ga + b * gb) / 2,
-               "REINFORCE +2": ((a + 2) * ga + (b + 2) * gb) / 2, "REINFORCE -2": ((a - 2) * ga + (b - 2) * gb) / 2,
+               "REINFORCE +2": ((a + 2) * ga + (b + 2) * gb) / 2,
+               "REINFORCE -2": ((a - 2) * ga + (b - 2) * gb) / 2,
                "batch mean": ((a - rewards.mean()) * ga + (b - rewards.mean()) * gb) / 2,
                "leave-one-out": ((a - b) * ga + (b - a) * gb) / 2}
         for name, estimate in row.items():
@@ -213,8 +224,10 @@ def test_variance_is_not_the_trace_of_the_covariance():
         expected = {name: rows.var(0, correction=1).sum().item()
                     for name, rows in estimates(gradients, rewards, greedy).items()}
         assert gradient_variance(iter(gradients), rewards, greedy) == near(expected)
-        assert gradient_variance(iter(gradients.float()), rewards.float(), greedy.float()) == near(expected, 1e-4)
-    same = gradient_variance(rand(1, 2, 4).expand(6, 2, 4), tensor([[1.0, 2.0]]).expand(6, 2), tensor([0.5] * 6))
+        assert gradient_variance(iter(gradients.float()), rewards.float(),
+                                 greedy.float()) == near(expected, 1e-4)
+    same = gradient_variance(rand(1, 2, 4).expand(6, 2, 4), tensor([[1.0, 2.0]]).expand(6, 2),
+                             tensor([0.5] * 6))
     assert all(abs(value) < 1e-9 for value in same.values())
 
 
@@ -234,7 +247,7 @@ def test_W_estimators_have_different_expectations():
     p = logits.softmax(0)
     exact, = torch.autograd.grad((p * rewards).sum(), logits)
     p = p.detach()
-    scores, means = torch.eye(3, dtype=torch.float64) - p, {}                            # grad log pi of each response
+    scores, means = torch.eye(3, dtype=torch.float64) - p, {}                   # grad log pi of each response
     for outcome in itertools.product(range(3), repeat=4):
         drawn = torch.tensor(outcome).view(2, 2)
         for name, rows in estimates(scores[drawn], rewards[drawn], greedy).items():
@@ -252,7 +265,7 @@ def test_bad_option_passes_or_its_flag_is_not_named(name, value):
         remax.Config(**{name: value})
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 PROMPTS = ["ab", "h", "cdefg", "gg", "b", "efe", "abc"]
 TASK = Task("toy", {"train": PROMPTS, "test": ["d", "ee"]},
@@ -266,7 +279,8 @@ def gold(prompts, texts):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A directory with a random Llama over eight letters, EOS = PAD = 0."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])}, unk_token="a"))
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])},
+                                      unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
     path = tmp_path_factory.mktemp("toy")
@@ -274,21 +288,25 @@ def toy(tmp_path_factory):
                             model_max_length=64).save_pretrained(path)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, eos_token_id=0,
-        max_position_embeddings=96, initializer_range=0.3, pad_token_id=0, bos_token_id=None)).save_pretrained(path)
+        vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        eos_token_id=0,
+        max_position_embeddings=96, initializer_range=0.3, pad_token_id=0,
+        bos_token_id=None)).save_pretrained(path)
     return path
 
 
 def settings(toy, **kwargs):
     return remax.Config(**{**dict(
-        model=str(toy), data="toy.jsonl", reward="gold", max_length=64, max_new_tokens=5, lr=1e-2, batch_size=4,
+        model=str(toy), data="toy.jsonl", reward="gold", max_length=64, max_new_tokens=5, lr=1e-2,
+        batch_size=4,
         epochs=1.0, eval_prompts=2, eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs})
 
 
 def toy_run(toy, out, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
-    run = harness.Run(config, out, TASK, harness.load_tokenizer(config), harness.load_policy(config).double(), {})
+    run = harness.Run(config, out, TASK, harness.load_tokenizer(config), harness.load_policy(config).double(),
+                      {})
     run.load_reference = lambda: loading.load_reference(config).double()
     return run
 
@@ -324,12 +342,15 @@ def plain_logps(model, batch, row, temperature):
 def generated(monkeypatch):
     """Every Batch that generate returned, in evaluations and rollouts."""
     calls, plain = [], common.generate
-    monkeypatch.setattr(common, "generate", lambda *args, **kwargs: calls.append(plain(*args, **kwargs)) or calls[-1])
+    monkeypatch.setattr(common, "generate", lambda *args,
+                        **kwargs: calls.append(plain(*args, **kwargs)) or calls[-1])
     return calls
 
 
-@pytest.mark.parametrize("options", [dict(), dict(gamma=0.5, kl_coef=1.0, temperature=0.7), dict(reward_clip=1.5)])
-def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, monkeypatch, generated, options):
+@pytest.mark.parametrize("options",
+                         [dict(), dict(gamma=0.5, kl_coef=1.0, temperature=0.7), dict(reward_clip=1.5)])
+def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, monkeypatch, generated,
+                                                                 options):
     monkeypatch.setattr(common, "adamw", sgd)
     results = [trained(toy, tmp_path / str(n), epochs=2.0, token_budget=n, max_grad_norm=1e9, **options)
                for n in (1, 25, 100000)]
@@ -351,14 +372,17 @@ def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, 
         optimizer.step()
         optimizer.zero_grad()
         counted += int(batch.lengths.sum() + greedy.lengths.sum())
-        ended = [batch.input_ids[i, batch.attention_mask[i].bool()][-1].item() == 0 for i in range(len(batch))]
-        expected.append({"objective/scores": scores.mean().item(), "objective/greedy_scores": baselines.mean().item(),
+        ended = [batch.input_ids[i, batch.attention_mask[i].bool()][-1].item() == 0
+                 for i in range(len(batch))]
+        expected.append({"objective/scores": scores.mean().item(),
+                         "objective/greedy_scores": baselines.mean().item(),
                          "objective/kl": kl, "loss": loss.item(), "eos_rate": sum(ended) / len(ended)})
     assert len(rows) == 4 and rows[0]["objective/kl"] == 0 and abs(kl) > 1e-3
     assert {abs(a) > 1.5 for a in advantages} == {True, False}
-    for other, metrics in results:                          # O: parts of one row, of a few, of all; a ragged last batch
+    for other, metrics in results:                # O: parts of one row, of a few, of all; a ragged last batch
         close(parameters(other.policy), parameters(policy))
-        assert all({name: row[name] for name in want} == near(want, 1e-6) for row, want in zip(metrics, expected))
+        assert all({name: row[name] for name in want} == near(want, 1e-6) for row,
+                   want in zip(metrics, expected))
         assert other.counts["tokens_generated"] == counted
         assert other.counts["tokens_trained"] == run.counts["tokens_trained"]
 
@@ -402,7 +426,8 @@ def test_W_gradient_is_not_0_where_the_sample_is_the_greedy_response(toy, tmp_pa
 
 
 def test_easy_reward_is_not_learned(toy, tmp_path):
-    _, rows = trained(toy, tmp_path / "run", lambda prompts, texts: tensor([float(text[:1] == "a") for text in texts]),
+    _, rows = trained(toy, tmp_path / "run", lambda prompts,
+                      texts: tensor([float(text[:1] == "a") for text in texts]),
                       epochs=120.0, batch_size=28, lr=2e-2)
     scores = [row["objective/scores"] for row in rows]
     assert scores[0] < 0.4 and sum(scores[-3:]) / 3 > 0.9
@@ -422,10 +447,11 @@ def test_AD_reward_that_is_not_finite_is_trained_on(toy, tmp_path, value, call, 
     with pytest.raises(UserError, match=f"step 2: {whose} {value}") as error:
         trained(toy, tmp_path / "run", reward, reward_clip=1.0)
     assert repr(calls[-1][1]) in str(error.value)
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 1
+    assert json.loads((tmp_path / "run"
+                       / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 1
 
 
-# -------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
@@ -480,12 +506,13 @@ def test_AE_evaluating_or_measuring_changes_training_or_counts_as_training(whole
     measured = whole("measured", eval_every=1, variance_prompts=3)
     for result, metrics, weights in (seen, measured):
         rows = [row for row in metrics.splitlines() if "loss" in row]
-        assert rows == [row for row in plain[1].splitlines() if "loss" in row] and torch.equal(weights, plain[2])
+        assert rows == [row for row in plain[1].splitlines()
+                        if "loss" in row] and torch.equal(weights, plain[2])
         assert result["tokens_generated"] == plain[0]["tokens_generated"]
     assert measured[1].count('"eval/variance/ReMax"') == measured[1].count('"eval/kl"') == 5
 
 
-# ------------------------------------------------------------------------------------------------- measured variance
+# ------------------------------------------------------------------------------------------ measured variance
 
 def test_measured_variance_differs_from_one_gradient_at_a_time(toy, tmp_path, generated):
     run = toy_run(toy, tmp_path / "run", variance_prompts=4, temperature=0.8)
@@ -502,7 +529,8 @@ def test_measured_variance_differs_from_one_gradient_at_a_time(toy, tmp_path, ge
         gradients.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
     given = torch.stack(gradients).view(4, 2, -1), gold([None] * 8, texts).view(4, 2), gold([None] * 4, best)
     variances = {name: rows.var(0).sum().item() for name, rows in estimates(*given).items()}
-    ratios = {f"ReMax / {name}": variances["ReMax"] / variances[name] for name in variances if name != "ReMax"}
+    ratios = {f"ReMax / {name}": variances["ReMax"] / variances[name]
+              for name in variances if name != "ReMax"}
     expected = {f"eval/variance/{name}": value for name, value in (variances | ratios).items()}
     assert measured == near(expected | {"eval/entropy": -sum(logps).item() / 8})
     torch.manual_seed(5)

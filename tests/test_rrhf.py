@@ -33,7 +33,7 @@ def ranked(scores, rewards):
     return rank_loss(tensor([scores]), tensor([rewards])).item()
 
 
-# ---------------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 @pytest.mark.parametrize("logps, lengths, rewards, exponent, scores, rank, sft", LITERALS)
 def test_R_loss_differs_from_the_papers_equations(logps, lengths, rewards, exponent, scores, rank, sft):
@@ -64,7 +64,8 @@ def test_loss_scores_or_gradients_differ_from_a_fixture():
     for case in found:
         given, expected = case["inputs"], case["expected"]
         if given["kind"] == "scores":
-            check_gradient(given["candidate_logps"], given["scores"], expected["rank_loss"], expected["grad_candidate_logps"])
+            check_gradient(given["candidate_logps"], given["scores"], expected["rank_loss"],
+                           expected["grad_candidate_logps"])
             continue
         mask, paper, ids = torch.tensor([given["response_mask"]]), expected["paper"], torch.tensor(given["input_ids"])
         logps = (common.gather_logps(tensor(given["logits"]), ids) * mask[0, :, 1:]).sum(1)[None]
@@ -79,7 +80,8 @@ def test_loss_scores_or_gradients_differ_from_a_fixture():
 
 
 def test_R_pairs_are_lost_averaged_or_turned_round():
-    assert ranked([1, 2, 3, 4], [4, 3, 2, 1]) == 10 and ranked([1, 2, 3, 4], [1, 2, 3, 4]) == 0     # RRHF issue 29: 0 for both
+    # RRHF issue 29: 0 for both
+    assert ranked([1, 2, 3, 4], [4, 3, 2, 1]) == 10 and ranked([1, 2, 3, 4], [1, 2, 3, 4]) == 0
     assert ranked([-1, -2, -3], [1, 2, 3]) == 4
     assert ranked([5, -7, 1], [2, 2, 2]) == 0 and ranked([3], [1]) == 0
 
@@ -92,10 +94,12 @@ def test_R_sizes_of_rewards_count_or_there_is_a_margin():
 
 
 def test_R_gradient_of_a_token_is_not_1_over_the_length_or_the_sft_term_has_the_wrong_candidate():
-    logps, lengths = tensor([[-4.0, -9.0, -30.0]]).requires_grad_(), torch.tensor([[4, 6, 10]])         # p: -1, -1.5, -3
-    rrhf_loss(logps, lengths, tensor([[0.0, 2.0, 2.0]])).sum().backward()                      # the first of the best
+    # p: -1, -1.5, -3
+    logps, lengths = tensor([[-4.0, -9.0, -30.0]]).requires_grad_(), torch.tensor([[4, 6, 10]])
+    rrhf_loss(logps, lengths, tensor([[0.0, 2.0, 2.0]])).sum().backward()              # the first of the best
     close(logps.grad, [[2 / 4, -1 / 6 - 1, -1 / 10]])
-    losses = rrhf_loss(tensor([[-4.0, -9.0]]), torch.tensor([[4, 9]]), tensor([[0.0, 1.0]]), length_penalty=0.5)
+    losses = rrhf_loss(tensor([[-4.0, -9.0]]), torch.tensor([[4, 9]]), tensor([[0.0, 1.0]]),
+                       length_penalty=0.5)
     close(losses, [-2 + 3 + 9.0])
 
 
@@ -121,7 +125,8 @@ def test_Q_order_of_the_candidates_matters():
     close(rrhf_loss(*(x[:, order] for x in inputs), 0.8, 3.0), rrhf_loss(*inputs, 0.8, 3.0))
 
 
-@pytest.mark.parametrize("shapes", [[(3,)] * 3, [(1, 3), (1, 3), (3,)], [(2, 3), (2, 3), (2, 1)], [(2, 3), (1, 3), (2, 3)],
+@pytest.mark.parametrize("shapes", [[(3,)] * 3, [(1, 3), (1, 3), (3,)], [(2, 3), (2, 3), (2, 1)],
+                                    [(2, 3), (1, 3), (2, 3)],
                                     [(2, 3), (2, 3), (3, 2)], [(2, 3, 1)] * 3])
 def test_Q_wrong_shapes_are_broadcast(shapes):
     logps, lengths, rewards = (1 + rand(*shape) for shape in shapes)
@@ -140,9 +145,12 @@ def test_P_inputs_are_changed_in_place():
 
 
 @pytest.mark.parametrize("wrong, flag", [
-    (dict(rank_weight=-1.0), "--rank_weight"), (dict(sft_weight=-0.1), "--sft_weight"), (dict(sft_weight=math.nan), "--sft"),
-    (dict(length_penalty=-1.0), "--length_penalty"), (dict(rounds=0), "--rounds"), (dict(candidates=0), "--candidates"),
-    (dict(candidates=1, sources="D"), "--candidates"), (dict(eval_pairs=0), "--eval_pairs"), (dict(sources="PD"), "--sources"),
+    (dict(rank_weight=-1.0), "--rank_weight"), (dict(sft_weight=-0.1), "--sft_weight"),
+    (dict(sft_weight=math.nan), "--sft"),
+    (dict(length_penalty=-1.0), "--length_penalty"), (dict(rounds=0), "--rounds"),
+    (dict(candidates=0), "--candidates"),
+    (dict(candidates=1, sources="D"), "--candidates"), (dict(eval_pairs=0), "--eval_pairs"),
+    (dict(sources="PD"), "--sources"),
     (dict(schedule="none"), "--schedule"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
@@ -150,19 +158,22 @@ def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     rrhf.Config(candidates=1, sources="DP"), rrhf.Config(rank_weight=0.0, sft_weight=0.0, length_penalty=0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 ROWS = [Ranking("ab", ["cd", "efgha", "b"], [1.0, 3.0, 2.0]), Ranking("h", ["a", "bcb"], [0.0, 1.0]),
-        Ranking("cdefg", ["abcabc", "h", "hh", "de"], [4.0, 3.0, 2.0, 1.0]), Ranking("gg", ["hh", "aaaaaaa"], [2.0, 1.0]),
+        Ranking("cdefg", ["abcabc", "h", "hh", "de"], [4.0, 3.0, 2.0, 1.0]),
+        Ranking("gg", ["hh", "aaaaaaa"], [2.0, 1.0]),
         Ranking("b", ["cccc", "dd", "e"], [-1.0, -3.0, 5.0]), Ranking("ef", ["gh", "hg"], [1.0, 2.0]),
         Ranking("abc", ["d", "ee", "fff"], [2.0, 2.0, 1.0])]
 PAIRS = [Pair("d", "abc", "cb"), Pair("ee", "f", "ggg")]
-TASK = Task("toy", {"train": [row.prompt for row in ROWS], "test": ["d", "ee", "ha"]}, {"test": PAIRS}, {"train": ROWS})
+TASK = Task("toy", {"train": [row.prompt for row in ROWS], "test": ["d", "ee", "ha"]}, {"test": PAIRS},
+            {"train": ROWS})
 
 
 def proxy(prompts, responses):
     """A reward that differs from the data's own scores."""
-    return torch.tensor([sum(map(ord, text)) % 7 - len(prompt) / 10 for prompt, text in zip(prompts, responses)])
+    return torch.tensor([sum(map(ord, text)) % 7 - len(prompt) / 10 for prompt,
+                         text in zip(prompts, responses)])
 
 
 proxy.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))
@@ -173,7 +184,7 @@ def trained(toy, tmp_path, monkeypatch):
     """A function that trains with rrhf.py in tmp_path / name; returns the finished Run."""
     finish, runs = harness.Run.finish, []
     monkeypatch.setattr(harness.evaluation, "kl_to_reference",
-                        lambda config, policy, batch, plain: torch.zeros(len(batch)))                               # slow
+                        lambda config, policy, batch, plain: torch.zeros(len(batch)))                   # slow
     monkeypatch.setattr(harness.run, "load_rewards",
                         lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
     monkeypatch.setattr(harness.Run, "finish", lambda run: runs.append(run) or finish(run))
@@ -181,8 +192,10 @@ def trained(toy, tmp_path, monkeypatch):
     def run(name, task=TASK, **kwargs):
         monkeypatch.setattr(harness.loading, "load_task", lambda config: task)
         harness.launch(rrhf.train, rrhf.Config(**{**dict(
-            model=str(toy), data="toy.jsonl", out=str(tmp_path / name), sources="P", max_length=64, max_new_tokens=5, lr=1e-2,
-            batch_size=4, epochs=1.0, eval_prompts=3, eval_samples=1, save_every=0, device="cpu", quiet=True), **kwargs}))
+            model=str(toy), data="toy.jsonl", out=str(tmp_path / name), sources="P", max_length=64,
+            max_new_tokens=5, lr=1e-2,
+            batch_size=4, epochs=1.0, eval_prompts=3, eval_samples=1, save_every=0, device="cpu", quiet=True),
+                                                  **kwargs}))
         return runs[-1]
 
     return run
@@ -208,19 +221,23 @@ def plain_score(model, prompt, response, ended=True):
 
 def plain_losses(model, row, exponent):
     """L_rank and L_ft of one Ranking."""
-    logps, lengths = zip(*(plain_score(model, row.prompt, *answer) for answer in zip(row.responses, row.ended, strict=True)))
-    p, r, rank = [logp / length ** exponent for logp, length in zip(logps, lengths)], row.scores, torch.tensor(0.0)
+    logps, lengths = zip(*(plain_score(model, row.prompt, *answer)
+                           for answer in zip(row.responses, row.ended, strict=True)))
+    p, r, rank = [logp / length ** exponent for logp,
+                  length in zip(logps, lengths)], row.scores, torch.tensor(0.0)
     for i in range(len(p)):
         for j in range(len(p)):
             rank = rank + max(p[i] - p[j], 0.0) * (r[i] < r[j])
     return rank, -logps[r.index(max(r))]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(sources="DP", rank_weight=2.0, sft_weight=0.5, length_penalty=0.7),
-                                     dict(sources="D", max_new_tokens=3, candidates=6)])
+@pytest.mark.parametrize("options",
+                         [dict(), dict(sources="DP", rank_weight=2.0, sft_weight=0.5, length_penalty=0.7),
+                          dict(sources="D", max_new_tokens=3, candidates=6)])
 def test_O_L_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(trained, monkeypatch, options):
     monkeypatch.setattr(common, "adamw", sgd)
-    runs = [trained(str(budget), token_budget=budget, max_grad_norm=1e9, **options) for budget in (1, 130, 100000)]
+    runs = [trained(str(budget), token_budget=budget, max_grad_norm=1e9, **options)
+            for budget in (1, 130, 100000)]
     config, rankings = runs[0].config, runs[0].state["rankings"]
     assert all(run.state["rankings"] == rankings for run in runs)
     policy = harness.load_policy(config)
@@ -228,7 +245,8 @@ def test_O_L_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(train
     plan = harness.shuffled_batches(len(rankings), config.epochs, config.batch_size, config.seed)
     start = parameters(policy).clone()
     assert len(plan) == 2
-    assert config.sources == "D" or all(len({len(rankings[i].responses) for i in rows}) > 1 for rows in plan)      # unequal K
+    # unequal K
+    assert config.sources == "D" or all(len({len(rankings[i].responses) for i in rows}) > 1 for rows in plan)
     for rows, *logged in zip(plan, *map(steps_of, runs), strict=True):
         losses = [plain_losses(policy, rankings[i], config.length_penalty) for i in rows]
         rank, sft = (sum(terms) / len(rows) for terms in zip(*losses))
@@ -236,7 +254,8 @@ def test_O_L_step_differs_from_a_plain_loop_or_depends_on_the_token_budget(train
         for row in logged:
             for name, value in (("loss", loss), ("loss/rank", rank), ("loss/sft", sft)):
                 assert row[name] == pytest.approx(value.item(), rel=1e-5)
-            assert row["rewards/best"] == pytest.approx(sum(max(rankings[i].scores) for i in rows) / len(rows), rel=1e-5)
+            assert row["rewards/best"] == pytest.approx(sum(max(rankings[i].scores) for i in rows)
+                                                        / len(rows), rel=1e-5)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -257,7 +276,8 @@ def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(trained, monkeypa
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
 
     monkeypatch.setattr(common, "adamw", halving)
-    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone()) or log(run, *row))
+    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone())
+                        or log(run, *row))
     run = trained("run", max_grad_norm=0.01)
     assert settings == [(run.config.lr, 2, run.config.schedule, run.config.warmup)]
     moved = [(after - before).norm().item() for before, after in zip(seen, seen[1:])]
@@ -267,7 +287,8 @@ def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(trained, monkeypa
 
 def test_L_sample_that_was_cut_off_counts_as_ended(trained):
     rankings = trained("run", sources="D", max_new_tokens=3, candidates=6).state["rankings"]
-    ended = [(whole, len(text)) for row in rankings for text, whole in zip(row.responses, row.ended, strict=True)]
+    ended = [(whole, len(text)) for row in rankings for text,
+             whole in zip(row.responses, row.ended, strict=True)]
     assert all(whole == (length < 3) for whole, length in ended) and len(dict(ended)) == 2
 
 
@@ -281,9 +302,11 @@ def test_D_loss_of_a_prompt_depends_on_its_batch_or_padding(trained, monkeypatch
     monkeypatch.setattr(harness, "check_finite", spy)
     monkeypatch.setattr(common, "adamw", no_step)
     longer = Ranking("abcdefghabcd", ["abcdefghabcdefgh", "h"], [1.0, 2.0])
-    more = Task("toy", {"train": [*TASK.prompts["train"], longer.prompt], "test": ["d"]}, {}, {"train": [*ROWS, longer]})
+    more = Task("toy", {"train": [*TASK.prompts["train"], longer.prompt], "test": ["d"]}, {},
+                {"train": [*ROWS, longer]})
     results = []
-    for i, (task, options) in enumerate([(TASK, dict(batch_size=1)), (TASK, dict(batch_size=7)), (more, dict(batch_size=8)),
+    for i, (task, options) in enumerate([(TASK, dict(batch_size=1)), (TASK, dict(batch_size=7)),
+                                         (more, dict(batch_size=8)),
                                          (TASK, dict(token_budget=90, batch_size=3))]):
         seen.clear()
         trained(str(i), task, **options)
@@ -298,14 +321,15 @@ def test_R_training_ranks_backwards(trained):
     assert rank[0] > 0.5 and max(rank[-5:]) < 0.2 * rank[0]
 
 
-# -------------------------------------------------------------------------------------------------------- candidates
+# ------------------------------------------------------------------------------------------------- candidates
 
 def scores_of(run):
     return {row.prompt: row.scores for row in run.state["rankings"]}
 
 
 def by_proxy(run):
-    return {row.prompt: proxy([row.prompt] * len(row.responses), row.responses).tolist() for row in run.state["rankings"]}
+    return {row.prompt: proxy([row.prompt] * len(row.responses), row.responses).tolist()
+            for row in run.state["rankings"]}
 
 
 def test_sources_give_the_wrong_candidates_or_scores(trained):
@@ -316,7 +340,8 @@ def test_sources_give_the_wrong_candidates_or_scores(trained):
     assert {row.prompt: row.responses for row in run.state["rankings"]} == given
     samples = {}
     judged = replace(TASK, gold=lambda *row: 100.0)
-    for name, task, options in [("P with a reward", TASK, dict(reward="some/model")), ("D", TASK, dict(sources="D")),
+    for name, task, options in [("P with a reward", TASK, dict(reward="some/model")),
+                                ("D", TASK, dict(sources="D")),
                                 ("DP", TASK, dict(sources="DP")), ("P with gold", judged, dict())]:
         run = trained(name, task, **options)
         assert scores_of(run) == by_proxy(run), name
@@ -334,7 +359,8 @@ def test_P_without_the_datas_own_answers_trains_on_something_else(trained, sourc
         trained("run", replace(TASK, rankings={}), sources=sources)
 
 
-FLAWED = [Ranking("ab", ["cd"], [1.0]), Ranking("h", ["c", "c"], [1.0, 2.0]), Ranking("gg", ["a", "b"], [1.0, 1.0]),
+FLAWED = [Ranking("ab", ["cd"], [1.0]), Ranking("h", ["c", "c"], [1.0, 2.0]),
+          Ranking("gg", ["a", "b"], [1.0, 1.0]),
           Ranking("b", ["a", "bb", "a"], [0.0, 1.0, 2.0])]
 
 
@@ -362,9 +388,11 @@ def test_candidates_of_round_2_come_from_the_pool_or_the_first_policy(trained, m
     pool = {prompt: ["aceg", "bdfh", "aabb"] for prompt in TASK.prompts["train"]}
     run = trained("run", replace(TASK, pool=pool), sources="D", candidates=3, rounds=2, epochs=2.0)
     assert all(row.responses == pool[row.prompt] for step in rows[:4] for row in step)
-    assert all(row in run.state["rankings"] and row.responses != pool[row.prompt] for step in rows[4:] for row in step)
+    assert all(row in run.state["rankings"] and row.responses != pool[row.prompt] for step in rows[4:]
+               for row in step)
     (policy, at), = sampled
-    assert len(rows) == 8 and at == 4 and (policy - parameters(harness.load_policy(run.config))).abs().max() > 1e-2
+    assert len(rows) == 8 and at == 4 and (policy
+                                           - parameters(harness.load_policy(run.config))).abs().max() > 1e-2
 
 
 def test_best_of_n_comparison_is_wrong_or_made_with_another_reward(trained):
@@ -373,12 +401,13 @@ def test_best_of_n_comparison_is_wrong_or_made_with_another_reward(trained):
     best = sum(map(max, scores)) / 7
     assert after["eval/candidates_best"] == pytest.approx(best)
     assert after["eval/candidates_mean"] == pytest.approx(sum(sum(row) / len(row) for row in scores) / 7)
-    assert after["eval/to_best"] == pytest.approx(after["eval/proxy"] - best) and "eval/to_best" not in run.trace[0]
+    assert after["eval/to_best"] == pytest.approx(after["eval/proxy"]
+                                                  - best) and "eval/to_best" not in run.trace[0]
     for name, options in (("own", dict()), ("noise", dict(sources="D", reward_noise="response"))):
         assert "eval/to_best" not in trained(name, **options).trace[-1]
 
 
-# ------------------------------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
     runs = [trained(name, sources="DP", rounds=2, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
@@ -387,7 +416,7 @@ def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
     assert len(runs[0].trace) == 2
 
 
-@pytest.mark.parametrize("last", [4, 6])                    # killed in round 2: with a checkpoint of round 1, or of round 2
+@pytest.mark.parametrize("last", [4, 6])      # killed in round 2: with a checkpoint of round 1, or of round 2
 def test_AF_resumed_run_differs_from_a_straight_one(trained, tmp_path, monkeypatch, last):
     options, log = dict(sources="DP", rounds=2, epochs=2.0, save_every=3, eval_every=2), harness.Run.log
     straight = trained("straight", **options)
@@ -403,7 +432,8 @@ def test_AF_resumed_run_differs_from_a_straight_one(trained, tmp_path, monkeypat
             trained("killed", **options)
     torch.manual_seed(999)
     resumed = trained("killed", resume=True, **options)
-    first, second = ((tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("straight", "killed"))
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")
+                     for name in ("straight", "killed"))
     assert first == second and json.loads(first.splitlines()[-1])["step"] == 8
     assert torch.equal(parameters(resumed.policy), parameters(straight.policy))
     assert resumed.state["rankings"] == straight.state["rankings"]

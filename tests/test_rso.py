@@ -20,12 +20,14 @@ from tasks import Pair, Ranking, Task
 KINDS = "sigmoid_norm", "hinge_norm", "hinge"
 
 
-# ---------------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
-@pytest.mark.parametrize("logps, gamma, expected", [                # rso_losses-08 and -09, as the DPO code and TRL print them
+# rso_losses-08 and -09, as the DPO code and TRL print them
+@pytest.mark.parametrize("logps, gamma, expected", [
     ([[-10.0, -20.0], [-20.0, -10.0], [-15.0, -15.0], [-15.0, -15.0]], 0.1,
      [[0.31326168751822286, 1.3132616875182228], [0.0, 2.0], [0.0, 2.0]]),
-    ([[-1.0, -4000.0], [-5000.0, -3.0], [-2.0, -1.0], [-1.0, -2.0]], 1.0, [[0.0, 3998.0], [0.0, 3999.0], [0.0, 3998.0]])])
+    ([[-1.0, -4000.0], [-5000.0, -3.0], [-2.0, -1.0], [-1.0, -2.0]], 1.0,
+     [[0.0, 3998.0], [0.0, 3999.0], [0.0, 3998.0]])])
 def test_loss_differs_from_other_code(logps, gamma, expected):
     for kind, losses in zip(KINDS, expected):
         close(preference_loss(kind, *map(tensor, logps), gamma), losses)
@@ -34,7 +36,8 @@ def test_loss_differs_from_other_code(logps, gamma, expected):
 def test_loss_differs_from_a_fixture():
     for case in cases("rso_losses"):
         given, expected = case["inputs"], case["expected"]
-        logps = [tensor(given[f"{who}_{which}_logps"]) for who in ("policy", "sft") for which in ("chosen", "rejected")]
+        logps = [tensor(given[f"{who}_{which}_logps"]) for who in ("policy", "sft")
+                 for which in ("chosen", "rejected")]
         for kind in KINDS:
             losses = preference_loss(kind, *logps, given["gamma"])
             close(losses, expected[kind])
@@ -44,12 +47,14 @@ def test_loss_differs_from_a_fixture():
 
 def random_logps(n=50, seed=0):
     """Policy chosen, rejected, SFT chosen, rejected [n]: margins on both sides of 1 / 0.2."""
-    return list(-20 * torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 5)
+    return list(-20 * torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                - 5)
 
 
 def test_sigmoid_norm_is_not_dpo_with_beta_gamma_or_another_loss_passes():
     for gamma in (0.05, 0.5, 3.0):
-        close(preference_loss("sigmoid_norm", *random_logps(), gamma), dpo_loss(*random_logps(), gamma)[0], 1e-12)
+        close(preference_loss("sigmoid_norm", *random_logps(), gamma), dpo_loss(*random_logps(), gamma)[0],
+              1e-12)
     with pytest.raises(ValueError, match="'slic'"):
         preference_loss("slic", *random_logps(), 0.1)
 
@@ -80,23 +85,28 @@ def test_P_D_loss_changes_its_inputs_or_depends_on_the_batch():
     for kind in KINDS:
         together = preference_loss(kind, *logps, 0.2)
         assert together.shape == (50,)
-        assert torch.equal(together, torch.cat([preference_loss(kind, *(x[i:i + 1] for x in logps), 0.2) for i in range(50)]))
+        assert torch.equal(together,
+                           torch.cat([preference_loss(kind, *(x[i:i + 1] for x in logps), 0.2)
+                                      for i in range(50)]))
         assert torch.equal(together.flip(0), preference_loss(kind, *(x.flip(0) for x in logps), 0.2))
     assert all(map(torch.equal, logps, before))
 
 
-# -------------------------------------------------------------------------------------------- rejection sampling
+# ----------------------------------------------------------------------------------------- rejection sampling
 
 def sample_with(uniforms, *arguments):
     """(accepted indices, how many of the uniforms were used)."""
     left = iter(uniforms)
-    return statistical_rejection_sampling(*arguments, SimpleNamespace(random=left.__next__)), len(uniforms) - len(list(left))
+    return statistical_rejection_sampling(*arguments,
+                                          SimpleNamespace(random=left.__next__)), len(uniforms) - len(list(left))
 
 
-@pytest.mark.parametrize("rewards, n, beta, uniforms, accepted", [  # rso_sampling-00, -06 and -05, traces of the printed listing
+# rso_sampling-00, -06 and -05, traces of the printed listing
+@pytest.mark.parametrize("rewards, n, beta, uniforms, accepted", [
     ([0.1, 1.2, -0.5, 0.8, 1.2], 3, 0.5,
      [0.423759, 0.947775, 0.985879, 0.714443, 0.512796, 0.667847, 0.198663, 0.040851], [1, 4, 3]),
-    ([5.0, -5.0, 4.0, -4.0, 0.0], 2, 0.05, [0.281135, 0.241014, 0.96838, 0.487786, 0.94636, 0.620005, 0.118759], [0, 2]),
+    ([5.0, -5.0, 4.0, -4.0, 0.0], 2, 0.05,
+     [0.281135, 0.241014, 0.96838, 0.487786, 0.94636, 0.620005, 0.118759], [0, 2]),
     ([0.151, -0.396, 1.786, -0.75, 0.332, 2.466], 3, 10.0, [0.49872, 0.364657, 0.216576], [0, 1, 2])])
 def test_U_trace_differs_from_algorithm_1(rewards, n, beta, uniforms, accepted):
     assert sample_with(uniforms + [0.0] * 9, rewards, n, beta) == (accepted, len(uniforms))
@@ -114,7 +124,8 @@ def test_U_trace_differs_from_a_fixture():
 def p_value(counts, probabilities):
     """Of a chi-square test. What is impossible must not occur; cells with less than 5 expected counts join the largest."""
     runs = sum(counts.values())
-    assert all(probabilities.get(key, 0) > 0 for key in counts) and sum(probabilities.values()) == pytest.approx(1)
+    assert all(probabilities.get(key, 0) > 0
+               for key in counts) and sum(probabilities.values()) == pytest.approx(1)
     largest, cells = max(probabilities, key=probabilities.get), {}
     for key, p in probabilities.items():
         cell = cells.setdefault(key if runs * p >= 5 else largest, [0, 0.0])
@@ -134,9 +145,11 @@ def test_U_frequencies_differ_from_the_exact_ones_of_a_fixture():
         expected, rng = case["expected"], random.Random(case["id"])
         given = [case["inputs"][name] for name in ("rewards", "num_samples", "beta")]
         accepted = [statistical_rejection_sampling(*given, rng) for _ in range(runs)]
-        assert p_value(Counter(a[0] for a in accepted), dict(enumerate(expected["first_accepted_prob"]))) > 0.001, case["id"]
+        assert p_value(Counter(a[0] for a in accepted),
+                       dict(enumerate(expected["first_accepted_prob"]))) > 0.001, case["id"]
         for i, p in enumerate(expected["inclusion_prob"]):
-            assert p_value(Counter(i in a for a in accepted), {True: p, False: 1 - p}) > 0.001, (case["id"], i)
+            assert p_value(Counter(i in a for a in accepted),
+                           {True: p, False: 1 - p}) > 0.001, (case["id"], i)
         for name in ("sets", "sequences"):                          # how picks hang together
             if expected[name]:
                 key = sorted if name == "sets" else list
@@ -154,7 +167,8 @@ def accepted_outcomes(runs, candidates, num_samples, seed=0):
     rng = random.Random(seed)
     for _ in range(runs):
         pool = rng.choices(range(5), SFT, k=candidates)
-        yield [pool[i] for i in statistical_rejection_sampling([REWARDS[i] for i in pool], num_samples, BETA, rng)]
+        yield [pool[i] for i in statistical_rejection_sampling([REWARDS[i] for i in pool], num_samples, BETA,
+                                                               rng)]
 
 
 def test_U_first_of_many_candidates_is_not_a_sample_of_the_optimal_policy():
@@ -181,12 +195,13 @@ def test_U_beta_0_is_not_the_top_or_a_huge_beta_not_the_head():
         assert statistical_rejection_sampling(rewards, 5, 1e-320, rng) == best_first[:5]
         assert statistical_rejection_sampling(rewards, 5, 1e15, rng) == list(range(5))
         assert statistical_rejection_sampling(rewards, 5, math.inf, rng) == list(range(5))
-    assert sample_with([0.99] * 9, [2, 7, 1, 7, 7, 2], 4, 0) == ([1, 3, 4, 0], 7)          # ties: all, in list order
+    assert sample_with([0.99] * 9, [2, 7, 1, 7, 7, 2], 4, 0) == ([1, 3, 4, 0], 7)   # ties: all, in list order
     assert sample_with([1 - 2 ** -53] * 9, [3.0] * 6, 4, 0.5) == ([0, 1, 2, 3], 4)
 
 
 @pytest.mark.parametrize("rewards, n, beta", [([1.0, 2.0], 3, 0.5), ([], 1, 0.5), ([1.0, math.nan], 1, 0.5),
-                                              ([math.inf, 1.0], 1, 0.5), ([1.0, 2.0], 1, -0.5), ([1.0, 2.0], 1, math.nan)])
+                                              ([math.inf, 1.0], 1, 0.5), ([1.0, 2.0], 1, -0.5),
+                                              ([1.0, 2.0], 1, math.nan)])
 def test_U_impossible_arguments_loop_or_pass(rewards, n, beta):
     with pytest.raises(ValueError, match="candidates|beta"):
         statistical_rejection_sampling(rewards, n, beta, random.Random(0))
@@ -200,13 +215,13 @@ def test_P_sampling_or_pairing_changes_its_lists():
     assert indices == [3, 1, 0, 2]
 
 
-# ------------------------------------------------------------------------------------------------------- the pairs
+# -------------------------------------------------------------------------------------------------- the pairs
 
 def test_pairs_by_hand_differ():
     rewards = [5, 1, 4, 2, 3, 0]
     assert ranked_pairs([1, 0, 2, 3], rewards) == [(0, 1), (2, 3)]
     assert ranked_pairs([1, 0, 2, 3], rewards, tournament=True) == [(0, 1), (2, 3), (0, 2)]
-    assert ranked_pairs([1, 0, 4], rewards) == [(0, 1)]                                  # an odd one has no opponent
+    assert ranked_pairs([1, 0, 4], rewards) == [(0, 1)]                           # an odd one has no opponent
     assert ranked_pairs([1, 0, 4], rewards, tournament=True) == [(0, 1), (0, 4)]         # and goes through
     assert ranked_pairs([0], rewards) == ranked_pairs([], rewards, tournament=True) == []
     assert ranked_pairs([0, 1, 2, 3], [7, 7, 7, 1]) == [(2, 3)]
@@ -228,24 +243,29 @@ def test_pairs_are_too_few_or_the_loser_wins(n):
 
 def score(prompts, responses):
     """The number of letters after a, and a little for the place of each: no ties between texts of three letters."""
-    return torch.tensor([sum((ord(c) - ord("a")) * 10 ** -i for i, c in enumerate(text)) for text in responses])
+    return torch.tensor([sum((ord(c) - ord("a")) * 10 ** -i for i, c in enumerate(text))
+                         for text in responses])
 
 
-score.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))                   # has a scale of its own
+score.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))                # has a scale of its own
 
 PROMPTS = ["ab", "h", "cdefg", "gg", "b", "ef"]
-POOL = {p: ["".join(random.Random(f"{p} {i}").choices("abcdefgh", k=3 + i % 3)) for i in range(12)] for p in PROMPTS}
+POOL = {p: ["".join(random.Random(f"{p} {i}").choices("abcdefgh", k=3 + i % 3)) for i in range(12)]
+        for p in PROMPTS}
 
 
 def begun(toy, out, pool=POOL, reward=score, prompts=PROMPTS, **kwargs):
-    config = rso.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="none", max_length=64, max_new_tokens=4, lr=1e-2,
-                                  warmup=0.0, batch_size=4, epochs=1.0, candidates=12, eval_prompts=2, eval_samples=1,
+    config = rso.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="none", max_length=64,
+                                  max_new_tokens=4, lr=1e-2,
+                                  warmup=0.0, batch_size=4, epochs=1.0, candidates=12, eval_prompts=2,
+                                  eval_samples=1,
                                   save_every=0, device="cpu", quiet=True, gamma=0.1), **kwargs})
     out.mkdir()
     task = Task("toy", {"train": list(prompts), "test": ["d", "ee"]}, pool=pool or {})
     config.reward = ""
     torch.manual_seed(config.seed)
-    return harness.Run(config, out, task, common.load_tokenizer(toy, config.max_length), harness.load_policy(config),
+    return harness.Run(config, out, task, common.load_tokenizer(toy, config.max_length),
+                       harness.load_policy(config),
                        {"proxy": reward})
 
 
@@ -261,7 +281,8 @@ def test_pairs_are_not_of_the_kept_candidates_or_the_loser_comes_first(toy, tmp_
     pairs = rso.collect_pairs(run)
     assert len(pairs) == 2 * len(PROMPTS) and rso.collect_pairs(run) == pairs
     for row in pairs:
-        assert row.scores == pytest.approx(score(None, row.responses).tolist()) and row.scores[0] > row.scores[1]
+        assert row.scores == pytest.approx(score(None,
+                                                 row.responses).tolist()) and row.scores[0] > row.scores[1]
     for prompt in PROMPTS:                                          # at beta 0 the top four
         texts = [text for row in pairs if row.prompt == prompt for text in row.responses]
         assert sorted(texts) == sorted(sorted(set(POOL[prompt]), key=lambda text: -score(None, [text]))[:4])
@@ -323,7 +344,7 @@ def test_direct_pairs_are_sampled_relabelled_or_too_many(toy, tmp_path):
     run.task.pairs = {"train": [Pair("h", "a", "b")], "off_policy": writers}
     assert sorted(rso.collect_pairs(run)) == sorted(writers[:4])
     del run.task.pairs["off_policy"]
-    assert rso.collect_pairs(run) == [Pair("h", "a", "b")]          # all of people's, whatever the reward thinks
+    assert rso.collect_pairs(run) == [Pair("h", "a", "b")]       # all of people's, whatever the reward thinks
     del run.task.pairs["train"]
     with pytest.raises(UserError, match="no pairs"):
         rso.train(run)
@@ -338,23 +359,29 @@ def test_equal_rewards_train_on_ties(toy, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, flag", [
-    (dict(gamma=0), "--gamma"), (dict(gamma=math.nan), "--gamma"), (dict(beta=-0.1), "--beta"), (dict(beta=math.nan), "--beta"),
-    (dict(num_samples=1), "--num_samples"), (dict(candidates=3), "--candidates"), (dict(loss="slic"), "--loss"),
+    (dict(gamma=0), "--gamma"), (dict(gamma=math.nan), "--gamma"), (dict(beta=-0.1), "--beta"),
+    (dict(beta=math.nan), "--beta"),
+    (dict(num_samples=1), "--num_samples"), (dict(candidates=3), "--candidates"),
+    (dict(loss="slic"), "--loss"),
     (dict(source="best"), "--source"), (dict(pairs="all"), "--pairs"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         rso.Config(**wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
-PAIRS = [Ranking("ab", ("cd", "efgha"), (1, 0), ended=(True, False)), Ranking("h", ("a", "b"), (1, 0), ended=(True, True)),
-         Ranking("cdefg", ("abca", "h"), (1, 0), ended=(False, True)), Pair("gg", "hh", "aaaaaaa"), Pair("b", "cccc", "dd"),
+PAIRS = [Ranking("ab", ("cd", "efgha"), (1, 0), ended=(True, False)),
+         Ranking("h", ("a", "b"), (1, 0), ended=(True, True)),
+         Ranking("cdefg", ("abca", "h"), (1, 0), ended=(False, True)), Pair("gg", "hh", "aaaaaaa"),
+         Pair("b", "cccc", "dd"),
          Pair("ef", "gh", "hg"), Pair("abc", "d", "ee")]
 
 
 def logged(run):
-    return [row for row in map(json.loads, (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) if "loss" in row]
+    return [row for row in map(json.loads,
+                               (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            if "loss" in row]
 
 
 def logps_of(model, tokenizer, row):
@@ -363,7 +390,8 @@ def logps_of(model, tokenizer, row):
                       for text, end in zip(row.responses, row.ended or (True, True))])
 
 
-@pytest.mark.parametrize("kind, budget", [("sigmoid_norm", 30), ("sigmoid_norm", 100000), ("hinge", 30), ("hinge_norm", 30)])
+@pytest.mark.parametrize("kind, budget",
+                         [("sigmoid_norm", 30), ("sigmoid_norm", 100000), ("hinge", 30), ("hinge_norm", 30)])
 def test_O_step_differs_from_a_plain_mean_over_pairs(kind, budget, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "adamw", sgd)
     run = begun(toy, tmp_path / "run", token_budget=budget, loss=kind, gamma=0.3, max_grad_norm=1e9)
@@ -371,12 +399,13 @@ def test_O_step_differs_from_a_plain_mean_over_pairs(kind, budget, toy, tmp_path
     policy, reference = harness.load_policy(run.config), run.load_reference()
     optimizer, _ = sgd(policy, run.config.lr, 2)
     plan = harness.shuffled_batches(len(PAIRS), run.config.epochs, run.config.batch_size, run.config.seed)
-    for rows, row in zip(plan, logged(run), strict=True):                                    # four, then a ragged three
+    for rows, row in zip(plan, logged(run), strict=True):                          # four, then a ragged three
         losses = []
         for pair in [PAIRS[i] for i in rows]:
             logps, sft = logps_of(policy, run.tokenizer, pair), logps_of(reference, run.tokenizer, pair)
             margin = logps[0] - logps[1] - (0 if kind == "hinge" else sft[0] - sft[1])
-            losses.append((-0.3 * margin).exp().log1p() if kind == "sigmoid_norm" else (1 - 0.3 * margin).relu())
+            losses.append((-0.3 * margin).exp().log1p() if kind == "sigmoid_norm"
+                          else (1 - 0.3 * margin).relu())
         loss = sum(losses) / len(rows)
         loss.backward()
         optimizer.step()
@@ -396,7 +425,8 @@ def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(toy, tmp_path, mo
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
 
     monkeypatch.setattr(common, "adamw", halving)
-    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone()) or log(run, *row))
+    monkeypatch.setattr(harness.Run, "log", lambda run, *row: seen.append(parameters(run.policy).clone())
+                        or log(run, *row))
     run = begun(toy, tmp_path / "run", max_grad_norm=0.01)
     train_on(run, PAIRS)
     assert settings == [(run.config.lr, 2, run.config.schedule, run.config.warmup)]
@@ -407,7 +437,8 @@ def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(toy, tmp_path, mo
 
 def test_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
     seen, plain = [], rso.preference_loss
-    monkeypatch.setattr(rso, "preference_loss", lambda *args: seen.append(torch.stack(args[1:5]).detach()) or plain(*args))
+    monkeypatch.setattr(rso, "preference_loss", lambda *args: seen.append(torch.stack(args[1:5]).detach())
+                        or plain(*args))
     run = begun(toy, tmp_path / "run", epochs=3.0, batch_size=1)
     train_on(run, PAIRS[:1])
     expected = logps_of(run.load_reference(), run.tokenizer, PAIRS[0]).double()
@@ -423,15 +454,19 @@ def test_AJ_first_step_is_not_at_the_sft_policy_or_training_prefers_the_loser(to
         run = begun(toy, tmp_path / kind, loss=kind, batch_size=7, epochs=6.0)
         train_on(run, PAIRS)
         first, *_, last = logged(run)
-        assert first["loss"] == pytest.approx(start, abs=1e-5) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        assert first["loss"] == pytest.approx(start,
+                                              abs=1e-5) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
         assert last["loss"] < start - 0.05 and last["rewards/accuracies"] == 1
         rise = [last[f"logps/{side}"] - first[f"logps/{side}"] for side in ("chosen", "rejected")]
-        assert [last["rewards/chosen"], last["rewards/rejected"]] == pytest.approx([0.1 * x for x in rise], abs=1e-4)
-        assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-5)
+        assert [last["rewards/chosen"],
+                last["rewards/rejected"]] == pytest.approx([0.1 * x for x in rise], abs=1e-4)
+        assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"],
+                                                        abs=1e-5)
 
 
 def test_AE_runs_differ_under_one_seed_or_agree_under_two(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness.loading, "load_task", lambda config: begun(toy, tmp_path / f"task {config.out[-1]}", None).task)
+    monkeypatch.setattr(harness.loading, "load_task",
+                        lambda config: begun(toy, tmp_path / f"task {config.out[-1]}", None).task)
     monkeypatch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": score})
     rows = {}
     for name, settings in dict(a={}, b={}, c=dict(eval_every=1), d=dict(seed=1)).items():

@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 import common
-import conditioning
-import stages
+import harness
 import steerlm
-from conftest import close, parameters, sgd, tensor
-from steerlm import Sample, best_of, format_attributes, parse_attributes, quality_of, rate_anew, rated_samples
-from tasks import Demonstration, Task, UserError
+from common import UserError
+from conftest import parameters, sgd, tensor
+from harness import conditioning
+from harness.conditioning import rated_rows, rating_error
+from harness.evaluation import extend_vocabulary
+from steerlm import Sample, best_of, format_attributes, parse_attributes, quality_of, rate_anew
+from tasks import Demonstration, Task
 
 PROMPTS = ["ef", "g", "hh", "fge", "eh", "gf"]
 
@@ -54,8 +57,8 @@ def begun(toy, out, data=None, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
     torch.manual_seed(config.seed)
-    run = common.Run(config, out, data or task(), common.load_tokenizer(toy, config), common.load_policy(config), {})
-    common.add_tags(run, {name: {f"<{name}:{level}>": [] for level in range(10)} for name in ("as", "bs")})
+    run = harness.Run(config, out, data or task(), harness.load_tokenizer(config), harness.load_policy(config), {})
+    harness.add_tags(run, {name: {f"<{name}:{level}>": [] for level in range(10)} for name in ("as", "bs")})
     return run
 
 
@@ -92,31 +95,46 @@ def test_text_that_format_attributes_never_wrote_is_read(wrong):
 # ------------------------------------------------------------------------------------------------------------ ratings
 
 def test_rows_lose_their_ratings_or_attributes_that_were_not_asked_for_stay(toy):
-    data = task([Demonstration("g", "ab", {"z": 1, "as": 2, "bs": 3}), Demonstration("h", "b", {"as": 4, "bs": 5, "z": 0})])
-    everything = [Sample("g", ["ab"], [True], {"as": 2, "bs": 3, "z": 1}), Sample("h", ["b"], [True], {"as": 4, "bs": 5, "z": 0})]
-    assert rated_samples(settings(toy), data, "train") == everything
-    some = rated_samples(settings(toy, attributes=" z, as"), data, "train")
-    assert [row.levels for row in some] == [{"z": 1, "as": 2}, {"z": 0, "as": 4}]
-    assert rated_samples(settings(toy), Task("toy", {}), "test") == []
+    rows = [Demonstration("g", "ab", {"z": 1, "as": 2, "bs": 3}), Demonstration("h", "b", {"as": 4, "bs": 5, "z": 0})]
+    assert rated_rows(task(rows), "train", settings(toy).attributes) == rows
+    some = rated_rows(task(rows), "train", settings(toy, attributes=" z, as").attributes)
+    assert [row[:2] for row in some] == [("g", "ab"), ("h", "b")]
+    assert [row.attributes for row in some] == [{"z": 1, "as": 2}, {"z": 0, "as": 4}]
+    assert rated_rows(Task("toy", {}), "test", settings(toy).attributes) == []
     assert steerlm.Config().attributes == "sentiment,topicality,verbosity" and settings(toy).attributes == ""
 
 
 def test_missing_or_constant_attribute_or_no_ratings_at_all_pass(toy):
-    config, rows = settings(toy), [Demonstration("g", "a", {"as": 1, "bs": 2}), Demonstration("hgh", "b", {"as": 1, "bs": 3})]
+    rows = [Demonstration("g", "a", {"as": 1, "bs": 2}), Demonstration("hgh", "b", {"as": 1, "bs": 3})]
     with pytest.raises(UserError, match="as is 1 in all 2 responses"):
-        rated_samples(config, task(rows), "train")
-    assert len(rated_samples(settings(toy, attributes="bs"), task(rows), "train")) == 2
+        rated_rows(task(rows), "train")
+    assert len(rated_rows(task(rows), "train", "bs")) == 2
     same = task(ratings={"train": rated(9), "test": rows})
-    assert len(rated_samples(config, same, "test")) == 2            # only what is trained on must vary
+    assert len(rated_rows(same, "test")) == 2                       # only what is trained on must vary
     lacking = rows + [Demonstration("hgh", "b", {"as": 3})]
     for attributes in ("", "as,bs"):
         with pytest.raises(UserError, match="'hgh' has no attribute 'bs'"):
-            rated_samples(settings(toy, attributes=attributes), task(lacking), "train")
+            rated_rows(task(lacking), "train", attributes)
     with pytest.raises(UserError, match="'g' has no attribute 'cs'"):
-        rated_samples(settings(toy, attributes="as,cs"), task(rows), "train")
+        rated_rows(task(rows), "train", "as,cs")
+    for level in (-1, 10):
+        with pytest.raises(UserError, match=f"as is {level} in a response to 'f': levels go from 0 to 9"):
+            rated_rows(task(rows + [Demonstration("f", "c", {"as": level, "bs": 0})]), "train")
     for ratings in ({}, {"train": [], "test": rows}):
         with pytest.raises(UserError, match="the data has no ratings"):
-            rated_samples(config, task(ratings=ratings), "train")
+            rated_rows(task(ratings=ratings), "train")
+
+
+def test_ratings_do_not_become_samples_that_end_or_missing_ones_pass(whole):
+    data = task([Demonstration("g", "ab", {"z": 1, "as": 2, "bs": 3}), Demonstration("h", "b", {"as": 4, "bs": 5, "z": 0})])
+    for attributes, ends in (("", ["<as:2><bs:3><z:1>", "<as:4><bs:5><z:0>"]), (" z, as", ["<as:2><z:1>", "<as:4><z:0>"])):
+        data.ratings["test"] = []
+        whole(f"run{attributes}", data, attributes=attributes, batch_size=2, **HUMAN)
+        rows = [row for step in steps_of(whole) for row in step.rows]
+        assert sorted((row.prompt, row.responses, row.ended) for row in rows) == [
+            ("g" + ends[0], ["ab"], [True]), ("h" + ends[1], ["b"], [True])]
+    with pytest.raises(UserError, match="'g' has no attribute 'cs'"):
+        whole("missing", data, attributes="as,cs", **HUMAN)
 
 
 def test_other_attributes_than_the_known_or_named_ones_stand_for_quality(toy):
@@ -147,13 +165,18 @@ def test_best_samples_are_more_than_one_in_a_hundred_or_ties_are_broken():
 
 # ----------------------------------------------------------------------------------------------- the prediction model
 
+def train_predictor(run, samples):
+    """Step 1, in the form that --predictor names."""
+    return {"lm": steerlm.train_writer, "regression": steerlm.train_regression}[run.config.predictor](run, samples)
+
+
 @pytest.mark.parametrize("predictor, epochs", [("regression", 12.0), ("lm", 16.0)])
 def test_prediction_model_is_no_better_than_a_constant_or_mixes_them_up_or_trains_the_policy(toy, tmp_path, predictor, epochs):
     rows, held_out = ([Sample(row.prompt, [row.response], [True], row.attributes) for row in rated(n, seed)]
                       for n, seed in ((192, 2), (96, 3)))
     run = begun(toy, tmp_path / "run", predictor=predictor, predictor_epochs=epochs)
     before = parameters(run.policy)
-    predict = steerlm.train_predictor(run, rows)
+    predict = train_predictor(run, rows)
     assert torch.equal(parameters(run.policy), before)
     came = predict([row.prompt for row in held_out], [row.responses[0] for row in held_out])
     read = [(new, row.levels) for new, row in zip(came, held_out) if new]
@@ -165,34 +188,74 @@ def test_prediction_model_is_no_better_than_a_constant_or_mixes_them_up_or_train
         assert {type(new[name]) for new, _ in read} == {int}
 
 
-def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_over_attributes(toy, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
-    config = settings(toy)
-    rows, names, tokenizer = rated(8, 4), ["bs", "as"], common.load_tokenizer(toy, config)
+def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_over_attributes(toy, tmp_path, monkeypatch):
+    run = begun(toy, tmp_path / "run", token_budget=40)
+    rows, names, tokenizer = rated(8, 4), ["as", "bs"], harness.load_tokenizer(run.config)
+    samples = [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows]
+    made, bounds = [], []
 
-    def fresh():
+    def fresh(*args, num_labels=2):
+        assert num_labels == 2
         torch.manual_seed(3)
-        return AutoModelForSequenceClassification.from_pretrained(toy, num_labels=2)
+        made.append(AutoModelForSequenceClassification.from_pretrained(toy, num_labels=2))
+        return made[-1]
 
-    plain = fresh()
+    def unclipped(parameters, bound):                               # clipping would hide the scale of the gradient
+        bounds.append(bound)
+
+    initial, plain = parameters(fresh()), fresh()
     for row in rows:
         ids = torch.tensor([tokenizer(row.prompt + row.response).input_ids + [0]])
         scores = plain.score(plain.base_model(input_ids=ids).last_hidden_state[0, -1])
         targets = torch.tensor([row.attributes[name] / 9 for name in names])
         ((scores - targets).square().sum() / len(rows)).backward()
-    sgd(plain, None, None, None)
-    model = common.train_attribute_model(fresh(), tokenizer, rows, names, common.Config(epochs=1, batch_size=8, token_budget=40))
-    assert (parameters(model) - parameters(plain)).abs().max() < 2e-6
-    assert (parameters(plain) - parameters(fresh())).abs().max() > 1e-3
+    optimizer, _ = sgd(plain, None, None)
+    optimizer.step()
+    monkeypatch.setattr(common, "load", fresh)
+    monkeypatch.setattr(common, "adamw", sgd)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", unclipped)
+        steerlm.train_regression(run, samples)
+    assert bounds == [1.0] and (parameters(made[-1]) - parameters(plain)).abs().max() < 2e-6
+    assert (parameters(plain) - initial).abs().max() > 1e-3 and (parameters(plain) - initial).norm() > 0.011
+    steerlm.train_regression(run, samples)
+    assert (parameters(made[-1]) - initial).norm().item() == pytest.approx(0.01, rel=1e-2)          # clipped to norm 1
+
+
+def test_regression_is_not_trained_as_its_options_say(toy, tmp_path, monkeypatch):
+    run = begun(toy, tmp_path / "run", predictor_lr=3e-3, predictor_epochs=1.5, seed=4)
+    seen, adamw, batches, rows = [], common.adamw, common.batches, rated(48)
+
+    def note(model, lr, steps, schedule, warmup):
+        seen.append((lr, steps, schedule, warmup))
+        return adamw(model, lr, steps, schedule, warmup)
+
+    def note_batch(tokenizer, prompts, responses, budget, device):
+        seen.append([*zip(prompts, (text for text, in responses))])
+        return batches(tokenizer, prompts, responses, budget, device)
+
+    monkeypatch.setattr(common, "adamw", note)
+    monkeypatch.setattr(common, "batches", note_batch)
+    steerlm.train_regression(run, [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows])
+    assert seen[0] == (3e-3, 3, "cosine", 0.1) and [len(step) for step in seen[1:]] == [32, 32, 8]
+    order = sum(harness.shuffled_batches(48, 1.5, 32, 4), [])
+    assert sum(seen[1:], []) == [rows[i][:2] for i in order]
 
 
 def test_regression_predicts_levels_that_are_no_whole_numbers_from_0_to_9_or_of_another_attribute(toy, tmp_path, monkeypatch):
     run, samples = begun(toy, tmp_path / "run"), [Sample("g", ["a"], [True], {"bs": 1, "as": 2})]
-    seen = []
-    monkeypatch.setattr(common, "train_attribute_model", lambda model, tokenizer, rows, names, _: seen.append(names) or model)
+    seen, plain = [], torch.tensor
+
+    def note(values, **kwargs):
+        seen.append(values)
+        return plain(values, **kwargs)
+
     monkeypatch.setattr(common, "RewardModel", lambda model, tokenizer, label: Fake(tokenizer))
-    came = steerlm.train_predictor(run, samples)(["g", "h"], ["a", "b"])
-    assert came == [{"as": 0, "bs": 9}, {"as": 4, "bs": 5}] and seen == [["as", "bs"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", note)
+        predict = train_predictor(run, samples)
+    came = predict(["g", "h"], ["a", "b"])
+    assert came == [{"as": 0, "bs": 9}, {"as": 4, "bs": 5}] and [[2 / 9, 1 / 9]] in seen          # as first, then bs
     assert {type(level) for levels in came for level in levels.values()} == {int}
 
 
@@ -205,7 +268,7 @@ class Fake:
 
 
 def test_writer_is_trained_on_more_than_the_tags_after_prompt_and_response(toy, tmp_path, monkeypatch):
-    run, seen, real = begun(toy, tmp_path / "run", predictor="lm"), [], stages.sequence_logps
+    run, seen, real = begun(toy, tmp_path / "run", predictor="lm"), [], common.sequence_logps
 
     def texts(batch, masks):
         return run.tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(batch.input_ids, masks)])
@@ -215,15 +278,15 @@ def test_writer_is_trained_on_more_than_the_tags_after_prompt_and_response(toy, 
         seen.extend(zip(texts(batch, shown), texts(batch, batch.response_mask)))
         return real(model, batch)
 
-    monkeypatch.setattr(stages, "sequence_logps", note)
+    monkeypatch.setattr(common, "sequence_logps", note)
     rows = rated(12)
-    steerlm.train_predictor(run, [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows])
+    train_predictor(run, [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows])
     assert sorted(seen) == sorted((row.prompt + row.response, format_attributes(row.attributes) + "<eos>") for row in rows)
 
 
 def test_unreadable_output_of_the_writer_is_taken_for_a_rating(toy, tmp_path, monkeypatch):
     run, samples = begun(toy, tmp_path / "run", predictor="lm"), [Sample("g", ["ab"], [True], {"bs": 1, "as": 2})]
-    predict, asked = steerlm.train_predictor(run, samples), []
+    predict, asked = train_predictor(run, samples), []
     texts = ["<as:3><bs:1>", "<as:3>", "<bs:1><as:3>", "<as:3><bs:1>x", "", "<as:3><bs:1><bs:1>", "a<as:3><bs:1>", "<as:3><cs:1>"]
 
     def note(model, tokenizer, prompts, **kwargs):
@@ -253,43 +316,47 @@ def test_rating_error_is_not_the_mean_distance_in_levels_of_those_that_were_told
     rows = [Sample("g", ["a"], [True], {"x": 1, "y": 9}), Sample("h", ["b"], [True], {"x": 0, "y": 4}),
             Sample("f", ["c"], [True], {"x": 9, "y": 9})]
     truth = {("g", "a"): {"x": 4, "y": 7}, ("h", "b"): {"x": 0, "y": 5}, ("f", "c"): None}
-    assert common.rating_error(rows, lambda *texts: [truth[pair] for pair in zip(*texts)]) == pytest.approx((3 + 2 + 0 + 1) / 4)
-    assert math.isnan(common.rating_error(rows, lambda *texts: [None] * 3))
+    assert rating_error(rows, lambda *texts: [truth[pair] for pair in zip(*texts)]) == pytest.approx((3 + 2 + 0 + 1) / 4)
+    assert math.isnan(rating_error(rows, lambda *texts: [None] * 3))
 
 
 # ----------------------------------------------------------------------------------------------------------- training
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
-    """steerlm.run, where `predict` stands in for the trained prediction model: its result, metrics.jsonl, attributes.json,
-    the saved weights; and as `run.events` what was rolled out and trained on, with the weights then."""
+    """A run of steerlm.py, where `predict` stands in for the trained prediction model: its result, metrics.jsonl,
+    attributes.json, the saved weights; and as `run.events` what was rolled out and trained on, with the weights then."""
+    rollout, microbatches = harness.rollout, harness.Run.microbatches
+
+    def note_rollout(run_, prompts):
+        _, texts, ended = rollout(run_, prompts)
+        run.events.append(SimpleNamespace(kind="rollout", weights=parameters(run_.policy), prompts=prompts, texts=texts,
+                                          ended=ended))
+        return None, texts, ended
+
+    def note_step(run_, rows):                                      # called once a step
+        event = SimpleNamespace(kind="step", weights=parameters(run_.policy), rows=rows, batches=[], run=run_)
+        run.events.append(event)
+        for part, batch in microbatches(run_, rows):
+            event.batches.append(([rows[i] for i in part], batch))
+            yield part, batch
+
     def run(name, data=None, predict=exact, **kwargs):
         config, run.events = settings(toy, out=str(tmp_path / name), **kwargs), []
-        rollout, minimise = stages.rollout, stages.minimise
         data = data or task()
-
-        def note_rollout(run_, prompts):
-            _, texts, ended = rollout(run_, prompts)
-            run.events.append(SimpleNamespace(kind="rollout", weights=parameters(run_.policy), prompts=prompts, texts=texts,
-                                              ended=ended))
-            return None, texts, ended
-
-        def note_step(run_, step, rows, losses_of):
-            run.events.append(SimpleNamespace(kind="step", weights=parameters(run_.policy), rows=rows, batches=[], run=run_))
-            batches = run.events[-1].batches
-            return minimise(run_, step, rows, lambda *part: batches.append(part) or losses_of(*part))
-
         with monkeypatch.context() as patch:
-            patch.setattr(common, "load_task", lambda config: data)
-            patch.setattr(common, "load_rewards", lambda config, task: {})
-            patch.setattr(common, "rollout", note_rollout)
-            patch.setattr(common, "minimise", note_step)
+            patch.setattr(harness.loading, "load_task", lambda config: data)
+            patch.setattr(harness.run, "load_rewards", lambda config, task: {})
+            patch.setattr(harness, "rollout", note_rollout)
+            patch.setattr(harness.Run, "microbatches", note_step)
             if predict:
-                patch.setattr(steerlm, "train_predictor", lambda run, samples: predict)
-            result = steerlm.run(config)
+                patch.setattr(steerlm, "train_regression", lambda run, samples: predict)
+                patch.setattr(steerlm, "train_writer", lambda run, samples: predict)
+            result = harness.launch(steerlm.train, config)
         out = tmp_path / name
-        saved = json.loads((out / "attributes.json").read_text()) if (out / "attributes.json").exists() else None
-        return SimpleNamespace(result=result, metrics=(out / "metrics.jsonl").read_text(), saved=saved, out=out,
+        saved = out / "attributes.json"
+        return SimpleNamespace(result=result, metrics=(out / "metrics.jsonl").read_text(encoding="utf-8"), out=out,
+                               saved=json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else None,
                                weights=parameters(LlamaForCausalLM.from_pretrained(out)))
 
     return run
@@ -318,9 +385,9 @@ def test_rows_are_trained_with_other_tags_than_their_labels(whole):
 
 
 def test_loss_falls_on_tags_or_a_step_is_no_mean_over_its_rows(whole, toy, monkeypatch):
-    monkeypatch.setattr(stages, "optimizer_step", sgd)
+    monkeypatch.setattr(common, "adamw", sgd)
     for name, options in (("a", dict(token_budget=40)), ("b", {})):
-        finished = whole(name, max_new_tokens=2, rounds=1, **options)
+        finished = whole(name, max_new_tokens=2, rounds=1, max_grad_norm=1e9, **options)
         first = steps_of(whole)[0]
         plain, tokenizer = LlamaForCausalLM.from_pretrained(toy), first.run.tokenizer
         plain.resize_token_embeddings(len(tokenizer))
@@ -336,9 +403,20 @@ def test_loss_falls_on_tags_or_a_step_is_no_mean_over_its_rows(whole, toy, monke
                 ends.add(row.ended[0])
                 logps = plain(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(1)[len(prompt) - 1:-1]
                 (-logps.gather(1, torch.tensor(answer)[:, None]).sum() / len(step.rows)).backward()
-            sgd(plain, None, None, None)
+            optimizer, _ = sgd(plain, None, None)
+            optimizer.step()
+            optimizer.zero_grad()
         assert (parameters(plain) - finished.weights).abs().max() < 2e-6 and ends == {True, False}
         assert (parameters(plain) - first.weights).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bound", [1e-2, 1e9])
+def test_gradient_is_not_clipped_or_the_clipped_norm_is_logged(bound, whole, monkeypatch):
+    monkeypatch.setattr(common, "adamw", sgd)
+    finished = whole("run", task(4), max_grad_norm=bound, **HUMAN)
+    (step,), (row,) = steps_of(whole), [row for row in map(json.loads, finished.metrics.splitlines()) if "loss" in row]
+    moved = (finished.weights - step.weights).norm().item()
+    assert row["grad_norm"] > 0.1 and moved == pytest.approx(0.01 * min(bound, row["grad_norm"]), rel=1e-2)
 
 
 def test_share_keeps_others_than_the_best_by_quality(whole):
@@ -406,7 +484,7 @@ def test_bootstrapping_asks_for_combinations_that_were_not_seen_with_the_highest
 
 def test_combinations_are_drawn_as_often_as_they_are_in_the_data_or_alike_in_every_run(toy, tmp_path, monkeypatch):
     run, seen = begun(toy, tmp_path / "run", task(prompts={"train": [f"p{i}" for i in range(500)], "test": ["d"]})), []
-    monkeypatch.setattr(common, "rollout", lambda run, prompts: seen.append(prompts) or (
+    monkeypatch.setattr(harness, "rollout", lambda run, prompts: seen.append(prompts) or (
         None, ["ab"] * len(prompts), torch.ones(len(prompts), dtype=torch.bool)))
     for turn, seed in ((1, 0), (1, 0), (2, 0), (1, 1)):
         run.config.seed = seed
@@ -454,7 +532,7 @@ def test_AB_level_that_comes_does_not_follow_the_level_asked_for(whole, monkeypa
     run = steps_of(whole)[0].run
     came = []
     for level in range(10):
-        texts, _ = common.probe(run, [prompt + format_attributes({"as": level}) for prompt in ["d", "ee", "ef"] * 6])
+        texts, _ = harness.probe(run, [prompt + format_attributes({"as": level}) for prompt in ["d", "ee", "ef"] * 6])
         came.append(statistics.fmean(counts(text)["as"] for text in texts))
     ranks = tensor(came).argsort().argsort().double()
     assert torch.corrcoef(torch.stack([ranks, torch.arange(10.0).double()]))[0, 1] > 0.8 and came[9] - came[0] > 3
@@ -463,21 +541,21 @@ def test_AB_level_that_comes_does_not_follow_the_level_asked_for(whole, monkeypa
 
 def test_slope_or_cross_talk_by_hand_differ():
     rows = [{"asked": asked, "x": x} for asked, x in ((0, 1.0), (3, 2.0), (6, 4.0), (9, 9.0))]
-    assert common.slope(rows, "x") == pytest.approx(39 / 45)        # (4.5 * 3 + 1.5 * 2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
-    assert common.steering_metrics({"p": {"p": 1.0, "q": -0.5}, "q": {"p": 0.25, "q": 0.5}}) == {
+    assert harness.slope(rows, "x") == pytest.approx(39 / 45)        # (4.5 * 3 + 1.5 * 2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
+    assert harness.steering_metrics({"p": {"p": 1.0, "q": -0.5}, "q": {"p": 0.25, "q": 0.5}}) == {
         "eval/slope": 0.75, "eval/slope_min": 0.5, "eval/cross_talk": 0.375, "eval/slope_p": 1.0, "eval/slope_q": 0.5}
-    assert common.steering_metrics({"p": {"p": 0.5}}) == {"eval/slope": 0.5, "eval/slope_min": 0.5, "eval/cross_talk": 0.0,
+    assert harness.steering_metrics({"p": {"p": 0.5}}) == {"eval/slope": 0.5, "eval/slope_min": 0.5, "eval/cross_talk": 0.0,
                                                          "eval/slope_p": 0.5}
 
 
 def steered(monkeypatch, test, observed, judge, eval_prompts=1000):
-    """What common.steering says of a policy that repeats its prompt, and the prompts of each probe."""
+    """What harness.steering says of a policy that repeats its prompt, and the prompts of each probe."""
     asked, config = [], SimpleNamespace(eval_prompts=eval_prompts, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(conditioning, "probe", lambda run, prompts: asked.append(prompts) or (
             prompts, torch.ones(len(prompts), dtype=torch.bool)))
         run = SimpleNamespace(task=task(prompts={"test": test}), config=config)
-        return common.steering(run, observed, format_attributes, judge), asked
+        return harness.steering(run, observed, format_attributes, judge), asked
 
 
 def echo(prompts, texts):
@@ -524,7 +602,7 @@ def test_request_is_not_completed_from_the_nearest_and_most_frequent_responses(c
     rows = [{"q": 9, "v": 2, "w": 1}] * 2 + [{"q": 9, "v": 5, "w": 5}] * 3 + [{"q": 3, "v": 0, "w": 9}] * 9
 
     def complete(**request):
-        return common.complete_request(request, rows)
+        return harness.complete_request(request, rows)
 
     assert complete() == rows[-1] and complete(q=9) == {"q": 9, "v": 5, "w": 5} and complete(v=2) == {"q": 9, "v": 2, "w": 1}
     assert complete(v=2, q=9) == {"q": 9, "v": 2, "w": 1} and not capsys.readouterr().err
@@ -533,9 +611,9 @@ def test_request_is_not_completed_from_the_nearest_and_most_frequent_responses(c
     assert complete(q=3, v=4) == {"q": 3, "v": 4, "w": 9}           # 4 levels from the last, 7 and 8 from the others
     assert "has q 3, v 4; the nearest ones have q 3, v 0, w 9" in capsys.readouterr().err
     often = [{"q": 9, "v": v} for v in (9, 5, 5, 0, 0, 0, 9)]       # not the one in the middle
-    assert common.complete_request({"q": 9}, often) == {"q": 9, "v": 0}
+    assert harness.complete_request({"q": 9}, often) == {"q": 9, "v": 0}
     even = [{"q": 9, "v": v} for v in (0, 9, 3, 8)]                 # all as frequent: the one in the middle
-    assert common.complete_request({"q": 9}, even) == {"q": 9, "v": 3}
+    assert harness.complete_request({"q": 9}, even) == {"q": 9, "v": 3}
 
 
 WRONG_REQUESTS = [("humor=3", "knows no attribute 'humor', it knows as, bs"), ("as=10", "levels of as go from 0 to 9"),
@@ -547,9 +625,9 @@ WRONG_REQUESTS = [("humor=3", "knows no attribute 'humor', it knows as, bs"), ("
 @pytest.mark.parametrize("text, message", WRONG_REQUESTS)
 def test_wrong_request_passes(text, message):
     with pytest.raises(UserError, match=message) as error:
-        common.parse_request(text, {"as": 9, "bs": 9})
+        harness.parse_request(text, {"as": 9, "bs": 9})
     assert "--steer" in str(error.value)
-    assert common.parse_request(" as = 0 ,bs=9", {"bs": 9, "as": 9}) == {"as": 0, "bs": 9} and common.parse_request("", {}) == {}
+    assert harness.parse_request(" as = 0 ,bs=9", {"bs": 9, "as": 9}) == {"as": 0, "bs": 9} and harness.parse_request("", {}) == {}
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
@@ -592,7 +670,7 @@ def test_errors_of_ratings_are_not_measured_against_the_truth_and_held_out_peopl
 def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predictor):
     options = dict(predictor=predictor, predictor_epochs=40.0 if predictor == "lm" else 1.0, attributes="as", rounds=2,
                    save_every=4, eval_every=5, max_new_tokens=3, predict=None, data=task(48), epochs=0.5)
-    straight, log = whole("straight", **options), common.log
+    straight, log = whole("straight", **options), harness.Run.log
     last = len(steps_of(whole))
     assert 9 <= last <= 12                                          # 3 to 6, and 3 a round
 
@@ -602,7 +680,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predicto
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "log", kill)
+        patch.setattr(harness.Run, "log", kill)
         with pytest.raises(KeyboardInterrupt):
             whole("killed", **options)
     torch.manual_seed(999)
@@ -630,11 +708,11 @@ def test_AE_runs_differ_under_one_seed_or_agree_under_two_or_evaluations_change_
 
 def ask(toy, monkeypatch, capsys, path, **kwargs):
     """What steerlm prints for --prompt, and the prompts that it sampled from."""
-    asked, generate = [], conditioning.generate
+    asked, generate = [], common.generate
     with monkeypatch.context() as patch:
-        patch.setattr(conditioning, "generate", lambda model, tokenizer, prompts, *more, **options: asked.append(prompts) or (
+        patch.setattr(common, "generate", lambda model, tokenizer, prompts, *more, **options: asked.append(prompts) or (
             generate(model, tokenizer, prompts, *more, **options)))
-        steerlm.run(settings(toy, policy=str(path), prompt="gf", eval_samples=3, **kwargs))
+        steerlm.answer(settings(toy, policy=str(path), prompt="gf", eval_samples=3, **kwargs))
     return capsys.readouterr(), asked
 
 
@@ -647,9 +725,10 @@ def test_trained_policy_is_asked_for_something_else_than_steer_or_what_it_was_ev
         assert asked == [["gf" + expected]] and screen.err == warned
         first, *texts = screen.out.splitlines()
         assert first == "gf" + expected and len(texts) == 3
-    config, tokenizer = settings(toy, policy=str(finished.out)), common.load_tokenizer(finished.out, settings(toy))
+    config = settings(toy, policy=str(finished.out))
+    tokenizer = harness.load_tokenizer(config)
     torch.manual_seed(0)
-    batch = common.generate(common.load_policy(config), tokenizer, ["gf" + expected], 3, max_new_tokens=4)
+    batch = common.generate(harness.load_policy(config), tokenizer, ["gf" + expected], 3, max_new_tokens=4)
     assert [text.strip() for text in texts] == [text.strip() for text in common.decode(tokenizer, batch)]
     for steer, message in WRONG_REQUESTS:
         with pytest.raises(UserError, match=message):
@@ -660,7 +739,8 @@ def test_policy_without_attributes_or_of_another_method_is_asked(whole, toy, tmp
     with pytest.raises(UserError, match="no attributes.json of steerlm.py"):
         ask(toy, monkeypatch, capsys, toy)
     finished = whole("run", **HUMAN)
-    (finished.out / "attributes.json").write_text(json.dumps(finished.saved | {"method": "decision_transformer"}))
+    (finished.out / "attributes.json").write_text(
+        json.dumps(finished.saved | {"method": "decision_transformer"}), encoding="utf-8")
     with pytest.raises(UserError, match="no attributes.json of steerlm.py"):
         ask(toy, monkeypatch, capsys, finished.out)
     monkeypatch.setattr(conditioning, "ROOT", tmp_path)
@@ -674,7 +754,7 @@ def test_latest_run_is_not_the_one_that_was_finished_last(whole, toy, tmp_path, 
     capsys.readouterr()
     monkeypatch.setattr(conditioning, "ROOT", tmp_path)
     for i in (0, 1, 0):
-        (runs[i].out / "attributes.json").write_text(json.dumps(runs[i].saved))
+        (runs[i].out / "attributes.json").write_text(json.dumps(runs[i].saved), encoding="utf-8")
         stamp(runs[i].out / "attributes.json", runs[1 - i].out / "attributes.json")
         assert ask(toy, monkeypatch, capsys, "")[1] == [["gf" + runs[i].saved["asked"]]]
 
@@ -685,9 +765,9 @@ def stamp(newer, older):
 
 
 def test_tokenizer_of_a_real_model_is_given_tokens_for_tags(whole, toy, tmp_path):
-    spelling = common.load_policy(settings(toy)), common.load_tokenizer(toy, settings(toy))
+    spelling = harness.load_policy(settings(toy)), harness.load_tokenizer(settings(toy))
     spelling[1].add_tokens(list("<>:s0123456789"))
-    common.extend_vocabulary(spelling[0], torch.randn(14, 16, generator=torch.Generator().manual_seed(0)))
+    extend_vocabulary(spelling[0], torch.randn(14, 16, generator=torch.Generator().manual_seed(0)))
     common.save_model(*spelling, tmp_path / "spelling")
     whole("run", model=str(tmp_path / "spelling"), policy="", predict=None, predictor="regression")
     run = steps_of(whole)[0].run
