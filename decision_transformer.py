@@ -25,13 +25,13 @@ What to look at: the table of the reward asked for and the reward found, which r
 raft.py: no new samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes.
 Version 2 of the first paper, cited here, calls conditional alignment comparable to PPO (version 1: better).
 Its equations could not be checked. OpenRLHF's conditional_sft_processor cites it and shares its first author.
-It writes the standardised reward as text (--control text: <reward:1.3>; the tiny model reads levels better).
-Not in the papers: --normalise prompt, which compares samples of one prompt. Left out: mixing in SFT data.
+It writes the standardised reward as text (--control text: <reward:1.3>). Left out: mixing in SFT data.
+Not in the papers: --normalise prompt, which compares samples of one prompt.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted, no EOS after a response that was cut off: common.py
-    AdamW (betas 0.9 and 0.95, no weight decay), its learning rate up from 0 for 10% of the steps, then down
-        to 0: common.adamw; gradients are clipped to norm 1: harness/config.py
+    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all ended): common.py
+    AdamW (betas 0.9 and 0.95, no weight decay), lr from 0 up for 10% of the steps, then down to 0:
+        common.adamw; gradients are clipped to norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     samples at temperature 1, from the task's pool if it has enough, equal texts once: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
@@ -163,7 +163,7 @@ def learn_tags(run, levels, samples):
 
 
 def plan_of(config, samples, levels):
-    """The samples of every step, with tags and weights; each pass in a new order, the last step smaller."""
+    """The samples of every step, with tags and weights; passes in new orders, the very last step smaller."""
     if config.objective == "filter":
         samples = sorted(samples, key=lambda s: -s.reward)[:max(1, round(config.share * len(samples)))]
     if config.objective == "dt":

@@ -20,13 +20,13 @@ What to look at: the steering matrix. Its diagonal says how far each attribute f
 what else moves. Compared with decision_transformer.py: several attributes, not one reward, and people, not a
 reward model. In the paper step 3 starts from the base model and is its SFT, on demonstrations that people
 mostly never rated; here the policy has had SFT, and the responses are its own samples, all of them rated.
-Official code (NeMo-Aligner): a regression head with the squared error in step 1 (the default here too; the
-paper's is --predictor lm), levels 0 to 4, no bootstrapping. Left out: top-k, checkpoints by validation.
+Official code (NeMo-Aligner): a regression head with the squared error in step 1 (the default here; paper:
+--predictor lm), levels 0 to 4, no bootstrapping. Left out: top-k, checkpoints by validation.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted, no EOS after a response that was cut off: common.py
-    AdamW's betas (0.9, 0.95), no weight decay: common.adamw; clip norm 1, warm-up 10%: harness/config.py
-    ratings of 8 samples a prompt, by made-up people: tasks/build.py; sampling, no top-k: harness/samples.py
+    log-probs in float32, dropout off, EOS counted (rated: all end; none after a cut sample): common.py
+    AdamW's betas (0.9, 0.95), no decay: common.adamw; clip norm 1, warm-up 10%: harness/config.py
+    ratings of 8 samples a prompt, by made-up people: tasks/build.py; temperature 1, no top-k: common.generate
     tags as tokens, requests, the steering matrix: harness/conditioning.py; --predictor lm: harness/stages.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
@@ -211,7 +211,7 @@ def train(run):
             pool = bootstrap(run, predict, combinations, turn) if turn else samples
             run.state["rows"] = [Ranking(row.prompt + tags_of(row.levels), row.responses, [], ended=row.ended)
                                  for row in pool]
-            passes = steps[turn] * config.batch_size / len(pool)          # over the pool, each in a new order
+            passes = steps[turn] * config.batch_size / len(pool)   # in new orders; the last batch is full too
             run.state["order"] = harness.shuffled_batches(len(pool), passes, config.batch_size, config.seed)
         rows, means = [run.state["rows"][j] for j in run.state["order"][i]], harness.Means()
         for part, batch in run.microbatches(rows):              # part: n of the step's rows; batch [n, T]

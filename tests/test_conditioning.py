@@ -1,4 +1,4 @@
-"""harness/conditioning.py, and what conditioned methods need of the rest: prompts in another form, ratings, curves, matrices."""
+"""harness/conditioning.py, and what conditioned methods need of the rest: ratings, curves, matrices."""
 import json
 import math
 import os
@@ -28,8 +28,10 @@ TRAIN, TEST = ["ab", "hb", "cde"], ["d", "ee", "fgh"]
 
 
 def settings(toy, **kwargs):
-    return harness.Config(**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, temperature=0.7,
-                                eval_samples=2, eval_prompts=3, save_every=0, device="cpu", quiet=True) | kwargs)
+    return harness.Config(**dict(model=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4,
+                                 temperature=0.7,
+                                eval_samples=2, eval_prompts=3, save_every=0, device="cpu", quiet=True)
+                          | kwargs)
 
 
 def begun(toy, tmp_path, task=None, rewards=None, **kwargs):
@@ -45,8 +47,10 @@ def tied(toy, tmp_path_factory):
     path = tmp_path_factory.mktemp("tied")
     harness.load_tokenizer(settings(toy)).save_pretrained(path)
     torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                 max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
+    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                 num_attention_heads=2,
+                                 max_position_embeddings=96, initializer_range=0.3, eos_token_id=0,
+                                 pad_token_id=0,
                                  bos_token_id=None, tie_word_embeddings=True)).save_pretrained(path)
     return path
 
@@ -58,14 +62,15 @@ def either(request, toy, tied):
 
 def weights(run):
     """Copies of the input embeddings and of the head."""
-    return (run.policy.get_input_embeddings().weight.detach().clone(), run.policy.get_output_embeddings().weight.detach().clone())
+    return (run.policy.get_input_embeddings().weight.detach().clone(),
+            run.policy.get_output_embeddings().weight.detach().clone())
 
 
 def letters(text):
     return ["abcdefgh".index(c) + 1 for c in text]
 
 
-# ------------------------------------------------------------------------------------------------------------- tags
+# ------------------------------------------------------------------------------------------------------- tags
 
 WORDS = {"<x:0>": ["ab", "a"], "<x:1>": ["c"], "<x:2>": ["dd", "hc", "a"]}
 
@@ -77,7 +82,8 @@ def starts(old, words):
     shifts = {}
     for tag, texts in words.items():
         own = [i for text in texts for i in letters(text)]
-        shifts[tag] = sum(old[i] for i in own) / len(own) - sum(old[i] for i in every) / len(every) if own else 0 * end
+        usual = sum(old[i] for i in every) / len(every)
+        shifts[tag] = sum(old[i] for i in own) / len(own) - usual if own else 0 * end
     scale = sum(row.norm() for row in old) / len(old) / max(shift.norm() for shift in shifts.values())
     return {tag: end + shift * scale for tag, shift in shifts.items()}
 
@@ -91,7 +97,8 @@ def test_tag_starts_elsewhere_than_at_the_end_of_prompts_shifted_to_its_words(ei
     old = weights(run)[0]
     harness.add_tags(run, {"x": WORDS, "y": {"<y:0>": ["a"], "<y:1>": ["ha"]}})
     expected = starts(old, WORDS) | starts(old, {"<y:0>": ["a"], "<y:1>": ["ha"]})
-    assert len(expected) == 5 and len(run.tokenizer) == len(weights(run)[0]) == 14 and torch.equal(weights(run)[0][:9], old)
+    assert len(expected) == 5 and len(run.tokenizer) == len(weights(run)[0]) == 14
+    assert torch.equal(weights(run)[0][:9], old)
     for tag, start in expected.items():
         close(row_of(run, tag), start, 1e-5)
     end = (old[2] + old[2] + old[5]) / 3
@@ -101,7 +108,8 @@ def test_tag_starts_elsewhere_than_at_the_end_of_prompts_shifted_to_its_words(ei
     assert (row_of(run, "<x:0>") - row_of(run, "<x:1>")).norm() > 0.1
 
 
-def test_tag_that_no_response_carries_starts_off_the_end_of_prompts_or_all_such_tags_start_alike(toy, tmp_path):
+def test_tag_that_no_response_carries_starts_off_the_end_of_prompts_or_all_such_tags_start_alike(
+        toy, tmp_path):
     run = begun(toy, tmp_path)
     old = weights(run)[0]
     end = (old[2] + old[2] + old[5]) / 3
@@ -146,7 +154,7 @@ def test_tag_is_several_tokens_or_another_one_after_reloading(either, tmp_path):
     batch = common.encode(run.tokenizer, prompts, ["cd", "e", "<x:0>a"])
     expected = [[1, 2, 11, 3, 4, 0], [8, 9, 10, 5, 0], [10, 9, 1, 0]]
     assert [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask)] == expected
-    assert batch.response_mask.sum(1).tolist() == [3, 2, 3]                             # the tag of a prompt is in no loss
+    assert batch.response_mask.sum(1).tolist() == [3, 2, 3]                # the tag of a prompt is in no loss
     out = tmp_path / "saved"
     run.policy.save_pretrained(out)
     run.tokenizer.save_pretrained(out)
@@ -160,7 +168,7 @@ def test_tag_is_several_tokens_or_another_one_after_reloading(either, tmp_path):
     assert len(tokenizer) == 12 and all(map(torch.equal, weights(other), weights(run)))
 
 
-# -------------------------------------------------------------------------------------------------------- vocabulary
+# ------------------------------------------------------------------------------------------------- vocabulary
 
 def test_new_rows_of_an_untied_head_are_no_average_or_old_logits_move(toy, tmp_path):
     run = begun(toy, tmp_path)
@@ -183,10 +191,10 @@ def test_tied_embeddings_come_apart_or_their_rows_are_lost(tied, tmp_path):
     assert run.policy.get_input_embeddings().weight is run.policy.get_output_embeddings().weight
     assert torch.equal(weights(run)[0], torch.cat([old, rows]))
     common.sequence_logps(run.policy, common.encode(run.tokenizer, ["ab"], ["c"])).sum().backward()
-    assert run.policy.get_input_embeddings().weight.grad.shape == (11, 16)              # and they can be trained
+    assert run.policy.get_input_embeddings().weight.grad.shape == (11, 16)           # and they can be trained
 
 
-# ----------------------------------------------------------------------------------------------------- other prompts
+# ---------------------------------------------------------------------------------------------- other prompts
 
 def sampled(run, prompts, n=2):
     torch.manual_seed(3)
@@ -212,20 +220,25 @@ def test_responses_to_other_prompts_are_other_tokens_or_their_masks_differ(toy, 
     batch, others = sampled(run, prompts), [p for p in ["hgfe", "b", "", "aa", "cab"] for _ in range(2)]
     others[4:6] = ["e<x:0>", "fff"]
     other = evaluation.with_prompts(run.tokenizer, batch, others)
-    assert answers(other) == answers(batch) and torch.equal(other.lengths, batch.lengths)       # no EOS where it was cut off
+    # no EOS where it was cut off
+    assert answers(other) == answers(batch) and torch.equal(other.lengths, batch.lengths)
     assert questions(other) == [run.tokenizer(p).input_ids for p in others] != questions(batch)
     assert torch.equal(common.finished(run.tokenizer, other), common.finished(run.tokenizer, batch))
     same = evaluation.with_prompts(run.tokenizer, batch, [p for p in prompts for _ in range(2)])
     assert all(map(torch.equal, same.tensors(), batch.tensors()))
     odd = common.pack([([1], [9, 1, 11, 0])], 0)
-    assert answers(evaluation.with_prompts(run.tokenizer, odd, ["ba"])) == [[9, 1, 11, 0]]          # special tokens are kept
+    # special tokens are kept
+    assert answers(evaluation.with_prompts(run.tokenizer, odd, ["ba"])) == [[9, 1, 11, 0]]
     for wrong in (others[:-1], others + ["a"]):
         with pytest.raises(ValueError):
             evaluation.with_prompts(run.tokenizer, batch, wrong)
 
 
 def logp(model, prompt, response, temperature, more=()):
-    """log p(response | prompt) of one row without padding; more: how further tokens are read, each as likely as an average."""
+    """log p(response | prompt) of one row without padding.
+
+    more: how further tokens are read, each as likely as an average.
+    """
     with torch.no_grad():
         embeddings = torch.cat([model.get_input_embeddings().weight, *(row[None] for row in more)])
         logits = model(inputs_embeds=embeddings[prompt + response][None]).logits[0].double()
@@ -277,20 +290,24 @@ def test_kl_of_an_asked_policy_differs_from_enumeration_or_rewards_see_the_tag(t
         harness.add_tags(run, {"x": WORDS})
     changed(run.policy)
     end = "<x:1>" if tags else "hg"
-    metrics, samples = evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, ask=lambda text: text + end)
+    metrics, samples = evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards,
+                                           ask=lambda text: text + end)
     (asked, batch), = watched
     plain = [prompt for prompt in TEST for _ in range(2)]
     assert asked == [prompt + end for prompt in TEST]
     assert seen["gold"] == seen["proxy"] == samples["prompts"] == plain
     assert metrics["eval/gold"] == metrics["eval/proxy"] == pytest.approx(2)
-    assert samples["responses"] == common.decode(run.tokenizer, batch) and metrics["eval/length"] == batch.lengths.float().mean()
+    assert samples["responses"] == common.decode(run.tokenizer, batch)
+    assert metrics["eval/length"] == batch.lengths.float().mean()
     reference, more, kl = loading.load_reference(run.config), weights(run)[0][9:], []
     for i, (prompt, response) in enumerate(zip(plain, answers(batch))):
         tag = [10] if tags else [8, 7]
         assert questions(batch)[i] == letters(prompt) + tag
-        kl.append(logp(run.policy, letters(prompt) + tag, response, 0.7) - logp(reference, letters(prompt), response, 0.7, more))
+        kl.append(logp(run.policy, letters(prompt) + tag, response, 0.7)
+                  - logp(reference, letters(prompt), response, 0.7, more))
     assert metrics["eval/kl"] == pytest.approx(statistics.fmean(kl), abs=1e-5)
-    each = evaluation.kl_to_reference(run.config, run.policy, batch, evaluation.with_prompts(run.tokenizer, batch, plain))
+    each = evaluation.kl_to_reference(run.config, run.policy, batch,
+                                      evaluation.with_prompts(run.tokenizer, batch, plain))
     assert each.tolist() == pytest.approx(kl, abs=1e-5) and max(map(abs, kl)) > 0.1
     wrong = evaluation.kl_to_reference(run.config, run.policy, batch)   # the reference must not see the tag
     assert (wrong - each).abs().max() > 1e-3
@@ -302,23 +319,28 @@ def test_evaluation_without_ask_is_another_one(toy, tmp_path, watched, monkeypat
     changed(run.policy)
     first = evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards)
     monkeypatch.setattr(evaluation, "with_prompts", lambda *args: pytest.fail("the prompts are the same"))
-    assert first == evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, None, str)
-    assert first == evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, ask=lambda prompt: prompt)
+    assert first == evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards, None,
+                                        str)
+    assert first == evaluation.evaluate(run.config, run.task, run.policy, run.tokenizer, run.rewards,
+                                        ask=lambda prompt: prompt)
     asked, batch = watched[0]
     assert asked == TEST and seen["gold"][:6] == [prompt for prompt in TEST for _ in range(2)]
     reference = loading.load_reference(run.config)
-    kl = [logp(run.policy, p, y, 0.7) - logp(reference, p, y, 0.7) for p, y in zip(questions(batch), answers(batch))]
-    assert first[0]["eval/kl"] == pytest.approx(statistics.fmean(kl), abs=1e-5) and abs(statistics.fmean(kl)) > 1e-3
+    kl = [logp(run.policy, p, y, 0.7) - logp(reference, p, y, 0.7) for p,
+          y in zip(questions(batch), answers(batch))]
+    assert first[0]["eval/kl"] == pytest.approx(statistics.fmean(kl),
+                                                abs=1e-5) and abs(statistics.fmean(kl)) > 1e-3
 
 
 def test_reference_with_fewer_tokens_reads_tags_as_the_policy_does_not(either, tmp_path):
     run = begun(either, tmp_path)
     harness.add_tags(run, {"x": WORDS})
     batch = common.encode(run.tokenizer, ["ab<x:0>", "h<x:2>"], ["cd<x:1>a", "e"])
-    close(evaluation.kl_to_reference(run.config, run.policy, batch), [0.0, 0.0], 1e-5)      # as yet the two are one
+    # as yet the two are one
+    close(evaluation.kl_to_reference(run.config, run.policy, batch), [0.0, 0.0], 1e-5)
 
 
-# ------------------------------------------------------------------------------------------- before and after training
+# ---------------------------------------------------------------------------------- before and after training
 
 def ask(prompt):
     return prompt + "hh"
@@ -330,16 +352,19 @@ def test_policy_is_asked_before_training_or_no_longer_afterwards(toy, tmp_path, 
     for _ in range(3):
         run.evaluate()
     assert [asked for asked, _ in watched] == [TEST] + [[prompt + "hh" for prompt in TEST]] * 2
-    assert run.samples["before"]["prompts"] == run.samples["after"]["prompts"] == [p for p in TEST for _ in range(2)]
+    before, after = run.samples["before"], run.samples["after"]
+    assert before["prompts"] == after["prompts"] == [p for p in TEST for _ in range(2)]
     assert run.samples["before"]["responses"] == common.decode(run.tokenizer, watched[0][1])
     assert run.samples["after"]["responses"] == common.decode(run.tokenizer, watched[1][1])
     assert run.trace[0]["eval/kl"] == pytest.approx(0, abs=1e-6)
 
 
-def looped(run, plan=("first", "second")):
-    """The steps of a method's loop that changes the policy without a gradient, and evaluates as dpo.py does."""
-    optimizer, schedule = common.adamw(run.policy, run.config.lr, len(plan))
-    for step, row in run.steps(list(plan), run.policy, optimizer, schedule):
+def looped(run, kill=None):
+    """The steps of a loop that changes the policy without a gradient, and evaluates as dpo.py does."""
+    optimizer, schedule = common.adamw(run.policy, run.config.lr, 2)
+    for step, row in run.steps(["first", "second"], run.policy, optimizer, schedule):
+        if step == kill:
+            raise KeyboardInterrupt
         changed(run.policy)
         run.log(step, {"loss": 0.0})
         if run.evaluation_due(step):
@@ -348,7 +373,10 @@ def looped(run, plan=("first", "second")):
 
 
 def trained(run, tags, ask=str):
-    """Two steps; before them an evaluation, and then tags where `tags` says so. Returns the steps of the rows' evaluations."""
+    """Two steps; before them an evaluation, and then tags where `tags` says so.
+
+    Returns the steps at which there was an evaluation with numbers of the method's own.
+    """
     run.evaluate()
     if tags:
         harness.add_tags(run, {"x": WORDS})
@@ -377,12 +405,14 @@ def test_before_is_recorded_twice_or_after_the_model_was_changed(toy, tmp_path, 
 
 def test_steps_record_before_by_themselves_or_tags_change_what_was_recorded(toy, tmp_path, watched):
     run = begun(toy, tmp_path)
-    assert trained(run, False) == [2] and [entry["step"] for entry in run.trace] == [0, 2] and len(watched) == 2
+    assert trained(run, False) == [2] and [entry["step"]
+                                           for entry in run.trace] == [0, 2] and len(watched) == 2
     other = begun(toy, tmp_path / "other")
     assert trained(other, True, ask=lambda prompt: prompt + "<x:0>") == [2] and len(watched) == 4
     assert run.trace[0] == other.trace[0] and evaluations(run)[0] == evaluations(other)[0]
     none = begun(toy, tmp_path / "none")
-    assert [*looped(none)] == [(0, "first"), (1, "second")]         # who does not ask for it gets no evaluation before
+    # who does not ask for it gets no evaluation before
+    assert [*looped(none)] == [(0, "first"), (1, "second")]
     assert [entry["step"] for entry in none.trace] == [2] and len(watched) == 5
 
 
@@ -393,25 +423,25 @@ def test_a_resumed_run_records_before_anew(toy, tmp_path, watched):
     run.evaluate()
     harness.add_tags(run, {"x": WORDS})
     run.ask = ask
-    steps = looped(run)
-    assert next(steps) == (0, "first")
-    run.checkpoint()
-    steps.close()                                                   # killed in the second step
+    with pytest.raises(KeyboardInterrupt):
+        [*looped(run, kill=1)]
     before, again = (run.out / "metrics.jsonl").read_text(encoding="utf-8"), begun(toy, tmp_path, resume=True)
     watched.clear()
     again.evaluate()
     again.amend(**{"eval/mine": 1.0})
-    assert not again.trace and not watched and (run.out / "metrics.jsonl").read_text(encoding="utf-8") == before
+    assert not again.trace and not watched and (run.out
+                                                / "metrics.jsonl").read_text(encoding="utf-8") == before
     harness.add_tags(again, {"x": WORDS})
     again.ask = ask
     for step, row in looped(again):
         assert (step, row) == (1, "second") and again.trace[:1] == run.trace and len(run.trace) == 1
     assert [asked for asked, _ in watched] == [[prompt + "hh" for prompt in TEST]]
-    assert torch.equal(parameters(again.policy), parameters(straight.policy)) and again.samples == straight.samples
+    assert torch.equal(parameters(again.policy),
+                       parameters(straight.policy)) and again.samples == straight.samples
     assert [entry["step"] for entry in again.trace] == [0, 2] and evaluations(again) == evaluations(straight)
 
 
-# ------------------------------------------------------------------------------------------------------ probe, curve
+# ----------------------------------------------------------------------------------------------- probe, curve
 
 def test_probe_draws_new_numbers_or_moves_the_runs(toy, tmp_path):
     run, prompts = begun(toy, tmp_path), TRAIN * 4
@@ -426,7 +456,8 @@ def test_probe_draws_new_numbers_or_moves_the_runs(toy, tmp_path):
     assert run.counts == counts == dict.fromkeys(counts, 0)
     torch.manual_seed(run.config.seed)
     batch = common.generate(run.policy, run.tokenizer, prompts, 1, 0.7, max_new_tokens=4)
-    assert texts == common.decode(run.tokenizer, batch) and torch.equal(ended, common.finished(run.tokenizer, batch))
+    assert texts == common.decode(run.tokenizer, batch) and torch.equal(ended,
+                                                                        common.finished(run.tokenizer, batch))
     run.config = replace(run.config, seed=1)
     assert harness.probe(run, prompts)[0] != texts
     changed(run.policy)
@@ -436,7 +467,8 @@ def test_probe_draws_new_numbers_or_moves_the_runs(toy, tmp_path):
 def test_curve_mixes_rows_or_miscounts_words(monkeypatch):
     said = {"p": ["one", "two words", ""], "q": ["a  b\tc"]}
     ended = {"p": [False, True, False], "q": [True]}
-    monkeypatch.setattr(conditioning, "probe", lambda run, prompts: (said[prompts[0]], torch.tensor(ended[prompts[0]])))
+    monkeypatch.setattr(conditioning, "probe", lambda run,
+                        prompts: (said[prompts[0]], torch.tensor(ended[prompts[0]])))
     seen = []
 
     def measure(texts, ended):
@@ -452,8 +484,10 @@ def test_slope_is_not_that_of_least_squares():
     rows = [{"asked": 0, "came": 1.0}, {"asked": 1, "came": 2}, {"asked": 3, "came": 2.0}]
     assert harness.slope(rows, "came") == pytest.approx(2 / 7, abs=1e-12)                # 12/9 over 42/9
     assert harness.slope(rows[::-1], "came") == pytest.approx(2 / 7, abs=1e-12)
-    assert harness.slope([{"asked": x, "m": 5 - 0.3 * x} for x in (0, 3, 6, 9)], "m") == pytest.approx(-0.3, abs=1e-12)
-    assert harness.slope([{"asked": x + 1e6, "m": 1e3 * x} for x in (1.0, 2.0, 4.0)], "m") == pytest.approx(1e3, rel=1e-9)
+    assert harness.slope([{"asked": x, "m": 5 - 0.3 * x} for x in (0, 3, 6, 9)],
+                         "m") == pytest.approx(-0.3, abs=1e-12)
+    assert harness.slope([{"asked": x + 1e6, "m": 1e3 * x} for x in (1.0, 2.0, 4.0)],
+                         "m") == pytest.approx(1e3, rel=1e-9)
     assert harness.slope([{"asked": 1, "m": 4}, {"asked": 2, "m": 4}], "m") == 0
 
 
@@ -463,7 +497,7 @@ def test_table_is_not_aligned_or_rounds_whole_numbers():
     assert harness.table([[math.nan, 12]]) == "         nan          12"
 
 
-# -------------------------------------------------------------------------------------------------- requests and runs
+# ------------------------------------------------------------------------------------------ requests and runs
 
 KNOWN = {"sentiment": 9, "verbosity": 9, "reward": 4}
 
@@ -476,10 +510,14 @@ def test_request_is_misread():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("reward", "NAME=LEVEL"), ("reward=", "NAME=LEVEL"), ("reward=-1", "NAME=LEVEL"), ("reward=1.5", "NAME=LEVEL"),
-    ("reward=high", "NAME=LEVEL"), ("reward:3", "NAME=LEVEL"), ("reward=1=2", "NAME=LEVEL"), ("reward=²", "NAME=LEVEL"),
-    (" ", "NAME=LEVEL"), ("humour=1", "no attribute 'humour', it knows reward, sentiment, verbosity"), ("=1", "no attribute ''"),
-    ("Reward=1", "no attribute 'Reward'"), ("reward=5", "of reward go from 0 to 4"), ("sentiment=10", "go from 0 to 9"),
+    ("reward", "NAME=LEVEL"), ("reward=", "NAME=LEVEL"), ("reward=-1", "NAME=LEVEL"),
+    ("reward=1.5", "NAME=LEVEL"),
+    ("reward=high", "NAME=LEVEL"), ("reward:3", "NAME=LEVEL"), ("reward=1=2", "NAME=LEVEL"),
+    ("reward=²", "NAME=LEVEL"),
+    (" ", "NAME=LEVEL"), ("humour=1", "no attribute 'humour', it knows reward, sentiment, verbosity"),
+    ("=1", "no attribute ''"),
+    ("Reward=1", "no attribute 'Reward'"), ("reward=5", "of reward go from 0 to 4"),
+    ("sentiment=10", "go from 0 to 9"),
     ("reward=1,sentiment=2,reward=1", "names reward twice")])
 def test_bad_request_passes_or_is_not_explained(text, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -524,10 +562,14 @@ def test_last_run_is_one_of_another_script_or_unfinished_or_older(tmp_path, monk
 
 @pytest.fixture
 def asked_for(toy, tmp_path, monkeypatch, capsys):
-    """A function that completes --prompt bc with a saved policy: (prompts, ids, n) of what was generated, what was printed."""
+    """A function that completes --prompt bc with a saved policy.
+
+    It returns (prompts, ids, n) of what was generated, and what was printed.
+    """
     run, calls, generate = begun(toy, tmp_path), [], common.generate
     harness.add_tags(run, {"x": WORDS})
-    run.tokenizer.chat_template = ("{% for m in messages %}{{ 'h' if m.role == 'user' else 'e' }}{{ m.content }}{% endfor %}"
+    run.tokenizer.chat_template = ("{% for m in messages %}{{ 'h' if m.role == 'user' else 'e' }}"
+                                   "{{ m.content }}{% endfor %}"
                                    "{% if add_generation_prompt %}g{% endif %}")
 
     def note(model, tokenizer, prompts, n, *args, **kwargs):
@@ -540,8 +582,10 @@ def asked_for(toy, tmp_path, monkeypatch, capsys):
         run.policy.save_pretrained(out)
         run.tokenizer.save_pretrained(out)
         write_json(out / "attributes.json", saved)
-        options = dict(model=str(toy), data="x", max_length=64, max_new_tokens=4, temperature=0.7, eval_samples=5, device="cpu")
-        conditioning.complete_prompt(steerlm.Config(**options | {"prompt": "bc"} | kwargs), "steerlm", tags_of)
+        options = dict(model=str(toy), data="x", max_length=64, max_new_tokens=4, temperature=0.7,
+                       eval_samples=5, device="cpu")
+        conditioning.complete_prompt(steerlm.Config(**options | {"prompt": "bc"} | kwargs), "steerlm",
+                                     tags_of)
         return calls.pop(), capsys.readouterr().out
 
     complete.run, complete.generate = run, generate
@@ -559,7 +603,8 @@ def test_question_goes_without_its_tag_or_not_through_the_template(chat, turn, a
         assert asked == ([turn + "<x:2>"], [*letters(turn), 11], 5)
         printed.append(text)
     torch.manual_seed(0)
-    batch = asked_for.generate(asked_for.run.policy, asked_for.run.tokenizer, [turn + "<x:2>"], 5, 0.7, max_new_tokens=4)
+    batch = asked_for.generate(asked_for.run.policy, asked_for.run.tokenizer, [turn + "<x:2>"], 5, 0.7,
+                               max_new_tokens=4)
     texts = common.decode(asked_for.run.tokenizer, batch)
     assert printed[0] == printed[1] == "\n  ".join(["bc<x:2>", *texts]) + "\n" != printed[2]
 
@@ -571,16 +616,17 @@ def test_request_of_the_command_line_is_lost_or_not_checked_against_what_the_pol
         seen.append((saved, request))
         return f"<x:{request.get('x', 1)}>"
 
-    assert asked_for(saved, tags_of)[0][0] == ["bc<x:1>"] and asked_for(saved, tags_of, steer="x=2")[0][0] == ["bc<x:2>"]
+    assert asked_for(saved, tags_of)[0][0] == ["bc<x:1>"] and asked_for(saved, tags_of,
+                                                                        steer="x=2")[0][0] == ["bc<x:2>"]
     assert seen == [(saved, {}), (saved, {"x": 2})]
     for wrong, message in (("x=3", "from 0 to 2"), ("y=1", "it knows x")):
         with pytest.raises(UserError, match=message):
             asked_for(saved, tags_of, steer=wrong)
     with pytest.raises(UserError, match="no attributes.json of steerlm.py"):
-        asked_for(saved, tags_of, policy=str(toy))                  # never the last run in place of the given policy
+        asked_for(saved, tags_of, policy=str(toy))           # never the last run in place of the given policy
 
 
-# ------------------------------------------------------------------------------------------------------------ raters
+# ----------------------------------------------------------------------------------------------------- raters
 
 NAMES = reviews.ATTRIBUTES
 
@@ -607,17 +653,19 @@ def test_ratings_leave_the_scale_or_their_error_does_not_grow_with_the_noise():
         assert all(type(level) is int and 0 <= level <= 9 for row in given for level in row.values())
         assert all(set(row) == set(NAMES) for row in given)
         errors.append(statistics.fmean(abs(a[name] - b[name]) for a, b in zip(given, rows) for name in NAMES))
-    assert errors == sorted(errors) and errors[0] == 0 and all(b > 1.2 * a for a, b in zip(errors, errors[1:]))
-    assert {level for row in given for level in row.values()} >= {0, 9}                 # both ends can be reached
+    assert errors == sorted(errors) and errors[0] == 0 and all(b > 1.2 * a for a,
+                                                               b in zip(errors, errors[1:]))
+    assert {level for row in given for level in row.values()} >= {0, 9}             # both ends can be reached
 
 
 def test_habit_changes_from_text_to_text_or_between_the_attributes_of_one_text():
     rng = random.Random(2)
     for habit, expected in ((2.6, [3, 7, 9]), (-1.4, [0, 3, 7]), (0.4, [0, 4, 8])):
         for _ in range(5):
-            given = [reviews.rate({"a": level, "b": level}, [{"a": habit, "b": 0.0}], 0.0, rng) for level in (0, 4, 8)]
+            given = [reviews.rate({"a": level, "b": level}, [{"a": habit, "b": 0.0}], 0.0, rng)
+                     for level in (0, 4, 8)]
             assert [row["a"] for row in given] == expected and [row["b"] for row in given] == [0, 4, 8]
-    raters = [{"a": 3.0, "b": -3.0}, {"a": -3.0, "b": 3.0}]          # whoever is mild about a is strict about b
+    raters = [{"a": 3.0, "b": -3.0}, {"a": -3.0, "b": 3.0}]        # whoever is mild about a is strict about b
     pairs = [tuple(reviews.rate({"a": 5, "b": 5}, raters, 0.0, rng).values()) for _ in range(200)]
     assert set(pairs) == {(8, 2), (2, 8)} and 60 < pairs.count((8, 2)) < 140
 
@@ -634,7 +682,8 @@ def test_habits_or_noise_have_another_deviation():
 
 def rows_of(split, n=6):
     rng = random.Random(4)
-    return [{"prompt": prompt, "responses": [reviews.write("off_policy", prompt, rng) for _ in range(build.RATED + 3)]}
+    return [{"prompt": prompt,
+             "responses": [reviews.write("off_policy", prompt, rng) for _ in range(build.RATED + 3)]}
             for prompt in reviews.make_prompts(split, n, 0)]
 
 
@@ -645,10 +694,12 @@ def rating_config(**kwargs):
 def test_rated_samples_are_others_or_more_or_change_between_calls():
     rows = rows_of("train")
     exact = build.rated(rows, "train", rating_config(rating_noise=0.0))
-    assert build.RATED == 8 and [d[:2] for d in exact] == [(row["prompt"], text) for row in rows for text in row["responses"][:8]]
+    assert build.RATED == 8 and [d[:2] for d in exact] == [(row["prompt"], text) for row in rows
+                                                           for text in row["responses"][:8]]
     assert all(d.attributes == reviews.attributes(d.prompt, d.response) for d in exact)
     noisy = build.rated(rows, "train", rating_config())
-    assert noisy == build.rated(rows, "train", rating_config()) != build.rated(rows, "train", rating_config(seed=1))
+    assert noisy == build.rated(rows, "train",
+                                rating_config()) != build.rated(rows, "train", rating_config(seed=1))
     assert [d[:2] for d in noisy] == [d[:2] for d in exact]
     assert sum(a.attributes != b.attributes for a, b in zip(noisy, exact)) > 40
     assert noisy != build.rated(rows, "test", rating_config())      # the same people, not the same slips
@@ -670,7 +721,7 @@ def test_test_prompts_are_rated_by_other_people(monkeypatch):
     assert all(set(rater) == set(NAMES) for rater in first[0])
 
 
-# ---------------------------------------------------------------------------------------------------- ratings of files
+# ------------------------------------------------------------------------------------------- ratings of files
 
 def test_levels_are_no_shares_of_smaller_values_or_ties_come_apart():
     words = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -680,7 +731,7 @@ def test_levels_are_no_shares_of_smaller_values_or_ties_come_apart():
     assert [row.attributes["length"] for row in ten] == [*range(10)]
     assert [row.attributes["score"] for row in ten] == [2, 1, 8, 4, 7, 3, 5, 9, 0, 6]
     tied = preferences.rated([Ranking("p", ["a", "b c", "d", "e", "f", "g"], [1, 2, 1, 2, 2, 7])])
-    assert [row.attributes["score"] for row in tied] == [0, 3, 0, 3, 3, 8]              # 0, 2 and 5 of 6 are smaller
+    assert [row.attributes["score"] for row in tied] == [0, 3, 0, 3, 3, 8]       # 0, 2 and 5 of 6 are smaller
     assert [row.attributes["length"] for row in tied] == [0, 8, 0, 0, 0, 0]
     many = preferences.rated([Ranking("p", [str(i) for i in range(37)], [float(i) for i in range(37)])])
     assert [row.attributes["score"] for row in many] == [10 * i // 37 for i in range(37)]
@@ -694,15 +745,18 @@ def load(tmp_path, rows):
 
 
 def test_ratings_of_a_file_land_in_the_wrong_split_or_among_the_unrated(tmp_path):
-    rows = [{"prompt": f"p{i // 3}", "completion": f"r{i}"} | ({"attributes": {"q": i % 5}} if i % 4 else {}) for i in range(60)]
+    rows = [{"prompt": f"p{i // 3}", "completion": f"r{i}"} | ({"attributes": {"q": i % 5}} if i % 4 else {})
+            for i in range(60)]
     task = load(tmp_path, rows)
-    assert set(task.ratings) == {"train", "test"} and all(task.ratings.values()) and task.demonstrations != task.ratings
+    assert set(task.ratings) == {"train", "test"} and all(task.ratings.values())
+    assert task.demonstrations != task.ratings
     for split, found in task.ratings.items():
         known = set(task.prompts[split])
         assert found == [Demonstration(row["prompt"], row["completion"], row["attributes"]) for row in rows
                          if "attributes" in row and row["prompt"] in known]
     assert sum(map(len, task.ratings.values())) == 45
-    assert load(tmp_path, [{"prompt": p, "completion": "r"} for p in "pq"]).ratings == {"train": [], "test": []}
+    assert load(tmp_path,
+                [{"prompt": p, "completion": "r"} for p in "pq"]).ratings == {"train": [], "test": []}
     assert load(tmp_path, [{"prompt": p} for p in "pq"]).ratings == {}
 
 
@@ -712,10 +766,11 @@ def test_scores_of_test_prompts_move_the_levels_of_train_prompts(tmp_path):
     assert task.ratings == {split: preferences.rated(task.rankings[split]) for split in ("train", "test")}
     assert len(task.ratings["train"]) == 2 * len(task.prompts["train"]) and len(task.prompts["train"]) < 30
     pairs = load(tmp_path, [{"prompt": p, "chosen": "good one", "rejected": "bad"} for p in "pqr"])
-    assert {(row.response, *row.attributes.values()) for row in pairs.ratings["train"]} == {("good one", 5, 5), ("bad", 0, 0)}
+    assert {(row.response, *row.attributes.values())
+            for row in pairs.ratings["train"]} == {("good one", 5, 5), ("bad", 0, 0)}
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
 def axes():
     figure = pytest.importorskip("matplotlib.figure")
@@ -743,10 +798,12 @@ PANEL = dict(kind="curve", curve="followed", x="asked", y=["a"])
 
 def test_curve_is_no_mean_over_seeds_or_its_interval_is_another():
     ax = axes()
-    figures.draw_curve(ax, PANEL, {"first": steered(1.0, 2.0, 3.0), "one": steered(5.0)}, {"first": "red", "one": "blue"})
+    figures.draw_curve(ax, PANEL, {"first": steered(1.0, 2.0, 3.0), "one": steered(5.0)},
+                       {"first": "red", "one": "blue"})
     half, found = referee_statistics.t_interval([1.0, 2.0, 3.0])[1], bars_of(ax)
     assert half > 2 and list(found) == ["first", "one"]
-    assert found["first"] == [pytest.approx(row) for row in ((0, 2, 2 - half, 2 + half), (3, 4, 4 - half, 4 + half))]
+    assert found["first"] == [pytest.approx(row)
+                              for row in ((0, 2, 2 - half, 2 + half), (3, 4, 4 - half, 4 + half))]
     assert found["one"] == [(0, 5, 5, 5), (3, 7, 7, 7)]             # one seed has no interval
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["first", "one"]
     assert [container.lines[0].get_color() for container in ax.containers] == ["red", "blue"]
@@ -754,10 +811,11 @@ def test_curve_is_no_mean_over_seeds_or_its_interval_is_another():
 
 def test_curve_without_data_crashes_or_draws_what_was_not_measured():
     runs = steered(1.0, 2.0)
-    runs[7] = {"seconds": 1.0}                                      # of an arm without conditioning, or before it was stored
+    runs[7] = {"seconds": 1.0}                       # of an arm without conditioning, or before it was stored
     runs[8] = {"followed": []}
     ax = axes()
-    figures.draw_curve(ax, PANEL | {"y": ["a", "b", "c"]}, {"arm": runs, "not run": {}}, {"arm": "red", "not run": "black"})
+    figures.draw_curve(ax, PANEL | {"y": ["a", "b", "c"]}, {"arm": runs, "not run": {}},
+                       {"arm": "red", "not run": "black"})
     assert {name: [(x, y) for x, y, *_ in rows] for name, rows in bars_of(ax).items() if rows} == {
         "arm: a": [(0, 1.5), (3, 3.5)], "arm: b": [(0, 1.0)]}
 
@@ -769,12 +827,14 @@ def matrix(**rows):
 def test_matrix_is_transposed_or_no_mean_over_seeds():
     ax = axes()
     figures.draw_matrix(ax, dict(kind="matrix", matrix="matrix"), {"arm": {
-        0: matrix(x=(0.9, 0.1), y=(-0.5, 0.4)), 1: matrix(x=(0.7, 0.3), y=(-0.5, 0.2)), 2: {"seconds": 1.0}, 3: {"matrix": {}}}})
+        0: matrix(x=(0.9, 0.1), y=(-0.5, 0.4)), 1: matrix(x=(0.7, 0.3), y=(-0.5, 0.2)), 2: {"seconds": 1.0},
+        3: {"matrix": {}}}})
     assert ax.images[0].get_array().tolist() == [pytest.approx([0.8, 0.2]), pytest.approx([-0.5, 0.3])]
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["x", "y"]
     texts = {text.get_position(): text.get_text() for text in ax.texts}                 # (column, row)
-    assert set(texts) == {(0, 0), (1, 0), (0, 1), (1, 1)} and texts[1, 0].startswith("0.20") and texts[0, 1].startswith("-0.50")
+    assert set(texts) == {(0, 0), (1, 0), (0, 1),
+                          (1, 1)} and texts[1, 0].startswith("0.20") and texts[0, 1].startswith("-0.50")
     assert "±" in texts[0, 0]
     single = axes()
     figures.draw_matrix(single, dict(matrix="matrix"), {"arm": {0: matrix(x=(0.9, 0.1), y=(-0.5, 0.4))}})
@@ -783,13 +843,15 @@ def test_matrix_is_transposed_or_no_mean_over_seeds():
 
 @pytest.mark.filterwarnings("ignore:No artists with labels")
 @pytest.mark.parametrize("stored", ["all", "no matrix", "no run"])
-def test_figure_with_curve_and_matrix_is_not_drawn_or_crashes_where_runs_are_missing(stored, tmp_path, monkeypatch):
+def test_figure_with_curve_and_matrix_is_not_drawn_or_crashes_where_runs_are_missing(
+        stored, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
     method, called = types.ModuleType("conditioned"), []
-    method.EXPERIMENTS = {"steering": dict(question="What follows?", arms={"steered": {}, "plain": {}}, claims=[], panels=[
-        PANEL | dict(arms=["steered"], title="what came"), PANEL | dict(y=["a", "b"]),
-        dict(kind="matrix", matrix="matrix", arms=["steered"], title="matrix")])}
+    method.EXPERIMENTS = {"steering": dict(question="What follows?", arms={"steered": {}, "plain": {}},
+                                           claims=[], panels=[
+PANEL | dict(arms=["steered"], title="what came"), PANEL | dict(y=["a", "b"]),
+dict(kind="matrix", matrix="matrix", arms=["steered"], title="matrix")])}
     monkeypatch.setitem(sys.modules, "experiments.conditioned", method)
     for name in ("draw_curve", "draw_matrix", "draw_lines"):
         def note(*args, draw=getattr(figures, name), name=name):
@@ -802,7 +864,8 @@ def test_figure_with_curve_and_matrix_is_not_drawn_or_crashes_where_runs_are_mis
     found = {"all": {"steered": runs, "plain": {0: trace}}, "no matrix": {"steered": {0: trace}, "plain": {}},
              "no run": {"steered": {}, "plain": {}}}[stored]
     figures.draw("conditioned", {"best_of_n": {}}, {"steering": found}, tmp_path / "figure.png")
-    assert called == [("draw_curve", ["steered"]), ("draw_curve", ["steered", "plain"]), ("draw_matrix", ["steered"])]
+    assert called == [("draw_curve", ["steered"]), ("draw_curve", ["steered", "plain"]),
+                      ("draw_matrix", ["steered"])]
     image = imread(tmp_path / "figure.png")[..., :3]
     assert image.shape[1] == pytest.approx(1600, abs=2)
     last = image[:, image.shape[1] * 2 // 3:].reshape(-1, 3)

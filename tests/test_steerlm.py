@@ -1,4 +1,4 @@
-"""steerlm.py: tags, ratings, the prediction model, conditioned training, bootstrapping, steering. Letters are bug classes."""
+"""steerlm.py: tags, ratings, prediction model, training, bootstrapping, steering. Letters are bug classes."""
 import json
 import math
 import os
@@ -46,8 +46,10 @@ def task(train=24, attributes=None, prompts={"train": PROMPTS, "test": ["d", "ee
 
 
 def settings(toy, **kwargs):
-    return steerlm.Config(**{**dict(policy=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4, lr=1e-2, batch_size=4,
-                                    epochs=1.0, predictor_lr=1e-2, predictor_epochs=1.0, bootstrap_epochs=1.0, rounds=1,
+    return steerlm.Config(**{**dict(policy=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4,
+                                    lr=1e-2, batch_size=4,
+                                    epochs=1.0, predictor_lr=1e-2, predictor_epochs=1.0, bootstrap_epochs=1.0,
+                                    rounds=1,
                                     quality="as", eval_prompts=2, eval_samples=1, save_every=0, device="cpu",
                                     quiet=True), **kwargs})
 
@@ -57,12 +59,13 @@ def begun(toy, out, data=None, **kwargs):
     config = settings(toy, **kwargs)
     out.mkdir()
     torch.manual_seed(config.seed)
-    run = harness.Run(config, out, data or task(), harness.load_tokenizer(config), harness.load_policy(config), {})
+    run = harness.Run(config, out, data or task(), harness.load_tokenizer(config),
+                      harness.load_policy(config), {})
     harness.add_tags(run, {name: {f"<{name}:{level}>": [] for level in range(10)} for name in ("as", "bs")})
     return run
 
 
-# ------------------------------------------------------------------------------------------------------- tags as text
+# ----------------------------------------------------------------------------------------------- tags as text
 
 def test_tags_do_not_round_trip_or_follow_the_order_of_the_dict():
     rng = random.Random(0)
@@ -77,7 +80,8 @@ def test_tags_do_not_round_trip_or_follow_the_order_of_the_dict():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"a": 10}, {"a": -1}, {"a": True}, {"a": 3.0}, {"a": "3"}, {"a": None}, {"": 3}, {"a b": 3}, {"a:": 3}, {"a>": 3}, {"a\n": 3},
+    {"a": 10}, {"a": -1}, {"a": True}, {"a": 3.0}, {"a": "3"}, {"a": None}, {"": 3}, {"a b": 3}, {"a:": 3},
+    {"a>": 3}, {"a\n": 3},
     {"fine": 3, "a": 11}])
 def test_level_or_name_that_cannot_be_read_back_is_written(wrong):
     with pytest.raises(UserError, match="is no attribute"):
@@ -85,17 +89,19 @@ def test_level_or_name_that_cannot_be_read_back_is_written(wrong):
 
 
 @pytest.mark.parametrize("wrong", [
-    "", " ", "a:3", "<a:3> ", " <a:3>", "x<a:3>", "<a:3>x", "<a:3>\n", "<a:3> <b:1>", "<b:1><a:3>", "<a:3><a:3>", "<a:3><a:4>",
+    "", " ", "a:3", "<a:3> ", " <a:3>", "x<a:3>", "<a:3>x", "<a:3>\n", "<a:3> <b:1>", "<b:1><a:3>",
+    "<a:3><a:3>", "<a:3><a:4>",
     "<a:10>", "<a:>", "<:3>", "<a:-1>", "<a:\u0663>", "<a:3", "<a:3><b:1", "<<a:3>>", "<a:3.0>"])
 def test_text_that_format_attributes_never_wrote_is_read(wrong):
     with pytest.raises(UserError, match="is no row of tags"):
         parse_attributes(wrong)
 
 
-# ------------------------------------------------------------------------------------------------------------ ratings
+# ---------------------------------------------------------------------------------------------------- ratings
 
 def test_rows_lose_their_ratings_or_attributes_that_were_not_asked_for_stay(toy):
-    rows = [Demonstration("g", "ab", {"z": 1, "as": 2, "bs": 3}), Demonstration("h", "b", {"as": 4, "bs": 5, "z": 0})]
+    rows = [Demonstration("g", "ab", {"z": 1, "as": 2, "bs": 3}),
+            Demonstration("h", "b", {"as": 4, "bs": 5, "z": 0})]
     assert rated_rows(task(rows), "train", settings(toy).attributes) == rows
     some = rated_rows(task(rows), "train", settings(toy, attributes=" z, as").attributes)
     assert [row[:2] for row in some] == [("g", "ab"), ("h", "b")]
@@ -126,8 +132,10 @@ def test_missing_or_constant_attribute_or_no_ratings_at_all_pass(toy):
 
 
 def test_ratings_do_not_become_samples_that_end_or_missing_ones_pass(whole):
-    data = task([Demonstration("g", "ab", {"z": 1, "as": 2, "bs": 3}), Demonstration("h", "b", {"as": 4, "bs": 5, "z": 0})])
-    for attributes, ends in (("", ["<as:2><bs:3><z:1>", "<as:4><bs:5><z:0>"]), (" z, as", ["<as:2><z:1>", "<as:4><z:0>"])):
+    data = task([Demonstration("g", "ab", {"z": 1, "as": 2, "bs": 3}),
+                 Demonstration("h", "b", {"as": 4, "bs": 5, "z": 0})])
+    for attributes, ends in (("", ["<as:2><bs:3><z:1>", "<as:4><bs:5><z:0>"]),
+                             (" z, as", ["<as:2><z:1>", "<as:4><z:0>"])):
         data.ratings["test"] = []
         whole(f"run{attributes}", data, attributes=attributes, batch_size=2, **HUMAN)
         rows = [row for step in steps_of(whole) for row in step.rows]
@@ -144,7 +152,8 @@ def test_other_attributes_than_the_known_or_named_ones_stand_for_quality(toy):
     assert quality("humor quality score") == ["quality"] and quality("length score") == ["score"]
     assert quality("sentiment topicality verbosity") == ["sentiment", "topicality"]
     assert quality("humor quality", "humor") == ["humor"] and quality("a b c", "c,a") == ["c", "a"]
-    for names, flag in (("humor length", ""), ("sentiment verbosity", ""), ("a b", "a,c"), ("a b", "quality"), ("a", ",")):
+    for names, flag in (("humor length", ""), ("sentiment verbosity", ""), ("a b", "a,c"), ("a b", "quality"),
+                        ("a", ",")):
         with pytest.raises(UserError, match="--quality must name"):
             quality(names, flag)
 
@@ -154,8 +163,9 @@ def test_best_samples_are_more_than_one_in_a_hundred_or_ties_are_broken():
         return best_of([Sample("g", ["a"], [True], row) for row in levels], list(quality))
 
     assert best([{"q": 3}, {"q": 7}, {"q": 5}]) == [{"q": 7}]
-    assert best([{"q": 7, "v": i % 3} for i in range(5)] + [{"q": 6, "v": 9}]) == [{"q": 7, "v": i % 3} for i in range(5)]
-    order = random.Random(0).sample(range(250), 250)                # the third best of 250 is what one in a hundred reaches
+    assert best([{"q": 7, "v": i % 3} for i in range(5)]
+                + [{"q": 6, "v": 9}]) == [{"q": 7, "v": i % 3} for i in range(5)]
+    order = random.Random(0).sample(range(250), 250)  # the third best of 250 is what one in a hundred reaches
     assert sorted(row["q"] for row in best([{"q": q} for q in order])) == [247, 248, 249]
     assert sorted(row["q"] for row in best([{"q": min(q, 246)} for q in order])) == [246] * 4
     assert [row["q"] for row in best([{"q": q} for q in range(99)])] == [98]
@@ -163,15 +173,17 @@ def test_best_samples_are_more_than_one_in_a_hundred_or_ties_are_broken():
     assert best(both, "ab") == [both[1]] and best(both, "a") == [both[0]] and best(both, "bc") == [both[2]]
 
 
-# ----------------------------------------------------------------------------------------------- the prediction model
+# --------------------------------------------------------------------------------------- the prediction model
 
 def train_predictor(run, samples):
     """Step 1, in the form that --predictor names."""
-    return {"lm": steerlm.train_writer, "regression": steerlm.train_regression}[run.config.predictor](run, samples)
+    return {"lm": steerlm.train_writer,
+            "regression": steerlm.train_regression}[run.config.predictor](run, samples)
 
 
 @pytest.mark.parametrize("predictor, epochs", [("regression", 12.0), ("lm", 16.0)])
-def test_prediction_model_is_no_better_than_a_constant_or_mixes_them_up_or_trains_the_policy(toy, tmp_path, predictor, epochs):
+def test_prediction_model_is_no_better_than_a_constant_or_mixes_them_up_or_trains_the_policy(
+        toy, tmp_path, predictor, epochs):
     rows, held_out = ([Sample(row.prompt, [row.response], [True], row.attributes) for row in rated(n, seed)]
                       for n, seed in ((192, 2), (96, 3)))
     run = begun(toy, tmp_path / "run", predictor=predictor, predictor_epochs=epochs)
@@ -188,7 +200,8 @@ def test_prediction_model_is_no_better_than_a_constant_or_mixes_them_up_or_train
         assert {type(new[name]) for new, _ in read} == {int}
 
 
-def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_over_attributes(toy, tmp_path, monkeypatch):
+def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_over_attributes(
+        toy, tmp_path, monkeypatch):
     run = begun(toy, tmp_path / "run", token_budget=40)
     rows, names, tokenizer = rated(8, 4), ["as", "bs"], harness.load_tokenizer(run.config)
     samples = [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows]
@@ -200,7 +213,7 @@ def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_ov
         made.append(AutoModelForSequenceClassification.from_pretrained(toy, num_labels=2))
         return made[-1]
 
-    def unclipped(parameters, bound):                               # clipping would hide the scale of the gradient
+    def unclipped(parameters, bound):                          # clipping would hide the scale of the gradient
         bounds.append(bound)
 
     initial, plain = parameters(fresh()), fresh()
@@ -219,7 +232,8 @@ def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_ov
     assert bounds == [1.0] and (parameters(made[-1]) - parameters(plain)).abs().max() < 2e-6
     assert (parameters(plain) - initial).abs().max() > 1e-3 and (parameters(plain) - initial).norm() > 0.011
     steerlm.train_regression(run, samples)
-    assert (parameters(made[-1]) - initial).norm().item() == pytest.approx(0.01, rel=1e-2)          # clipped to norm 1
+    # clipped to norm 1
+    assert (parameters(made[-1]) - initial).norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
 def test_regression_is_not_trained_as_its_options_say(toy, tmp_path, monkeypatch):
@@ -236,13 +250,15 @@ def test_regression_is_not_trained_as_its_options_say(toy, tmp_path, monkeypatch
 
     monkeypatch.setattr(common, "adamw", note)
     monkeypatch.setattr(common, "batches", note_batch)
-    steerlm.train_regression(run, [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows])
+    steerlm.train_regression(run,
+                             [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows])
     assert seen[0] == (3e-3, 3, "cosine", 0.1) and [len(step) for step in seen[1:]] == [32, 32, 8]
     order = sum(harness.shuffled_batches(48, 1.5, 32, 4), [])
     assert sum(seen[1:], []) == [rows[i][:2] for i in order]
 
 
-def test_regression_predicts_levels_that_are_no_whole_numbers_from_0_to_9_or_of_another_attribute(toy, tmp_path, monkeypatch):
+def test_regression_predicts_levels_that_are_no_whole_numbers_from_0_to_9_or_of_another_attribute(
+        toy, tmp_path, monkeypatch):
     run, samples = begun(toy, tmp_path / "run"), [Sample("g", ["a"], [True], {"bs": 1, "as": 2})]
     seen, plain = [], torch.tensor
 
@@ -255,7 +271,7 @@ def test_regression_predicts_levels_that_are_no_whole_numbers_from_0_to_9_or_of_
         patch.setattr(torch, "tensor", note)
         predict = train_predictor(run, samples)
     came = predict(["g", "h"], ["a", "b"])
-    assert came == [{"as": 0, "bs": 9}, {"as": 4, "bs": 5}] and [[2 / 9, 1 / 9]] in seen          # as first, then bs
+    assert came == [{"as": 0, "bs": 9}, {"as": 4, "bs": 5}] and [[2 / 9, 1 / 9]] in seen   # as first, then bs
     assert {type(level) for levels in came for level in levels.values()} == {int}
 
 
@@ -281,13 +297,16 @@ def test_writer_is_trained_on_more_than_the_tags_after_prompt_and_response(toy, 
     monkeypatch.setattr(common, "sequence_logps", note)
     rows = rated(12)
     train_predictor(run, [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows])
-    assert sorted(seen) == sorted((row.prompt + row.response, format_attributes(row.attributes) + "<eos>") for row in rows)
+    assert sorted(seen) == sorted((row.prompt + row.response, format_attributes(row.attributes) + "<eos>")
+                                  for row in rows)
 
 
 def test_unreadable_output_of_the_writer_is_taken_for_a_rating(toy, tmp_path, monkeypatch):
-    run, samples = begun(toy, tmp_path / "run", predictor="lm"), [Sample("g", ["ab"], [True], {"bs": 1, "as": 2})]
+    run, samples = begun(toy, tmp_path / "run",
+                         predictor="lm"), [Sample("g", ["ab"], [True], {"bs": 1, "as": 2})]
     predict, asked = train_predictor(run, samples), []
-    texts = ["<as:3><bs:1>", "<as:3>", "<bs:1><as:3>", "<as:3><bs:1>x", "", "<as:3><bs:1><bs:1>", "a<as:3><bs:1>", "<as:3><cs:1>"]
+    texts = ["<as:3><bs:1>", "<as:3>", "<bs:1><as:3>", "<as:3><bs:1>x", "", "<as:3><bs:1><bs:1>",
+             "a<as:3><bs:1>", "<as:3><cs:1>"]
 
     def note(model, tokenizer, prompts, **kwargs):
         asked.append((prompts, kwargs["greedy"], kwargs["max_new_tokens"]))
@@ -295,7 +314,7 @@ def test_unreadable_output_of_the_writer_is_taken_for_a_rating(toy, tmp_path, mo
     monkeypatch.setattr(common, "generate", note)
     monkeypatch.setattr(common, "decode", lambda *_: texts)
     assert predict(["g"] * 8, [*"abcdefgh"]) == [{"as": 3, "bs": 1}] + [None] * 7
-    assert asked == [(["g" + letter for letter in "abcdefgh"], True, 3)]                 # two tags and their EOS
+    assert asked == [(["g" + letter for letter in "abcdefgh"], True, 3)]              # two tags and their EOS
 
 
 def test_samples_that_cannot_be_rated_stay_with_people_s_levels_or_leave_unsaid(capsys):
@@ -305,7 +324,8 @@ def test_samples_that_cannot_be_rated_stay_with_people_s_levels_or_leave_unsaid(
     assert kept == [Sample("g", ["a"], [True], {"as": 1}), Sample("g", ["c"], [True], {"as": 0})]
     assert "1 of 3 ratings" in capsys.readouterr().err
     varied = [{"as": 2}, {"as": 3}, {"as": 2}]
-    assert [row.levels for row in rate_anew(lambda *texts: varied, samples)] == varied and not capsys.readouterr().err
+    assert [row.levels for row in rate_anew(lambda *texts: varied,
+                                            samples)] == varied and not capsys.readouterr().err
     assert len(rate_anew(lambda *texts: [{"as": 2}] * 3, samples)) == 3
     assert "says as 2 of all 3" in capsys.readouterr().err
     with pytest.raises(UserError, match="no readable rating"):
@@ -316,21 +336,27 @@ def test_rating_error_is_not_the_mean_distance_in_levels_of_those_that_were_told
     rows = [Sample("g", ["a"], [True], {"x": 1, "y": 9}), Sample("h", ["b"], [True], {"x": 0, "y": 4}),
             Sample("f", ["c"], [True], {"x": 9, "y": 9})]
     truth = {("g", "a"): {"x": 4, "y": 7}, ("h", "b"): {"x": 0, "y": 5}, ("f", "c"): None}
-    assert rating_error(rows, lambda *texts: [truth[pair] for pair in zip(*texts)]) == pytest.approx((3 + 2 + 0 + 1) / 4)
+    assert rating_error(rows,
+                        lambda *texts: [truth[pair]
+                                        for pair in zip(*texts)]) == pytest.approx((3 + 2 + 0 + 1) / 4)
     assert math.isnan(rating_error(rows, lambda *texts: [None] * 3))
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
-    """A run of steerlm.py, where `predict` stands in for the trained prediction model: its result, metrics.jsonl,
-    attributes.json, the saved weights; and as `run.events` what was rolled out and trained on, with the weights then."""
+    """A run of steerlm.py, where `predict` stands in for the trained prediction model.
+
+    Returns its result, metrics.jsonl, attributes.json, the saved weights; and as `run.events` what was rolled
+    out and trained on, with the weights then.
+    """
     rollout, microbatches = harness.rollout, harness.Run.microbatches
 
     def note_rollout(run_, prompts):
         _, texts, ended = rollout(run_, prompts)
-        run.events.append(SimpleNamespace(kind="rollout", weights=parameters(run_.policy), prompts=prompts, texts=texts,
+        run.events.append(SimpleNamespace(kind="rollout", weights=parameters(run_.policy), prompts=prompts,
+                                          texts=texts,
                                           ended=ended))
         return None, texts, ended
 
@@ -355,8 +381,10 @@ def whole(toy, tmp_path, monkeypatch):
             result = harness.launch(steerlm.train, config)
         out = tmp_path / name
         saved = out / "attributes.json"
-        return SimpleNamespace(result=result, metrics=(out / "metrics.jsonl").read_text(encoding="utf-8"), out=out,
-                               saved=json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else None,
+        return SimpleNamespace(result=result, metrics=(out / "metrics.jsonl").read_text(encoding="utf-8"),
+                               out=out,
+                               saved=json.loads(saved.read_text(encoding="utf-8")) if saved.exists()
+                               else None,
                                weights=parameters(LlamaForCausalLM.from_pretrained(out)))
 
     return run
@@ -378,8 +406,10 @@ def test_rows_are_trained_with_other_tags_than_their_labels(whole):
     mild = {row.response: {"as": 9 - row.attributes["as"], "bs": 7} for row in rows}
     for name, options, label in (("human", HUMAN, lambda row: row.attributes),
                                  ("predicted", dict(rounds=0), lambda row: mild[row.response])):
-        whole(name, predict=lambda prompts, texts: [mild.get(text, counts(text)) for text in texts], **options)
-        assert trained_on(whole) == Counter((row.prompt + format_attributes(label(row)), row.response) for row in rows)
+        whole(name, predict=lambda prompts, texts: [mild.get(text, counts(text)) for text in texts],
+              **options)
+        assert trained_on(whole) == Counter((row.prompt + format_attributes(label(row)), row.response)
+                                            for row in rows)
     whole("none", labels="none", rounds=0)
     assert trained_on(whole) == Counter((row.prompt, row.response) for row in rows)
 
@@ -401,7 +431,8 @@ def test_loss_falls_on_tags_or_a_step_is_no_mean_over_its_rows(whole, toy, monke
                     tokenizer.get_vocab()[tag + ">"] for tag in tags.split(">")[:-1]]
                 answer = tokenizer(row.responses[0]).input_ids + [0] * (row.ended[0])
                 ends.add(row.ended[0])
-                logps = plain(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(1)[len(prompt) - 1:-1]
+                logps = plain(input_ids=torch.tensor([prompt
+                                                      + answer])).logits[0].log_softmax(1)[len(prompt) - 1:-1]
                 (-logps.gather(1, torch.tensor(answer)[:, None]).sum() / len(step.rows)).backward()
             optimizer, _ = sgd(plain, None, None)
             optimizer.step()
@@ -414,7 +445,8 @@ def test_loss_falls_on_tags_or_a_step_is_no_mean_over_its_rows(whole, toy, monke
 def test_gradient_is_not_clipped_or_the_clipped_norm_is_logged(bound, whole, monkeypatch):
     monkeypatch.setattr(common, "adamw", sgd)
     finished = whole("run", task(4), max_grad_norm=bound, **HUMAN)
-    (step,), (row,) = steps_of(whole), [row for row in map(json.loads, finished.metrics.splitlines()) if "loss" in row]
+    (step,), (row,) = steps_of(whole), [row for row in map(json.loads, finished.metrics.splitlines())
+                                        if "loss" in row]
     moved = (finished.weights - step.weights).norm().item()
     assert row["grad_norm"] > 0.1 and moved == pytest.approx(0.01 * min(bound, row["grad_norm"]), rel=1e-2)
 
@@ -424,13 +456,15 @@ def test_share_keeps_others_than_the_best_by_quality(whole):
     for name, share, n in (("as", 0.25, 6), ("as", 0.01, 1), ("bs", 0.5, 12)):
         finished = whole(f"{name} {share}", quality=name, share=share, **HUMAN)
         kept = [parse_attributes(prompt[prompt.index("<"):])[name] for prompt, _ in trained_on(whole)]
-        assert sorted(kept) == sorted(row.attributes[name] for row in rows)[-n:] and sum(finished.saved["observed"].values()) == n
+        assert sorted(kept) == sorted(row.attributes[name]
+                                      for row in rows)[-n:] and sum(finished.saved["observed"].values()) == n
 
 
 def test_policy_is_asked_in_other_bytes_than_it_was_trained_with(whole, monkeypatch):
     asked, generate = [], common.generate
-    monkeypatch.setattr(common, "generate", lambda model, tokenizer, prompts, *rest, **kwargs: asked.append(prompts) or generate(
-        model, tokenizer, prompts, *rest, **kwargs))
+    monkeypatch.setattr(common, "generate", lambda model, tokenizer, prompts, *rest,
+                        **kwargs: asked.append(prompts) or generate(
+model, tokenizer, prompts, *rest, **kwargs))
     finished = whole("run", **HUMAN)
     assert asked == [["d", "ee"], ["d" + finished.saved["asked"], "ee" + finished.saved["asked"]]]
     ask, tokenizer = steps_of(whole)[0].run.ask, steps_of(whole)[0].run.tokenizer
@@ -444,7 +478,8 @@ def test_policy_is_asked_in_other_bytes_than_it_was_trained_with(whole, monkeypa
 
 
 def test_number_of_steps_depends_on_what_could_be_rated(whole):
-    for n, kwargs, expected in ((24, dict(rounds=2), [6, 3, 3]), (22, dict(epochs=1.5, rounds=1, bootstrap_epochs=0.5), [9, 2]),
+    for n, kwargs, expected in ((24, dict(rounds=2), [6, 3, 3]),
+                                (22, dict(epochs=1.5, rounds=1, bootstrap_epochs=0.5), [9, 2]),
                                 (24, dict(epochs=0.0, rounds=1), [0, 3])):
         whole(f"{n}{kwargs}", task(n), **kwargs)
         assert steps_between(whole.events) == expected
@@ -452,7 +487,7 @@ def test_number_of_steps_depends_on_what_could_be_rated(whole):
     def gaps(prompts, texts):
         return [None if i % 3 == 0 else row for i, row in enumerate(exact(prompts, texts))]
 
-    whole("gaps", predict=gaps, rounds=2)                           # 16 of 24 stay, and 8 of 12 samples, which come again
+    whole("gaps", predict=gaps, rounds=2)               # 16 of 24 stay, and 8 of 12 samples, which come again
     assert steps_between(whole.events) == [4, 3, 3] and {len(step.rows) for step in steps_of(whole)} == {4}
     last = Counter((row.prompt, *row.responses) for step in steps_of(whole)[-3:] for row in step.rows)
     assert sum(last.values()) == 12
@@ -468,7 +503,7 @@ def steps_between(events):
     return numbers
 
 
-# ------------------------------------------------------------------------------------------------------ bootstrapping
+# ---------------------------------------------------------------------------------------------- bootstrapping
 
 def test_bootstrapping_asks_for_combinations_that_were_not_seen_with_the_highest_quality(whole):
     texts = ["aaab", "aaabbb", "aaa", "aabbbbb", "b", "cd"]
@@ -482,8 +517,10 @@ def test_bootstrapping_asks_for_combinations_that_were_not_seen_with_the_highest
     assert tags[0] | tags[1] == {"<as:3><bs:0>", "<as:3><bs:1>", "<as:3><bs:3>"} and asked[0] != asked[1]
 
 
-def test_combinations_are_drawn_as_often_as_they_are_in_the_data_or_alike_in_every_run(toy, tmp_path, monkeypatch):
-    run, seen = begun(toy, tmp_path / "run", task(prompts={"train": [f"p{i}" for i in range(500)], "test": ["d"]})), []
+def test_combinations_are_drawn_as_often_as_they_are_in_the_data_or_alike_in_every_run(
+        toy, tmp_path, monkeypatch):
+    run, seen = begun(toy, tmp_path / "run",
+                      task(prompts={"train": [f"p{i}" for i in range(500)], "test": ["d"]})), []
     monkeypatch.setattr(harness, "rollout", lambda run, prompts: seen.append(prompts) or (
         None, ["ab"] * len(prompts), torch.ones(len(prompts), dtype=torch.bool)))
     for turn, seed in ((1, 0), (1, 0), (2, 0), (1, 1)):
@@ -502,7 +539,8 @@ def test_samples_carry_the_levels_asked_for_or_cut_ones_are_taught_to_end(whole)
         expected = Counter((prompt[:prompt.index("<")] + format_attributes(counts(text)), text, end)
                            for prompt, text, end in zip(event.prompts, event.texts, event.ended.tolist()))
         steps = whole.events[n + 1:n + 4]
-        assert Counter((row.prompt, *row.responses, *row.ended) for step in steps for row in step.rows) == expected
+        assert Counter((row.prompt, *row.responses, *row.ended) for step in steps
+                       for row in step.rows) == expected
         for part, batch in (pair for step in steps for pair in step.batches):
             assert common.finished(steps[0].run.tokenizer, batch).tolist() == [row.ended[0] for row in part]
             ends |= {row.ended[0] for row in part}
@@ -515,12 +553,14 @@ def test_later_rounds_sample_from_an_earlier_policy(whole):
     assert steps_between(events) == [6, 3, 3, 3]
     rollouts = [n for n, event in enumerate(events) if event.kind == "rollout"]
     for n in rollouts:
-        assert torch.equal(events[n].weights, events[n + 1].weights) and not torch.equal(events[n].weights, events[n - 1].weights)
+        assert torch.equal(events[n].weights,
+                           events[n + 1].weights) and not torch.equal(events[n].weights,
+                                                                      events[n - 1].weights)
     for n, m in zip(rollouts, rollouts[1:]):
         assert not torch.equal(events[n].weights, events[m].weights)
 
 
-# ------------------------------------------------------------------------------------------------- what is asked for
+# ------------------------------------------------------------------------------------------ what is asked for
 
 def test_AB_level_that_comes_does_not_follow_the_level_asked_for(whole, monkeypatch):
     rng, rows = random.Random(0), []
@@ -528,23 +568,30 @@ def test_AB_level_that_comes_does_not_follow_the_level_asked_for(whole, monkeypa
         text = ["a"] * (i % 10) + ["b"] * (9 - i % 10)
         rows.append(Demonstration(PROMPTS[i % 6], "".join(rng.sample(text, 9)), {"as": i % 10}))
     data = task(rows, lambda prompt, text: counts(text))
-    finished = whole("run", data, attributes="as", epochs=8.0, batch_size=32, lr=2e-2, max_new_tokens=10, eval_prompts=1, **HUMAN)
+    finished = whole("run", data, attributes="as", epochs=8.0, batch_size=32, lr=2e-2, max_new_tokens=10,
+                     eval_prompts=1, **HUMAN)
     run = steps_of(whole)[0].run
     came = []
     for level in range(10):
-        texts, _ = harness.probe(run, [prompt + format_attributes({"as": level}) for prompt in ["d", "ee", "ef"] * 6])
+        texts, _ = harness.probe(run,
+                                 [prompt + format_attributes({"as": level})
+                                  for prompt in ["d", "ee", "ef"] * 6])
         came.append(statistics.fmean(counts(text)["as"] for text in texts))
     ranks = tensor(came).argsort().argsort().double()
-    assert torch.corrcoef(torch.stack([ranks, torch.arange(10.0).double()]))[0, 1] > 0.8 and came[9] - came[0] > 3
+    assert torch.corrcoef(torch.stack([ranks,
+                                       torch.arange(10.0).double()]))[0, 1] > 0.8 and came[9] - came[0] > 3
     assert finished.result["eval/slope_as"] > 0.3
 
 
 def test_slope_or_cross_talk_by_hand_differ():
     rows = [{"asked": asked, "x": x} for asked, x in ((0, 1.0), (3, 2.0), (6, 4.0), (9, 9.0))]
-    assert harness.slope(rows, "x") == pytest.approx(39 / 45)        # (4.5 * 3 + 1.5 * 2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
+    # (4.5 * 3 + 1.5 * 2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
+    assert harness.slope(rows, "x") == pytest.approx(39 / 45)
     assert harness.steering_metrics({"p": {"p": 1.0, "q": -0.5}, "q": {"p": 0.25, "q": 0.5}}) == {
-        "eval/slope": 0.75, "eval/slope_min": 0.5, "eval/cross_talk": 0.375, "eval/slope_p": 1.0, "eval/slope_q": 0.5}
-    assert harness.steering_metrics({"p": {"p": 0.5}}) == {"eval/slope": 0.5, "eval/slope_min": 0.5, "eval/cross_talk": 0.0,
+        "eval/slope": 0.75, "eval/slope_min": 0.5, "eval/cross_talk": 0.375, "eval/slope_p": 1.0,
+        "eval/slope_q": 0.5}
+    assert harness.steering_metrics({"p": {"p": 0.5}}) == {"eval/slope": 0.5, "eval/slope_min": 0.5,
+                                                           "eval/cross_talk": 0.0,
                                                          "eval/slope_p": 0.5}
 
 
@@ -573,14 +620,16 @@ def test_steering_matrix_by_hand_differs(monkeypatch):
     assert found["matrix"] == {"x": {"x": 1.0, "y": 0.0}, "y": {"x": 0.0, "y": 1.0}}
     assert found["followed"] == [{"asked": level, "x": level, "y": level} for level in (0, 3, 6, 9)]
 
-    def mixed(prompts, texts):                                      # half of x goes astray, and y falls as x rises
+    def mixed(prompts, texts):                                 # half of x goes astray, and y falls as x rises
         return [{"x": levels["x"] / 2, "y": levels["y"] - levels["x"] / 3} for levels in echo(prompts, texts)]
 
     matrix = steered(monkeypatch, test, [{"x": 7, "y": 2}], mixed)[0]["matrix"]
-    assert matrix["x"] == pytest.approx({"x": 0.5, "y": -1 / 3}) and matrix["y"] == pytest.approx({"x": 0.0, "y": 1.0})
+    assert matrix["x"] == pytest.approx({"x": 0.5,
+                                         "y": -1 / 3}) and matrix["y"] == pytest.approx({"x": 0.0, "y": 1.0})
 
 
-def test_other_attributes_are_not_asked_for_as_they_are_in_the_data_or_change_from_level_to_level(monkeypatch):
+def test_other_attributes_are_not_asked_for_as_they_are_in_the_data_or_change_from_level_to_level(
+        monkeypatch):
     observed = [{"x": 1, "y": 8}, {"y": 8, "x": 1}, {"x": 1, "y": 8}, {"x": 6, "y": 2}]
     found, asked = steered(monkeypatch, ["p"] * 400, observed, echo)
     for prompts in asked[:4]:
@@ -604,11 +653,12 @@ def test_request_is_not_completed_from_the_nearest_and_most_frequent_responses(c
     def complete(**request):
         return harness.complete_request(request, rows)
 
-    assert complete() == rows[-1] and complete(q=9) == {"q": 9, "v": 5, "w": 5} and complete(v=2) == {"q": 9, "v": 2, "w": 1}
+    assert complete() == rows[-1] and complete(q=9) == {"q": 9, "v": 5,
+                                                        "w": 5} and complete(v=2) == {"q": 9, "v": 2, "w": 1}
     assert complete(v=2, q=9) == {"q": 9, "v": 2, "w": 1} and not capsys.readouterr().err
     assert complete(q=8) == {"q": 8, "v": 5, "w": 5}
     assert "has q 8; the nearest ones have q 9, v 5, w 5" in capsys.readouterr().err
-    assert complete(q=3, v=4) == {"q": 3, "v": 4, "w": 9}           # 4 levels from the last, 7 and 8 from the others
+    assert complete(q=3, v=4) == {"q": 3, "v": 4, "w": 9}    # 4 levels from the last, 7 and 8 from the others
     assert "has q 3, v 4; the nearest ones have q 3, v 0, w 9" in capsys.readouterr().err
     often = [{"q": 9, "v": v} for v in (9, 5, 5, 0, 0, 0, 9)]       # not the one in the middle
     assert harness.complete_request({"q": 9}, often) == {"q": 9, "v": 0}
@@ -616,9 +666,12 @@ def test_request_is_not_completed_from_the_nearest_and_most_frequent_responses(c
     assert harness.complete_request({"q": 9}, even) == {"q": 9, "v": 3}
 
 
-WRONG_REQUESTS = [("humor=3", "knows no attribute 'humor', it knows as, bs"), ("as=10", "levels of as go from 0 to 9"),
-                  ("as", "NAME=LEVEL"), ("as=", "NAME=LEVEL"), ("as=-1", "NAME=LEVEL"), ("as=3.5", "NAME=LEVEL"),
-                  ("as:3", "NAME=LEVEL"), ("=3", "knows no attribute ''"), ("as=1,bs=2,as=1", "names as twice"),
+WRONG_REQUESTS = [("humor=3", "knows no attribute 'humor', it knows as, bs"),
+                  ("as=10", "levels of as go from 0 to 9"),
+                  ("as", "NAME=LEVEL"), ("as=", "NAME=LEVEL"), ("as=-1", "NAME=LEVEL"),
+                  ("as=3.5", "NAME=LEVEL"),
+                  ("as:3", "NAME=LEVEL"), ("=3", "knows no attribute ''"),
+                  ("as=1,bs=2,as=1", "names as twice"),
                   ("as=1 bs=2", "NAME=LEVEL")]
 
 
@@ -627,10 +680,11 @@ def test_wrong_request_passes(text, message):
     with pytest.raises(UserError, match=message) as error:
         harness.parse_request(text, {"as": 9, "bs": 9})
     assert "--steer" in str(error.value)
-    assert harness.parse_request(" as = 0 ,bs=9", {"bs": 9, "as": 9}) == {"as": 0, "bs": 9} and harness.parse_request("", {}) == {}
+    assert harness.parse_request(" as = 0 ,bs=9", {"bs": 9, "as": 9}) == {"as": 0, "bs": 9}
+    assert harness.parse_request("", {}) == {}
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 def test_what_a_run_asked_for_and_saw_is_not_saved_with_it(whole, capsys):
     rows = task().ratings["train"]
@@ -639,9 +693,11 @@ def test_what_a_run_asked_for_and_saw_is_not_saved_with_it(whole, capsys):
     top = max(row.attributes["as"] for row in rows)
     best = Counter(format_attributes(row.attributes) for row in rows if row.attributes["as"] == top)
     assert finished.saved["asked"] in best and best[finished.saved["asked"]] == max(best.values())
-    assert finished.saved["method"] == "steerlm" and finished.saved["observed"] == seen == other.saved["observed"]
+    assert finished.saved["method"] == "steerlm"
+    assert finished.saved["observed"] == seen == other.saved["observed"]
     ones = {tags: n for tags, n in seen.items() if tags.startswith("<as:1>")}
-    assert other.saved["asked"] in ones and ones[other.saved["asked"]] == max(ones.values()) and not capsys.readouterr().err
+    assert other.saved["asked"] in ones and ones[other.saved["asked"]] == max(ones.values())
+    assert not capsys.readouterr().err
     assert whole("far", steer="as=9,bs=9", **HUMAN).saved["asked"] == "<as:9><bs:9>"
     assert "no response in the data has as 9, bs 9" in capsys.readouterr().err
     with pytest.raises(UserError, match="knows no attribute 'humor'"):
@@ -654,10 +710,12 @@ def test_errors_of_ratings_are_not_measured_against_the_truth_and_held_out_peopl
 
     data = task(attributes=truth)
     train, test = ([counts(row.response) for row in data.ratings[split]] for split in ("train", "test"))
-    result = whole("run", data, predict=lambda prompts, texts: [{"as": 2, "bs": 0} for _ in texts], rounds=0, share=0.5).result
+    result = whole("run", data, predict=lambda prompts, texts: [{"as": 2, "bs": 0} for _ in texts], rounds=0,
+                   share=0.5).result
     assert result["eval/human_error"] == pytest.approx(statistics.fmean(row["as"] for row in train) / 2)
     assert result["eval/label_error"] == pytest.approx((2 + statistics.fmean(row["bs"] for row in train)) / 2)
-    assert result["eval/predictor_error"] == pytest.approx(statistics.fmean(abs(row["as"] - 2) + row["bs"] for row in test) / 2)
+    error = statistics.fmean(abs(row["as"] - 2) + row["bs"] for row in test) / 2
+    assert result["eval/predictor_error"] == pytest.approx(error)
     assert set(result["matrix"]) == set(result["steering"]) == {"as", "bs"} and len(result["followed"]) == 4
     result = whole("human", data, **HUMAN).result
     assert result["eval/label_error"] == result["eval/human_error"] and "eval/predictor_error" not in result
@@ -668,7 +726,8 @@ def test_errors_of_ratings_are_not_measured_against_the_truth_and_held_out_peopl
 
 @pytest.mark.parametrize("predictor", ["regression", "lm"])
 def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predictor):
-    options = dict(predictor=predictor, predictor_epochs=40.0 if predictor == "lm" else 1.0, attributes="as", rounds=2,
+    options = dict(predictor=predictor, predictor_epochs=40.0 if predictor == "lm" else 1.0, attributes="as",
+                   rounds=2,
                    save_every=4, eval_every=5, max_new_tokens=3, predict=None, data=task(48), epochs=0.5)
     straight, log = whole("straight", **options), harness.Run.log
     last = len(steps_of(whole))
@@ -676,7 +735,7 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predicto
 
     def kill(run, step, row):
         log(run, step, row)
-        if step == last - 2:                                        # in round 2; the checkpoint is after 4 or 8 steps
+        if step == last - 2:                                # in round 2; the checkpoint is after 4 or 8 steps
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -698,8 +757,10 @@ def test_AE_runs_differ_under_one_seed_or_agree_under_two_or_evaluations_change_
     def losses(finished):
         return [json.loads(line)["loss"] for line in finished.metrics.splitlines() if '"loss"' in line]
 
-    first, again, other = (whole(name, predict=None, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    assert first.metrics == again.metrics and torch.equal(first.weights, again.weights) and first.saved == again.saved
+    first, again, other = (whole(name, predict=None, seed=seed) for name,
+                           seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert first.metrics == again.metrics and torch.equal(first.weights,
+                                                          again.weights) and first.saved == again.saved
     assert len(losses(first)) == 9 and not set(losses(first)) & set(losses(other))
     often = whole("d", predict=None, eval_every=1)
     assert losses(often) == losses(first) and torch.equal(often.weights, first.weights)
@@ -710,13 +771,15 @@ def ask(toy, monkeypatch, capsys, path, **kwargs):
     """What steerlm prints for --prompt, and the prompts that it sampled from."""
     asked, generate = [], common.generate
     with monkeypatch.context() as patch:
-        patch.setattr(common, "generate", lambda model, tokenizer, prompts, *more, **options: asked.append(prompts) or (
-            generate(model, tokenizer, prompts, *more, **options)))
+        patch.setattr(common, "generate", lambda model, tokenizer, prompts, *more,
+                      **options: asked.append(prompts) or (
+generate(model, tokenizer, prompts, *more, **options)))
         steerlm.answer(settings(toy, policy=str(path), prompt="gf", eval_samples=3, **kwargs))
     return capsys.readouterr(), asked
 
 
-def test_trained_policy_is_asked_for_something_else_than_steer_or_what_it_was_evaluated_with(whole, toy, monkeypatch, capsys):
+def test_trained_policy_is_asked_for_something_else_than_steer_or_what_it_was_evaluated_with(
+        whole, toy, monkeypatch, capsys):
     finished = whole("run", **HUMAN)
     for steer in ("", "as=1", "bs=2,as=0", "as=9"):
         expected = whole(f"steer{steer}", steer=steer, **HUMAN).saved["asked"]
@@ -749,7 +812,8 @@ def test_policy_without_attributes_or_of_another_method_is_asked(whole, toy, tmp
 
 
 def test_latest_run_is_not_the_one_that_was_finished_last(whole, toy, tmp_path, monkeypatch, capsys):
-    runs = [whole(f"runs/steerlm/{name}", steer=steer, **HUMAN) for name, steer in (("9", "as=2"), ("10", "as=1"))]
+    runs = [whole(f"runs/steerlm/{name}", steer=steer, **HUMAN) for name,
+            steer in (("9", "as=2"), ("10", "as=1"))]
     (tmp_path / "runs/steerlm/11").mkdir()                          # unfinished
     capsys.readouterr()
     monkeypatch.setattr(conditioning, "ROOT", tmp_path)
@@ -772,24 +836,28 @@ def test_tokenizer_of_a_real_model_is_given_tokens_for_tags(whole, toy, tmp_path
     whole("run", model=str(tmp_path / "spelling"), policy="", predict=None, predictor="regression")
     run = steps_of(whole)[0].run
     assert len(run.tokenizer) == 23 == run.policy.get_input_embeddings().num_embeddings
-    assert run.tokenizer(run.ask("ef")).input_ids[:9] == run.tokenizer.convert_tokens_to_ids([*"ef<as:", run.ask("")[4], *"><"])
+    spelled = run.tokenizer.convert_tokens_to_ids([*"ef<as:", run.ask("")[4], *"><"])
+    assert run.tokenizer(run.ask("ef")).input_ids[:9] == spelled
 
 
-# ------------------------------------------------------------------------------------------------------------ options
+# ---------------------------------------------------------------------------------------------------- options
 
 @pytest.mark.parametrize("wrong, flag", [
-    (dict(labels="human"), "--rounds"), (dict(labels="none", rounds=2), "--rounds"), (dict(rounds=-1), "--rounds"),
+    (dict(labels="human"), "--rounds"), (dict(labels="none", rounds=2), "--rounds"),
+    (dict(rounds=-1), "--rounds"),
     (dict(share=0.0), "--share"), (dict(share=1.1), "--share"), (dict(share=math.nan), "--share"),
     (dict(predictor_epochs=0.0), "--predictor_epochs"), (dict(bootstrap_epochs=0.0), "--bootstrap_epochs"),
-    (dict(predictor_lr=-1e-3), "--predictor_lr"), (dict(labels="people"), "--labels"), (dict(predictor="head"), "--predictor"),
-    (dict(batch_size=0), "--batch_size"), (dict(epochs=-1.0), "--epochs"), (dict(rating_noise=-1.0), "--rating_noise")])
+    (dict(predictor_lr=-1e-3), "--predictor_lr"), (dict(labels="people"), "--labels"),
+    (dict(predictor="head"), "--predictor"),
+    (dict(batch_size=0), "--batch_size"), (dict(epochs=-1.0), "--epochs"),
+    (dict(rating_noise=-1.0), "--rating_noise")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         steerlm.Config(**wrong)
     assert steerlm.Config(labels="human", rounds=0).rounds == 0
 
 
-# ----------------------------------------------------------------------------------------- what has gone wrong here before
+# ---------------------------------------------------------------------------- what has gone wrong here before
 
 def test_best_of_takes_one_in_a_hundred_and_another():
     samples = [Sample("p", [f"r{q}"], [True], {"q": q}) for q in range(100)]
