@@ -76,15 +76,14 @@ def overview_block(results_dir="results"):
     """README: a row for each method's default run; before them, where it is stored, SFT's."""
     rows, others, sources = overview(results_dir)
     header, *body = arm_rows({name: runs for name, (_, runs) in rows.items()}, OVERVIEW)
-    table = [["method", "arm", *header[1:]]]
+    table = [["method", *header[1:]]]
     for name, *cells in body:
-        table.append([name if name == SFT else f"[{name}](docs/{name}.md)", rows[name][0], *cells])
-    text = ("± is half a 95% t-interval over seeds. KL is in nats, to the policy that the run started from. "
-            "The arm is the row of the method's page that has its default settings. Seconds are of the whole "
-            "run; some arms are evaluated more often than others.")
+        table.append([name if name == SFT else f"[{name}](docs/{name}.md)", *cells])
+    text = ("SFT is the policy that every method starts from. ± is half a 95% confidence interval over seeds. "
+            "KL is in nats, to that policy. Seconds are for the whole run, evaluation included.")
     if others:
-        text += (" Of other seeds, or of another build of the task's models, than the rest: "
-                 f"{', '.join(others)}. Such rows compare with the rest only roughly.")
+        text += (f" From other seeds or an older build of the task's models: {', '.join(others)}. Compare with "
+                 "the other rows only roughly.")
     where = [source if len(sources) == 1 else f"{', '.join(names)}: {source}"
              for source, names in sources.items()]
     return "\n\n".join([markdown_table(table), text, *where])

@@ -601,11 +601,12 @@ def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy,
     lines = path.read_text(encoding="utf-8").split("\n")
     half = 12.7062 / 2                     # of a difference of 1 between two seeds: t / sqrt(2) * 1 / sqrt(2)
     table = [line.strip("| ").split(" | ") for line in lines[1:5]]
-    assert lines[0] == docs.BEGIN and table[0] == ["method", "arm", "gold", "KL", "seconds"]    # no proxy
-    assert table[2] == ["SFT", "SFT of toy", f"0.17 ±{half / 3:.2f}", "0.000 ±0.000", "12.3 ±0.0"]
+    assert lines[0] == docs.BEGIN and table[0] == ["method", "gold", "KL", "seconds"]    # no proxy
+    assert table[2] == ["SFT", f"0.17 ±{half / 3:.2f}", "0.000 ±0.000", "12.3 ±0.0"]
     gold = 1 / 6 + 0.08 + 0.004                                                     # 0.08 and 0.008 of seed 1
-    assert table[3] == ["[toy](docs/toy.md)", "beta 0.1", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}",
+    assert table[3] == ["[toy](docs/toy.md)", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}",
                         "0.400 ±0.000", "12.3 ±0.0"]
+    assert {name: arm for name, (arm, _) in docs.overview()[0].items()} == {"SFT": "SFT of toy", "toy": "beta 0.1"}
     assert lines[-1] == docs.END and "Seeds 0, 1." in lines[-2]
     command_line.main(["--docs"])
     assert path.read_text(encoding="utf-8").split("\n") == lines
@@ -634,10 +635,11 @@ def test_readme_says_which_rows_are_of_another_build_and_takes_sft_from_the_comm
     for holder in (planning, docs):
         monkeypatch.setattr(holder, "method_names", lambda: ["toy", "toy2", "toy3"])
     text = docs.overview_block()
-    assert "| SFT | SFT of toy2 |" in text and text.count("| beta 0.1 |") == 3
-    assert "than the rest: toy. " in text
+    found = {name: arm for name, (arm, _) in docs.overview()[0].items()}
+    assert found == {"SFT": "SFT of toy2"} | dict.fromkeys(["toy", "toy2", "toy3"], "beta 0.1")
+    assert "older build of the task's models: toy. " in text
     monkeypatch.setattr(docs, "method_names", lambda: ["toy2", "toy3"])
-    assert "than the rest" not in docs.overview_block()
+    assert "older build" not in docs.overview_block()
 
 
 def test_default_arm_has_the_fewest_settings_is_the_methods_own_and_starts_from_no_other(toy):
