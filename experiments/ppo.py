@@ -63,8 +63,8 @@ EXPERIMENTS = {
                      arms=[f"DPO beta {beta:g}" for beta in BETAS] + ["PPO", "PPO on gold"])],
     ),
     "sensitivity": dict(
-        question="Is PPO touchier than DPO: how far does final gold spread over a grid "
-                 "around the defaults?",
+        question="Is PPO more sensitive to its settings than DPO: how far does final gold spread over a "
+                 "grid around the defaults?",
         arms=PPO_GRID | DPO_GRID,
         spreads={"PPO's spread": list(PPO_GRID), "DPO's spread": list(DPO_GRID)},
         claims=[dict(claim="final gold spreads further over PPO's grid "

@@ -79,11 +79,11 @@ def overview_block(results_dir="results"):
     table = [["method", *header[1:]]]
     for name, *cells in body:
         table.append([name if name == SFT else f"[{name}](docs/{name}.md)", *cells])
-    text = ("SFT is the policy that every method starts from. ± is half a 95% confidence interval over seeds. "
-            "KL is in nats, to that policy. Seconds are for the whole run, evaluation included.")
+    text = ("SFT is the policy that every method starts from. ± is half a 95% confidence interval over "
+            "seeds. KL is in nats, to that policy. Seconds are for the whole run, evaluation included.")
     if others:
-        text += (f" From other seeds or an older build of the task's models: {', '.join(others)}. Compare with "
-                 "the other rows only roughly.")
+        text += (f" From other seeds or an older build of the task's models: {', '.join(others)}. Compare "
+                 "with the other rows only roughly.")
     where = [source if len(sources) == 1 else f"{', '.join(names)}: {source}"
              for source, names in sources.items()]
     return "\n\n".join([markdown_table(table), text, *where])

@@ -203,9 +203,8 @@ def test_prediction_model_is_no_better_than_a_constant_or_mixes_them_up_or_train
 def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_over_attributes(
         toy, tmp_path, monkeypatch):
     run = begun(toy, tmp_path / "run", token_budget=40)
-    rows, names, tokenizer = rated(8, 4), ["as", "bs"], harness.load_tokenizer(run.config)
-    samples = [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows]
-    made, bounds = [], []
+    tokenizer, made, bounds = harness.load_tokenizer(run.config), [], []
+    samples = [Sample(row.prompt, [row.response], [True], row.attributes) for row in rated(40, 4)]
 
     def fresh(*args, num_labels=2):
         assert num_labels == 2
@@ -213,26 +212,28 @@ def test_regression_targets_are_not_levels_over_nine_or_errors_are_not_summed_ov
         made.append(AutoModelForSequenceClassification.from_pretrained(toy, num_labels=2))
         return made[-1]
 
-    def unclipped(parameters, bound):                          # clipping would hide the scale of the gradient
+    def unclipped(parameters, bound):                       # clipping would hide the scale of the gradient
         bounds.append(bound)
 
     initial, plain = parameters(fresh()), fresh()
-    for row in rows:
-        ids = torch.tensor([tokenizer(row.prompt + row.response).input_ids + [0]])
-        scores = plain.score(plain.base_model(input_ids=ids).last_hidden_state[0, -1])
-        targets = torch.tensor([row.attributes[name] / 9 for name in names])
-        ((scores - targets).square().sum() / len(rows)).backward()
-    optimizer, _ = sgd(plain, None, None)
-    optimizer.step()
+    steps = harness.shuffled_batches(40, 1.0, 32, run.config.seed)
+    for indices in steps:
+        optimizer, _ = sgd(plain, None, None)
+        for row in (samples[i] for i in indices):
+            ids = torch.tensor([tokenizer(row.prompt + row.responses[0]).input_ids + [0]])
+            scores = plain.score(plain.base_model(input_ids=ids).last_hidden_state[0, -1])
+            targets = torch.tensor([row.levels[name] / 9 for name in ("as", "bs")])
+            ((scores - targets).square().sum() / len(indices)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     monkeypatch.setattr(common, "load", fresh)
     monkeypatch.setattr(common, "adamw", sgd)
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", unclipped)
         steerlm.train_regression(run, samples)
-    assert bounds == [1.0] and (parameters(made[-1]) - parameters(plain)).abs().max() < 2e-6
-    assert (parameters(plain) - initial).abs().max() > 1e-3 and (parameters(plain) - initial).norm() > 0.011
-    steerlm.train_regression(run, samples)
-    # clipped to norm 1
+    assert bounds == [1.0, 1.0] and (parameters(made[-1]) - parameters(plain)).abs().max() < 2e-6
+    assert (parameters(plain) - initial).abs().max() > 1e-3 and (parameters(plain) - initial).norm() > 0.022
+    steerlm.train_regression(run, samples[:8])              # one step, now clipped to norm 1
     assert (parameters(made[-1]) - initial).norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
