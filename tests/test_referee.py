@@ -271,6 +271,7 @@ class Config:
     LR: ClassVar = 1.0
     seed: int = 0
     seeds: int = 2
+    jobs: int = 1
     out: str = "runs/x"
     policy: str = ""
     model: str = "tiny"
@@ -301,10 +302,13 @@ class OtherConfig(Config):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """A method whose "training" is arithmetic; `toy.calls` lists what ran, `toy.die_at` kills it there."""
+    """A method whose "training" is arithmetic; `toy.calls` lists what ran, `toy.die_at` kills it there.
+
+    toy.build is the fingerprint of the SFT weights of every seed.
+    """
     monkeypatch.chdir(tmp_path)
     module, other = types.ModuleType("toy"), types.ModuleType("other")
-    module.calls, module.die_at, module.loads = [], None, []
+    module.calls, module.die_at, module.loads, module.build = [], None, [], None
     module.Config, other.Config = ToyConfig, OtherConfig
 
     def write_json(path, obj):
@@ -371,7 +375,7 @@ def toy(monkeypatch, tmp_path):
         module.loads.append((config.seed, config.model))
 
     stand_ins = {"Config": Config, "launch": launch, "write_json": write_json, "test_pool": test_pool,
-                 "load_task": load_task}
+                 "load_task": load_task, "fingerprint": lambda config: module.build}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(harness, name, stand_in)
     for holder in (planning, docs):
@@ -383,8 +387,8 @@ def toy(monkeypatch, tmp_path):
 RESULTS = Path("results/toy.json")
 
 
-def in_file():
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
+def in_file(path=RESULTS):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def reproduce(toy, **flags):
@@ -444,7 +448,7 @@ def test_changed_arm_runs_again_alone(toy):
     assert tables.report("toy")["runs"] and "not run" in docs.method_block("toy")   # stale runs are not shown
     assert reproduce(toy) == [("beta-1", 0), ("beta-1", 1)]
     stored = [r for r in in_file()["runs"] if r["arm"] == "beta 1"]
-    assert [r["config"] for r in stored] == [{"beta": 2.0}] * 2
+    assert sorted(r["config"]["beta"] for r in stored) == [1.0, 1.0, 2.0, 2.0]       # the old runs stay
 
 
 def test_changed_default_runs_all_again_and_a_new_option_nothing(toy):
@@ -468,7 +472,7 @@ def test_changed_default_runs_all_again_and_a_new_option_nothing(toy):
     assert len(toy.calls) == 8
 
 
-def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
+def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy, capsys):
     # "plain" now differs from "beta 0.1", which inherits 0.3
     assert len(reproduce(toy, seeds=1, model="big", beta=0.3)) == 8
     configs = {Path(c.out).parent.name.rsplit("-", 1)[0]: c for c in toy.calls}
@@ -477,14 +481,17 @@ def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
     assert configs["ppo"].lr == pytest.approx(0.05) and configs["sft"].lr == pytest.approx(0.01)
     assert configs["ppo"].beta == 7.0 and configs["beta-0.1"].beta == 0.3 and configs["beta-1"].beta == 1.0
     assert toy.loads == [(0, "big")]
-    block = docs.method_block("toy")
-    # The flags are stored, so a report finds the runs.
-    assert "not run" not in block and "Flags: model=big, beta=0.3." in block
+    # The flags are stored, so a report finds the runs. They are no runs of the method's page.
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not run" not in out and "Flags: model=big, beta=0.3." in out
+    assert docs.method_block("toy").startswith("Not run yet")
 
 
-def test_a_given_learning_rate_reaches_every_arm_even_where_it_is_the_default_of_another_model(toy):
+def test_a_given_learning_rate_reaches_the_methods_own_arms_even_where_it_is_the_default_of_another_model(toy):
     reproduce(toy, seeds=1, model="big", lr=1.0)
-    assert {c.lr for c in toy.calls} == {1.0} and in_file()["config"] == {"model": "big", "lr": 1.0}
+    assert {c.lr for c in toy.calls if isinstance(c, ToyConfig)} == {1.0}
+    assert [c.lr for c in toy.calls if isinstance(c, OtherConfig)] == [pytest.approx(0.05)]        # its own
+    assert in_file("results/toy@lr=1.0,model=big.json")["config"] == {"model": "big", "lr": 1.0}
 
 
 def test_start_hands_over_the_starters_directory(toy):
@@ -699,8 +706,10 @@ def test_flags_of_the_method_are_flags_here(toy):
     command_line.main(["toy", "--seeds", "1", "--beta", "0.3"])
     assert {c.seed for c in toy.calls} == {0} and 0.3 in [c.beta for c in toy.calls]
     toy.calls.clear()
-    command_line.main(["toy", "--report"])
+    command_line.main(["toy", "--report", "--beta", "0.3"])
     assert toy.calls == []
+    with pytest.raises(UserError, match="results/toy.json does not exist yet"):
+        command_line.main(["toy", "--report"])
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["toy", "--no-such-flag", "1"])
     assert stopped.value.code == 2
