@@ -838,7 +838,7 @@ def test_jobs_give_what_one_process_gives_and_a_kill_loses_nothing(jobtoy):
         wait_until(lambda: not any(map(alive, pids)), 30)            # no children are left
         last, done = done, len(in_file(JOB_RESULTS)["runs"])
         assert last + 2 <= done < 12
-    out, errors = (two := jobtoy(2)).communicate(timeout=300)
+    out, errors = (two := jobtoy(2, 1.5)).communicate(timeout=300)
     assert two.returncode == 0, errors
     assert JOB_RESULTS.read_bytes() == expected and f"jobtoy: {12 - done} runs to do" in out
     assert len({int(pid) for pid, *_ in calls()} - pids) == 2        # both took part
