@@ -10,10 +10,10 @@ from harness.conditioning import (add_tags, check_ratings, complete_prompt, comp
                                   slope, steering, steering_metrics, table, trends, true_levels)
 from harness.config import Config, option
 from harness.evaluation import probe
-from harness.loading import load_policy, load_task, load_tokenizer, policy_path, test_pool
+from harness.loading import fingerprint, load_policy, load_task, load_tokenizer, policy_path, test_pool
 from harness.rewards import reward_to_maximise
 from harness.run import Means, Run, launch, main, start
 from harness.samples import (candidate_reward, candidates, distinct, given_answers, response_logps, rollout,
                              sample_rankings, score_metrics, scored)
 from harness.stages import Recipe, check_finite, fit, shuffled_batches, train_reward_model, train_sft
-from tasks import Demonstration, Pair, Ranking, write_json
+from tasks import Demonstration, Pair, Ranking, lock, write_json

@@ -54,6 +54,7 @@ class Config:
     resume: bool = option(False, "go on with the run in --out")
     reproduce: bool = option(False, "run the paper's experiments: experiments/<method>.py")
     seeds: int = option(5, "how many seeds --reproduce runs")
+    jobs: int = option(1, "in how many processes --reproduce runs them")
     quiet: bool = option(False, "no tables and no samples on the screen")
 
     def __post_init__(self):
@@ -67,7 +68,7 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
         self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
-                   "max_new_tokens", "eval_prompts", "eval_samples", "seeds")
+                   "max_new_tokens", "eval_prompts", "eval_samples", "seeds", "jobs")
         self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
         self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every",
                    "save_every", "warmup", "rating_noise")

@@ -1,5 +1,10 @@
 """Where things lie: the task of a run, its initial policy, reference and value model."""
+import hashlib
+from pathlib import Path
+
 import common
+
+MEGABYTE = 2 ** 20
 
 
 def policy_path(config):
@@ -8,6 +13,27 @@ def policy_path(config):
         return config.policy or config.model
     from tasks import build
     return build.models(config) / "sft"
+
+
+def fingerprint(config):
+    """12 hex digits for the weights that this seed's runs begin from: its build. None for a model of the hub.
+
+    For the embedded task they are the SFT policy's. Of a large file, size, first and last megabyte count.
+    """
+    if config.data == "reviews":
+        from tasks import build
+        folder = build.models(config) / "sft"
+    else:
+        folder = Path(policy_path(config))
+    digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            if size > 2 * MEGABYTE:
+                digest.update(str(size).encode() + file.read(MEGABYTE))
+                file.seek(-MEGABYTE, 2)
+            digest.update(file.read())
+    return digest.hexdigest()[:12] if files else None
 
 
 def load_task(config):

@@ -42,14 +42,15 @@ def load_rewards(config, task):
     start = policy_path(config)
     key = json.dumps([str(start), config.reward_lr, config.seed, config.max_length, pairs])
     path = tasks.CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not path.exists():
-        torch.manual_seed(config.seed)
-        tokenizer = common.load_tokenizer(start, config.max_length)
-        model = common.load(AutoModelForSequenceClassification, start, config.device, config.dtype,
-                            num_labels=1)
-        recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear", token_budget=config.token_budget,
-                        seed=config.seed)
-        common.save_model(train_reward_model(model, tokenizer, pairs, recipe), tokenizer, path)
+    with tasks.lock(path):
+        if not path.exists():
+            torch.manual_seed(config.seed)
+            tokenizer = common.load_tokenizer(start, config.max_length)
+            model = common.load(AutoModelForSequenceClassification, start, config.device, config.dtype,
+                                num_labels=1)
+            recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear",
+                            token_budget=config.token_budget, seed=config.seed)
+            common.save_model(train_reward_model(model, tokenizer, pairs, recipe), tokenizer, path)
     return {"proxy": load(path, config.reward_label)}
 
 

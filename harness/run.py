@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -179,6 +180,8 @@ class Run:
             for note in self.notes:
                 print(note)
         final = {k: v for k, v in self.trace[-1].items() if k.startswith("eval/")}
+        final |= {"build": loading.fingerprint(self.config),
+                  "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         return final | counts | {"seconds": seconds, "trace": self.trace, "out": str(self.out)} | self.results
 
 
@@ -212,7 +215,7 @@ def method_name(config):
 
 def output_directory(config):
     """--out, or the first free number under runs/<method>. UserError for a directory of another run."""
-    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds")
+    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs")
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
         home = ROOT / "runs" / method_name(config)

@@ -1,7 +1,9 @@
 """The referee: every method under one protocol, each paper's claim next to what was measured here.
 
     python -m referee dpo --seeds 5     # run what is missing, then report; any flag of dpo.py works
-    python -m referee dpo --report      # tables and figure from results/dpo.json; runs nothing
+    python -m referee dpo --jobs 4      # the same in four processes
+    python -m referee dpo --report      # tables and figure from results/dpo.json; runs nothing. Runs with
+                                        # other flags have a file of their own: give the same flags
     python -m referee --docs            # write the results into README.md and docs/*.md anew
 
 docs/protocol.md says how claims are judged.
@@ -17,18 +19,20 @@ def main(argv):
         return print(__doc__)
     # Imported here, so that a UserError of theirs (scipy is missing) is one line too.
     from referee import docs, runs, tables
-    from referee.arms import method_names
+    from referee.arms import given_flags, method_names
     if argv == ["--docs"]:
         return print("written:", *docs.write_all())
     name, *flags = argv
     if name not in method_names():
         raise UserError(f"no method {name!r}; there are: {', '.join(method_names())}")
-    if flags == ["--report"]:
-        return tables.report(name)
     from transformers import HfArgumentParser
     Config = importlib.import_module(name).Config
     parser = HfArgumentParser(Config, prog=f"python -m referee {name}")
-    runs.reproduce(name, Config(**vars(parser.parse_args(flags))))
+    config = Config(**vars(parser.parse_args([flag for flag in flags if flag != "--report"])))
+    if "--report" in flags:
+        tables.report(name, given=given_flags(config))
+    else:
+        runs.reproduce(name, config)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 experiments/<method>.py names arms: settings of a method. An arm's key is a hash of its method, of the
 settings that differ from the method's defaults, and of the arm that it starts from. Seed, device and
-directories are not part of it, and neither is the code: after a change of an algorithm, delete its JSON.
+directories are not part of it, and neither is the code: after a change of an algorithm, move its JSON.
 """
 import dataclasses
 import hashlib
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import harness
 
-SET_HERE = {"seed", "seeds", "out", "quiet", "reproduce", "resume"}      # options that the referee fills in
+SET_HERE = {"seed", "seeds", "jobs", "out", "quiet", "reproduce", "resume"}      # filled in by the referee
 NO_IDENTITY = SET_HERE | {"device"}                                    # options that make no other experiment
+# Options that all scripts share but every method tunes for itself: flags for one are not for the others.
+OWN = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "temperature"}
 
 
 class Arm(NamedTuple):
@@ -49,6 +51,11 @@ def differences(config):
                      if f.default is None and values[f.name] != filled[f.name]}
 
 
+def given_flags(config):
+    """What the user chose, as far as it reaches the arms."""
+    return {k: v for k, v in differences(config).items() if k not in SET_HERE}
+
+
 def identity(config):
     """The settings that make it another experiment."""
     return {k: v for k, v in differences(config).items() if k not in NO_IDENTITY}
@@ -60,7 +67,7 @@ def config_of(arm, **more):
 
 def plan(method_name, given):
     """{experiment: {name: Arm}}, an arm after the one that it starts from; `given` are the user's flags."""
-    shared = {f.name for f in dataclasses.fields(harness.Config)}
+    situation = {f.name for f in dataclasses.fields(harness.Config)} - OWN
 
     def add(name, experiment, arms):
         if name in arms:
@@ -69,8 +76,8 @@ def plan(method_name, given):
         method = overrides.pop("method", method_name)
         start = overrides.pop("start", None)
         starter = add(start, experiment, arms) if start else None
-        # dpo's --beta is not rso's beta: another method gets only the flags that all scripts share.
-        settings = {k: v for k, v in given.items() if method == method_name or k in shared} | overrides
+        # dpo's --beta is not rso's, nor is its --lr: another method gets only the model, the data and so on.
+        settings = {k: v for k, v in given.items() if method == method_name or k in situation} | overrides
         config = importlib.import_module(method).Config(**settings)
         text = json.dumps([method, identity(config), starter and starter.key], sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]

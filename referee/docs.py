@@ -11,7 +11,9 @@ from pathlib import Path
 from harness import UserError
 from referee import figures
 from referee.arms import default_arm, experiments_of, method_names
-from referee.tables import COLUMNS, RULES, arm_rows, claim_rows, collect, markdown_table, provenance, stored
+from referee.store import shown
+from referee.tables import (COLUMNS, RULES, arm_rows, claim_rows, collect, markdown_table, provenance,
+                            stored)
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SFT = "SFT"
@@ -25,8 +27,8 @@ def method_block(name, results_dir="results"):
     if not (Path(results_dir) / f"{name}.json").exists():
         return f"Not run yet: `python -m referee {name} --seeds 5`."
     results = stored(name, results_dir)
-    collected = collect(name, results)
-    claims = claim_rows(name, results, collected)
+    view, collected = shown(name, results), collect(name, results)
+    claims = claim_rows(name, view, collected)
     words = [row[3] for row in claims[1:]]
     tally = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     parts = [f"Claims: {tally}.", markdown_table(claims)]
@@ -36,13 +38,13 @@ def method_block(name, results_dir="results"):
     if (Path(results_dir) / f"{name}.png").exists():
         parts.append(f"![{name}: figure](../{Path(results_dir).name}/{name}.png)")
     parts.append(f"{RULES} More: [protocol](protocol.md).")
-    return "\n\n".join(parts + [provenance(results)])
+    return "\n\n".join(parts + [provenance(view)])
 
 
 def before_training(runs):
-    """The rewards of the initial policy, seed by seed: equal only where runs share the task's models."""
-    first = {seed: runs[seed]["trace"][0] for seed in sorted(runs)}
-    return tuple((seed, e.get("eval/gold"), e.get("eval/proxy")) for seed, e in first.items())
+    """Build and rewards of the initial policy, by seed: equal only where runs share the task's models."""
+    first = {seed: (runs[seed].get("build"), runs[seed]["trace"][0]) for seed in sorted(runs)}
+    return tuple((seed, build, e.get("eval/gold"), e.get("eval/proxy")) for seed, (build, e) in first.items())
 
 
 def overview(results_dir="results"):
@@ -57,7 +59,7 @@ def overview(results_dir="results"):
             continue
         results = stored(name, results_dir)
         collected, flags = collect(name, results), results["config"]
-        sources.setdefault(provenance(results), []).append(name)
+        sources.setdefault(provenance(shown(name, results)), []).append(name)
         for rows in (trained, untrained):
             found = default_arm(name, flags, untrained=rows is untrained)
             if found:

@@ -1,35 +1,34 @@
 """Runs a method's experiments: every arm with every seed, stored as they finish.
 
-    python dpo.py --reproduce --seeds 5        # the same: python -m referee dpo --seeds 5
+    python dpo.py --reproduce --seeds 5 --jobs 2      # the same: python -m referee dpo --seeds 5 --jobs 2
 
 Seeds 0, 1, 2, ... are for reporting. Their number is fixed before the first one runs. Tuning uses seeds from
 100 on, so that nothing reported was chosen by looking at it.
 
 A run that is stored is not made again: stop at any time and give the same command to go on. A stored run
-belongs to an arm if the keys are equal (arms.py). Runs of other settings are dropped from the file. All is
-written below the current directory: results/<method>.json, and runs/referee/<method>/ for the policies, which
-only arms that start from another arm need again.
+belongs to an arm if the keys are equal (arms.py), and counts if it is of the seed's present build. All is
+written below the current directory: results/ (store.py), and runs/referee/<method>/ for the policies, which
+only arms that start from another arm need again. Several processes may work on one result: a lock beside a
+run's directory says that one of them has it, <directory>.json that it is finished.
 """
 import importlib
-import importlib.metadata
 import math
-import os
-import platform
 import re
 import shutil
 from pathlib import Path
 from statistics import fmean
 
+import filelock
 from tqdm import tqdm
 
 import harness
-from referee.arms import (NO_IDENTITY, SET_HERE, config_of, defaults, differences, experiments_of, identity,
-                          load, outdated, plan)
+from referee import jobs
+from referee.arms import config_of, experiments_of, given_flags, identity, load, plan
 from referee.statistics import best_of_n_curve
+from referee.store import Store, curve_name, results_path
 from referee.tables import report
 
 SECONDS_PER_ARM, SECONDS_PER_SEED = 20, 100                  # first guess: one run; building a seed's models
-PACKAGES = "torch", "transformers", "tokenizers", "numpy"
 
 
 def rounded(x):
@@ -43,116 +42,143 @@ def rounded(x):
     return x
 
 
-class Results:
-    """results/<method>.json while runs are added to it."""
+class Work:
+    """What has to be run for a method, as one process sees it. Others may work on the same."""
 
-    def __init__(self, method_name, given, arms, path):
-        self.method_name, self.given, self.arms, self.path = method_name, given, arms, path
-        stored = load(path)
-        all_runs = stored.get("runs", [])
-        self.runs = {(run["key"], run["seed"]): run for run in all_runs
-                     if run["key"] in arms and not outdated(stored)}
-        self.dropped = len(all_runs) - len(self.runs)
-        self.header = {k: stored.get(k) for k in ("software", "device")}
-        self.curves = stored.get("best_of_n", {})
-        seconds = [run["seconds"] for run in all_runs if run.get("seconds")]
-        self.seconds_per_run = fmean(seconds) if seconds else SECONDS_PER_ARM
+    def __init__(self, method_name, given, seeds, results_dir, runs_dir):
+        self.method_name, self.given, self.seeds, self.runs_dir = method_name, given, list(seeds), runs_dir
+        self.config_class = importlib.import_module(method_name).Config
+        self.arms = {}                                   # experiments share the runs of identical arms
+        for planned in plan(method_name, given).values():
+            for arm in planned.values():
+                self.arms.setdefault(arm.key, arm)
+        panels = [panel for e in experiments_of(method_name).values() for panel in e.get("panels", [])]
+        self.wants_curve = any(panel.get("best_of_n") for panel in panels)
+        self.builds = {}                                 # of each seed, where it is known
+        self.store = Store(method_name, given, {arm.method for arm in self.arms.values()},
+                           results_path(method_name, given, results_dir))
 
-    def note_machine(self, device):
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-        processor = platform.processor() or platform.machine()
-        self.header = {"software": {"python": platform.python_version()} | versions,
-                       "device": f"{device}: {processor}, {os.cpu_count()} cores"}
+    def config(self, seed):
+        return self.config_class(**self.given | {"seed": seed, "quiet": True})
 
-    def save(self):
-        harness.write_json(self.path, {
-            "method": self.method_name, **self.header,
-            "defaults": defaults({arm.method for arm in self.arms.values()}),
-            "config": {k: v for k, v in self.given.items() if k not in NO_IDENTITY},
-            "seeds": sorted({seed for _, seed in self.runs}),
-            "runs": sorted(self.runs.values(), key=lambda r: (r["arm"], r["seed"], r["key"])),
-            "best_of_n": dict(sorted(self.curves.items(), key=lambda item: int(item[0]))),
-        })
+    def folder(self, key, seed):
+        slug = re.sub(r"[^a-z0-9.]+", "-", self.arms[key].name.lower()).strip("-")
+        return Path(self.runs_dir) / self.method_name / f"{slug}-{key}" / f"seed{seed}"
 
+    def note(self, key, seed):
+        """The file that says that a run's directory is complete."""
+        return Path(f"{self.folder(key, seed)}.json")
 
-def missing(arms, runs, seed, folder):
-    """Keys of the arms to run for a seed, each after the arm that it starts from."""
-    todo = []
+    def missing(self, seed):
+        """Keys of the arms to run for a seed, each after the arm that it starts from."""
+        if seed not in self.builds and any(run["seed"] == seed for run in self.store.runs.values()):
+            self.builds[seed] = harness.fingerprint(self.config(seed))
+        todo = []
 
-    def need(key):
-        start = arms[key].start
-        # Results are committed, policies are not: in a fresh clone a finished starter has no directory.
-        if start and not ((start.key, seed) in runs and folder(start, seed).is_dir()):
-            need(start.key)
-        if key not in todo:
-            todo.append(key)
+        def stored(key):
+            return seed in self.builds and (key, seed, self.builds[seed]) in self.store.runs
 
-    for key in arms:
-        if (key, seed) not in runs:
-            need(key)
-    return todo
+        def need(key):
+            start = self.arms[key].start
+            # Results are committed, policies are not: in a fresh clone a finished starter has no directory.
+            if start and not (stored(start.key) and self.has_policy(start.key, seed)):
+                need(start.key)
+            if key not in todo:
+                todo.append(key)
 
+        for key in self.arms:
+            if not stored(key):
+                need(key)
+        return todo
 
-def run_arm(arm, method_name, seed, folder):
-    """One run of an arm; returns what is stored of it."""
-    out = folder(arm, seed)
-    more = {"policy": str(folder(arm.start, seed))} if arm.start else {}
-    config = config_of(arm, seed=seed, quiet=True, out=str(out), **more)
-    shutil.rmtree(out, ignore_errors=True)                              # left by a run that was killed
-    result = harness.launch(importlib.import_module(arm.method).train, config)
-    overrides = {k: v for k, v in identity(config).items() if not (arm.start and k == "policy")}
-    if arm.method != method_name:
-        overrides["method"] = arm.method
-    if arm.start:
-        overrides["start"] = arm.start.name
-    return rounded({"arm": arm.name, "seed": seed, "key": arm.key, "config": overrides}
-                   | {k: v for k, v in result.items() if k != "out"})
+    def has_policy(self, key, seed):
+        build = load(self.note(key, seed)).get("build", "")
+        return build == self.builds[seed] and self.folder(key, seed).is_dir()
+
+    def lacks_curve(self, seed):
+        known = seed in self.builds and curve_name(seed, self.builds[seed]) in self.store.curves
+        return self.wants_curve and not known
+
+    def left(self):
+        """{seed: what is missing}, of the seeds that need anything, by what is stored now."""
+        self.store.merge()
+        todo = {seed: self.missing(seed) for seed in self.seeds}
+        return {seed: keys for seed, keys in todo.items() if keys or self.lacks_curve(seed)}
+
+    def go(self):
+        """Do the work; yields (seed, what comes next). At first what no other process has, then the rest."""
+        for wait in (False, True):
+            for seed in self.left():
+                yield seed, "building"
+                self.prepare(seed)
+                for key in self.missing(seed):
+                    yield seed, self.arms[key].name
+                    self.take(key, seed, wait)
+
+    def prepare(self, seed):
+        """The models, the build and the best-of-n curve of a seed."""
+        config = self.config(seed)
+        harness.load_task(config)
+        self.builds[seed] = harness.fingerprint(config)
+        self.store.note_machine(self.builds[seed], config.device)
+        if self.lacks_curve(seed):
+            pool = harness.test_pool(config)
+            curve = rounded(best_of_n_curve(*pool)) if pool else None
+            self.store.merge(curves={curve_name(seed, self.builds[seed]): curve})
+
+    def take(self, key, seed, wait):
+        """Run an arm, unless another process has it (if wait: once that one is through) or has run it."""
+        try:
+            with harness.lock(self.folder(key, seed)).acquire(timeout=-1 if wait else 0):
+                self.store.merge()
+                todo, start = self.missing(seed), self.arms[key].start
+                if key in todo and not (start and start.key in todo):      # else another has the starter
+                    self.store.merge([self.run_arm(self.arms[key], seed)])
+        except filelock.Timeout:
+            pass
+
+    def run_arm(self, arm, seed):
+        """One run of an arm; returns what is stored of it."""
+        out, note = self.folder(arm.key, seed), self.note(arm.key, seed)
+        more = {"policy": str(self.folder(arm.start.key, seed))} if arm.start else {}
+        config = config_of(arm, seed=seed, quiet=True, out=str(out), **more)
+        note.unlink(missing_ok=True)
+        shutil.rmtree(out, ignore_errors=True)                              # left by a run that was killed
+        result = harness.launch(importlib.import_module(arm.method).train, config)
+        overrides = {k: v for k, v in identity(config).items() if not (arm.start and k == "policy")}
+        if arm.method != self.method_name:
+            overrides["method"] = arm.method
+        if arm.start:
+            overrides["start"] = arm.start.name
+        # The build is the seed's, even where the run began from the policy of another arm.
+        run = rounded({"arm": arm.name, "seed": seed, "key": arm.key, "config": overrides}
+                      | {k: v for k, v in result.items() if k != "out"} | {"build": self.builds[seed]})
+        harness.write_json(note, run)
+        return run
 
 
 def reproduce(method_name, config, results_dir="results", runs_dir="runs/referee"):
     """Run what is missing of the method's experiments for seeds 0 .. config.seeds - 1, then report."""
-    given = {k: v for k, v in differences(config).items() if k not in SET_HERE}
-    arms = {}                                            # experiments share the runs of identical arms
-    for planned in plan(method_name, given).values():
-        for arm in planned.values():
-            arms.setdefault(arm.key, arm)
-    results = Results(method_name, given, arms, Path(results_dir) / f"{method_name}.json")
-    panels = [panel for e in experiments_of(method_name).values() for panel in e.get("panels", [])]
-    wants_curve = any(panel.get("best_of_n") for panel in panels)
-
-    def folder(arm, seed):
-        name = arms[arm.key].name                       # of the first of identical arms, which is the one run
-        slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-        return Path(runs_dir) / method_name / f"{slug}-{arm.key}" / f"seed{seed}"
-
-    work = {seed: missing(arms, results.runs, seed, folder) for seed in range(config.seeds)}
-    work = {seed: todo for seed, todo in work.items()
-            if todo or (wants_curve and str(seed) not in results.curves)}
-    total = sum(map(len, work.values()))
-    minutes = math.ceil((total * results.seconds_per_run + len(work) * SECONDS_PER_SEED) / 60)
-    estimate = f"{total} runs to do, about {minutes} min" if work else "nothing to run"
-    print(f"{method_name}: {estimate}; "
-          f"{len(results.runs)} stored, {results.dropped} of other settings dropped")
-
-    # A starter that is trained again must not count as finished while its directory is half written.
-    for seed, todo in work.items():
-        for key in todo:
-            results.runs.pop((key, seed), None)
-    if work:
-        results.note_machine(config.device)
-    results.save()
+    given = given_flags(config)
+    arguments = method_name, given, range(config.seeds), results_dir, runs_dir
+    work = Work(*arguments)
+    left = work.left()
+    total = sum(map(len, left.values()))
+    seconds = [run["seconds"] for run in work.store.runs.values() if run.get("seconds")]
+    seconds = total * (fmean(seconds) if seconds else SECONDS_PER_ARM) + len(left) * SECONDS_PER_SEED
+    minutes = math.ceil(seconds / 60 / config.jobs)
+    estimate = f"{total} runs to do, about {minutes} min" if left else "nothing to run"
+    print(f"{method_name}: {estimate}; {len(work.store.runs)} stored in {work.store.path}")
     with tqdm(total=total, disable=not total) as bar:
-        for seed, todo in work.items():
-            bar.set_description(f"seed {seed}: building")
-            seed_config = type(config)(**given | {"seed": seed, "quiet": True})
-            harness.load_task(seed_config)
-            if wants_curve:
-                pool = harness.test_pool(seed_config)
-                results.curves[str(seed)] = rounded(best_of_n_curve(*pool)) if pool else None
-            for key in todo:
-                bar.set_description(f"seed {seed}: {arms[key].name}")
-                results.runs[key, seed] = run_arm(arms[key], method_name, seed, folder)
-                results.save()
-                bar.update()
-    results.save()
-    return report(method_name, results_dir)
+        def show(text):
+            bar.set_description(text, refresh=False)
+            bar.update(total - sum(map(len, work.left().values())) - bar.n)
+            bar.refresh()
+
+        if config.jobs == 1:
+            for seed, what in work.go():
+                show(f"seed {seed}: {what}")
+            show("done")
+        elif left:
+            jobs.run(config.jobs, Work, arguments, lambda: show(f"{config.jobs} processes"))
+    return report(method_name, results_dir, given)

@@ -2,13 +2,13 @@
 import importlib.util
 import itertools
 import textwrap
-from pathlib import Path
 from statistics import fmean
 
 from harness import UserError
 from referee import figures
-from referee.arms import experiments_of, load, outdated, plan
+from referee.arms import experiments_of, load, plan
 from referee.statistics import plus_minus, t_interval, value, verdict
+from referee.store import old_paths, results_path, shown
 
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
            "eval/length": "length", "eval/win_rate": "win rate", "seconds": "seconds"}
@@ -18,18 +18,21 @@ RULES = ("± is half a 95% t-interval over seeds. Claims are judged on differenc
          "intervals are wider. KL is to the policy that the arm started from.")
 
 
-def stored(method_name, results_dir="results"):
-    path = Path(results_dir) / f"{method_name}.json"
+def stored(method_name, results_dir="results", given={}):
+    """What the file of these flags holds."""
+    path = results_path(method_name, given, results_dir)
     results = load(path)
     if not results:
-        raise UserError(f"{path} does not exist yet: python -m referee {method_name} --seeds 5 makes it")
+        flags = "".join(f" --{k} {v}" for k, v in given.items())
+        raise UserError(f"{path} does not exist yet: "
+                        f"python -m referee {method_name} --seeds 5{flags} makes it")
     return results
 
 
 def collect(method_name, results):
-    """{experiment: {arm: {seed: run}}}, of the runs whose settings are still those of EXPERIMENTS."""
+    """{experiment: {arm: {seed: run}}} of the runs that are shown."""
     by_key = {}
-    for run in () if outdated(results) else results["runs"]:
+    for run in shown(method_name, results)["runs"]:
         by_key.setdefault(run["key"], {})[run["seed"]] = run
     return {title: {name: by_key.get(arm.key, {}) for name, arm in arms.items()}
             for title, arms in plan(method_name, results["config"]).items()}
@@ -89,26 +92,36 @@ def markdown_table(rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def provenance(results):
-    """Seeds, flags, machine and software of the stored runs, in a sentence."""
-    software = ", ".join(f"{name} {version}" for name, version in (results["software"] or {}).items())
-    flags = ", ".join(f"{k}={v}" for k, v in results["config"].items())
-    return (f"Seeds {', '.join(map(str, results['seeds']))}." + (f" Flags: {flags}." if flags else "")
-            + f" {results['device']}; {software}.")
+def provenance(view):
+    """Seeds, flags, machine and software of the runs that are shown, in a sentence."""
+    flags = ", ".join(f"{k}={v}" for k, v in view["config"].items())
+    machines = [f"{m['device']}; " + ", ".join(f"{name} {version}" for name, version in m["software"].items())
+                for m in view["machines"]]
+    return (f"Seeds {', '.join(map(str, view['seeds'])) or 'none'}." + (f" Flags: {flags}." if flags else "")
+            + "".join(f" {machine}." for machine in machines))
 
 
-def report(method_name, results_dir="results"):
+def said_of_file(path, view):
+    """Which file a report shows, how many of its runs, and how many it holds besides."""
+    old = sum(len(load(file)["runs"]) for file in old_paths(path))
+    kept = view["kept"] | {"other defaults": view["kept"]["other defaults"] + old}
+    why = ", ".join(f"{n} of {reason}" for reason, n in kept.items() if n)
+    return (f"{path}: {len(view['runs'])} stored runs shown, {sum(kept.values())} kept but not shown"
+            + (f" ({why})" if why else ""))
+
+
+def report(method_name, results_dir="results", given={}):
     """Print the tables and draw the figure; returns what the JSON holds."""
-    results = stored(method_name, results_dir)
-    collected = collect(method_name, results)
-    print("\n" + text_table(claim_rows(method_name, results, collected)) + "\n\n" + textwrap.fill(RULES, 110))
+    results, path = stored(method_name, results_dir, given), results_path(method_name, given, results_dir)
+    view, collected = shown(method_name, results), collect(method_name, results)
+    print(textwrap.fill(said_of_file(path, view), 110))
+    print("\n" + text_table(claim_rows(method_name, view, collected)) + "\n\n" + textwrap.fill(RULES, 110))
     for title, experiment in experiments_of(method_name).items():
         print(f"\n{title}: {experiment['question']}\n"
               + text_table(arm_rows(collected[title], experiment.get("columns", COLUMNS))))
-    print("\n" + textwrap.fill(provenance(results), 110))
-    path = Path(results_dir) / f"{method_name}.json"
+    print("\n" + textwrap.fill(provenance(view), 110))
     if importlib.util.find_spec("matplotlib"):
-        figures.draw(method_name, results, collected, path.with_suffix(".png"))
+        figures.draw(method_name, view, collected, path.with_suffix(".png"))
         print(f"{path}, {path.with_suffix('.png')}")
     else:
         print('no figure: pip install -e ".[plot]"')

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
+from filelock import FileLock                # comes with huggingface_hub
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
 
@@ -24,6 +26,12 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def lock(path):
+    """`with lock(path):` keeps other processes out that do the same. The file <path>.lock stays."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
 
 
 class Pair(NamedTuple):

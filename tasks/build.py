@@ -23,7 +23,7 @@ from transformers import (AutoModelForSequenceClassification, LlamaConfig, Llama
 import common
 import tasks
 from harness.stages import Recipe, fit, reward_model_losses, shuffled_batches, train_reward_model, train_sft
-from tasks import Demonstration, Pair, Ranking, Task, reviews, write_json
+from tasks import Demonstration, Pair, Ranking, Task, lock, reviews, write_json
 
 DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
 POOL = 512, 16               # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
@@ -77,35 +77,39 @@ def models(config):
     path = home(config)
     if (path / "vitals.json").exists():
         return path
-    print(f"building the embedded task's models for seed {config.seed} (once, up to two minutes)")
-    began, rng = time.time(), random.Random(config.seed)
-    torch.manual_seed(config.seed)
-    prompts = reviews.make_prompts("train", 3000, config.seed)
-
-    if not (path / "sft").exists():
-        tokenizer = tiny_tokenizer(LIMITS["max_length"])
-        written = [Demonstration(prompt, reviews.write("crowd", prompt, rng))
-                   for prompt in rng.choices(prompts, k=DEMONSTRATIONS)]
-        model = tiny_model(tokenizer).to(common.pick_device(config.device))
-        recipe = Recipe(lr=8e-3, batch_size=64, warmup=0.05, token_budget=TOKEN_BUDGET, seed=config.seed)
-        common.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
-    print(f"  SFT policy {time.time() - began:.0f} s")
-
-    if not (path / "samples.json").exists():
+    with lock(path):
+        if (path / "vitals.json").exists():                              # another process has built them
+            return path
+        print(f"building the embedded task's models for seed {config.seed} (once, up to two minutes)")
+        began, rng = time.time(), random.Random(config.seed)
         torch.manual_seed(config.seed)
-        policy, tokenizer = load_sft(path, config)
-        test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
-        rows = {"pool": sample(policy, tokenizer, prompts[:POOL[0]], POOL[1]),
-                "shown": sample(policy, tokenizer, prompts[:POOL[0]], 2 * PAIRS),
-                "test": sample(policy, tokenizer, test_prompts, 2 * PAIRS)}
-        write_json(path / "samples.json", rows)
-    print(f"  samples {time.time() - began:.0f} s")
-    rows = read(path / "samples.json")
+        prompts = reviews.make_prompts("train", 3000, config.seed)
 
-    for name in ("proxy", "judge"):
-        rate(path / name, annotated(rows["shown"], name, config.seed), rows["pool"], config)
-        print(f"  {name} {time.time() - began:.0f} s")
-    write_json(path / "vitals.json", {**vitals(path, rows, config), "seconds": round(time.time() - began)})
+        if not (path / "sft").exists():
+            tokenizer = tiny_tokenizer(LIMITS["max_length"])
+            written = [Demonstration(prompt, reviews.write("crowd", prompt, rng))
+                       for prompt in rng.choices(prompts, k=DEMONSTRATIONS)]
+            model = tiny_model(tokenizer).to(common.pick_device(config.device))
+            recipe = Recipe(lr=8e-3, batch_size=64, warmup=0.05, token_budget=TOKEN_BUDGET, seed=config.seed)
+            common.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
+        print(f"  SFT policy {time.time() - began:.0f} s")
+
+        if not (path / "samples.json").exists():
+            torch.manual_seed(config.seed)
+            policy, tokenizer = load_sft(path, config)
+            test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
+            rows = {"pool": sample(policy, tokenizer, prompts[:POOL[0]], POOL[1]),
+                    "shown": sample(policy, tokenizer, prompts[:POOL[0]], 2 * PAIRS),
+                    "test": sample(policy, tokenizer, test_prompts, 2 * PAIRS)}
+            write_json(path / "samples.json", rows)
+        print(f"  samples {time.time() - began:.0f} s")
+        rows = read(path / "samples.json")
+
+        for name in ("proxy", "judge"):
+            rate(path / name, annotated(rows["shown"], name, config.seed), rows["pool"], config)
+            print(f"  {name} {time.time() - began:.0f} s")
+        write_json(path / "vitals.json",
+                   {**vitals(path, rows, config), "seconds": round(time.time() - began)})
     return path
 
 
@@ -230,7 +234,8 @@ def reward_models(config):
     if not config.label_noise:
         return {"proxy": path / "proxy", "judge": path / "judge"}
     rows, noisy = read(path / "samples.json"), path / f"proxy-{config.label_noise:g}"
-    rate(noisy, with_noise(annotated(rows["shown"], "proxy", config.seed), config), rows["pool"], config)
+    with lock(noisy):
+        rate(noisy, with_noise(annotated(rows["shown"], "proxy", config.seed), config), rows["pool"], config)
     return {"proxy": noisy, "judge": path / "judge"}
 
 
@@ -247,11 +252,12 @@ def test_pool(config):
     The samples are kept in the cache.
     """
     path = models(config)
-    if not (path / "test_pool.json").exists():
-        torch.manual_seed(config.seed + 1)
-        policy, tokenizer = load_sft(path, config)
-        rows = sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1])
-        write_json(path / "test_pool.json", rows)
+    with lock(path / "test_pool.json"):
+        if not (path / "test_pool.json").exists():
+            torch.manual_seed(config.seed + 1)
+            policy, tokenizer = load_sft(path, config)
+            rows = sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1])
+            write_json(path / "test_pool.json", rows)
     return score_pool(path, read(path / "test_pool.json"), config)
 
 

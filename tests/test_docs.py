@@ -15,8 +15,10 @@ from conftest import ROOT, method_names
 from harness import UserError
 from referee.docs import BEGIN, END
 
-SKELETON = ["Quick facts", "Idea", "Key equations", "What is elsewhere", "Commands and expected numbers", "Metrics",
-            "Differences from the paper and the official code", "Results", "What wrong looks like", "Exercises"]
+SKELETON = ["Quick facts", "Idea", "Key equations", "What is elsewhere", "Commands and expected numbers",
+            "Metrics",
+            "Differences from the paper and the official code", "Results", "What wrong looks like",
+            "Exercises"]
 DOCUMENTS = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 every_method = pytest.mark.parametrize("name", method_names())
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -30,7 +32,7 @@ def page_of(name):
     return read(ROOT / "docs" / f"{name}.md")
 
 
-# ------------------------------------------------------------------------------------------------- reading Markdown
+# ------------------------------------------------------------------------------------------- reading Markdown
 
 def unfenced(text):
     """The text without its fenced blocks of code."""
@@ -60,13 +62,14 @@ def table_rows(text):
             for i, line in enumerate(lines) if line.startswith("|") and not {i, i - 1} & heads]
 
 
-# ------------------------------------------------------------------------------------------------------- the checks
+# ------------------------------------------------------------------------------------------------- the checks
 # Each returns a list of faults, in words.
 
 def skeleton_faults(text):
     faults = [] if headings(text) == SKELETON else [f"headings are {headings(text)}"]
     marks = [line for line in section(text, "Results").splitlines() if line in (BEGIN, END)]
-    return faults if marks == [BEGIN, END] else [*faults, f"Results lacks the lines {BEGIN} and {END}, once each"]
+    return faults if marks == [BEGIN, END] else [*faults,
+                                                 f"Results lacks the lines {BEGIN} and {END}, once each"]
 
 
 def equation_faults(text, source):
@@ -133,13 +136,15 @@ def command_faults(command):
         return [f"no such file: {file.relative_to(ROOT)}"]
     if not module and file.stem in method_names():
         return flag_faults(file.stem, flags)
-    return [f"{file.name} has no {flag}" for flag in flags if flag.startswith("--") and f'"{flag}"' not in read(file)]
+    return [f"{file.name} has no {flag}" for flag in flags if flag.startswith("--")
+            and f'"{flag}"' not in read(file)]
 
 
 def option_faults(text):
     """Flags that stand alone in inline code are options of one of the methods."""
     known = {field for name in method_names() for field in vars(parser_of(name).parse_args([]))}
-    flags = [flag for code in spans(unfenced(text)) if code.startswith("--") for flag in re.findall(r"--(\w+)", code)]
+    flags = [flag for code in spans(unfenced(text)) if code.startswith("--")
+             for flag in re.findall(r"--(\w+)", code)]
     return [f"no method has --{flag}" for flag in flags if flag not in known | {"help", "report", "docs"}]
 
 
@@ -190,11 +195,12 @@ def metric_faults(text, sources):
     cells, strings = [spans(row[0]) for row in table_rows(section(text, "Metrics"))], strings_of(sources)
     names = [{cell[0] + name, f"eval/<name>{name}"} if name.startswith("_") else {name}
              for cell in cells for name in cell]
-    faults = [f"no code writes {min(ways)}" for ways in names if not any(is_name(name, *strings) for name in ways)]
+    faults = [f"no code writes {min(ways)}"
+              for ways in names if not any(is_name(name, *strings) for name in ways)]
     return faults if names else ["no table of metrics"]
 
 
-# --------------------------------------------------------------------------------------------------------- the pages
+# -------------------------------------------------------------------------------------------------- the pages
 
 @every_method
 def test_page_lacks_a_heading_or_the_marks_of_its_results(name):
@@ -208,7 +214,8 @@ def test_line_beside_an_equation_is_not_in_the_file(name):
 
 @every_method
 def test_metric_on_the_page_is_not_in_the_code(name):
-    files = [ROOT / f"{name}.py", ROOT / "common.py", *(ROOT / "harness").glob("*.py"), *(ROOT / "tasks").glob("*.py")]
+    files = [ROOT / f"{name}.py", ROOT / "common.py", *(ROOT / "harness").glob("*.py"),
+             *(ROOT / "tasks").glob("*.py")]
     assert not metric_faults(page_of(name), [read(file) for file in files])
 
 
@@ -238,7 +245,7 @@ def test_page_has_no_command_of_its_script(name):
     assert any(f"{name}.py" in command for command in commands(page_of(name)))
 
 
-# ------------------------------------------------------------------------------------------- every check can fail
+# --------------------------------------------------------------------------------------- every check can fail
 
 GOOD = "\n".join(f"## {title}\n" + (f"{BEGIN}\n{END}\n" if title == "Results" else "") for title in SKELETON)
 
@@ -250,7 +257,7 @@ def test_skeleton_check_cannot_fail():
     assert skeleton_faults(GOOD.replace("## Metrics", "## Names"))
     assert skeleton_faults(GOOD.replace(END, ""))
     assert skeleton_faults(GOOD.replace(f"{BEGIN}\n{END}", f"{END}\n{BEGIN}"))
-    assert skeleton_faults(GOOD.replace(f"{BEGIN}\n{END}", "") + f"{BEGIN}\n{END}\n")      # under another heading
+    assert skeleton_faults(GOOD.replace(f"{BEGIN}\n{END}", "") + f"{BEGIN}\n{END}\n")  # under another heading
 
 
 def test_equation_check_cannot_fail():
@@ -269,7 +276,8 @@ def test_equation_check_cannot_fail():
 def test_commands_are_not_found():
     text = ("see `python a.py\n--b 1` and `c`\n```\npip install x && python d.py --e \\\n    --f  # why\n"
             "A=1 python g.py\npython h.py | tail\n```\n```python\nimport python\n```\n")
-    assert commands(text) == ["python d.py --e      --f  # why", "A=1 python g.py", "python h.py", "python a.py --b 1"]
+    assert commands(text) == ["python d.py --e      --f  # why", "A=1 python g.py", "python h.py",
+                              "python a.py --b 1"]
     assert docstring_commands('"""A\n\n    python a.py --b\n    text\n"""\n') == ["python a.py --b"]
 
 
@@ -282,7 +290,8 @@ def test_commands_are_not_found():
     ("python dpo.py --gamma 1", "--gamma"), ("python dpo.py --beta high", "invalid float"),
     ("python dpo.py --beta", "expected"), ("python dpo.py --loss ipo", "invalid choice"),
     ("python dpo.py --beta 0", "--beta must be above 0"), ("python dpo.py --hard_pairs a", "needs --pairs"),
-    ("python lm.py", "no such file: lm.py"), ("python -m referee", "no method"), ("python -m referee xyz", "'xyz'"),
+    ("python lm.py", "no such file: lm.py"), ("python -m referee", "no method"),
+    ("python -m referee xyz", "'xyz'"),
     ("python -m referee dpo --gamma 1", "--gamma"), ("python -m tasks.build --seeds 3", "--seeds"),
     ("python -m tasks.make", "tasks/make.py"),
     ("python benchmarks/logps.py --xyz", "--xyz")])
@@ -293,18 +302,21 @@ def test_command_check_cannot_fail(command, fault):
 
 def test_option_check_cannot_fail():
     assert not option_faults("`--beta 0.1 --lr 1` and `beta`\n```\n--nothing\n```\n`python x.py --nothing`")
-    assert option_faults("use `--nothing`, `--lr 1 --none`") == ["no method has --nothing", "no method has --none"]
+    assert option_faults("use `--nothing`, `--lr 1 --none`") == ["no method has --nothing",
+                                                                 "no method has --none"]
 
 
 def test_link_check_cannot_fail(tmp_path):
     home = ROOT / "docs" / "page.md"
     title = "# A title, with `code`\n"
-    assert not link_faults(home, title + "[a](../dpo.py) ![b](https://x.y/z) [c](#a-title-with-code) `[d](e)`")
+    assert not link_faults(home,
+                           title + "[a](../dpo.py) ![b](https://x.y/z) [c](#a-title-with-code) `[d](e)`")
     assert not link_faults(ROOT / "x.md", "[a](dpo.py) [b](docs)")
     assert link_faults(home, "[a](dpo.py)") == ["dpo.py leads to no file of the project"]
     assert link_faults(home, "# B\n[a](#c)") == ["#c leads to no heading"]
     assert link_faults(home, f"[a]({tmp_path})") and link_faults(home, "[a](../../tmp)")
-    assert link_faults(home, "[a](../README.md#no-such-heading)") == ["../README.md#no-such-heading leads to no heading"]
+    assert link_faults(home,
+                       "[a](../README.md#no-such-heading)") == ["../README.md#no-such-heading leads to no heading"]
 
 
 def test_metric_check_cannot_fail():
@@ -314,8 +326,10 @@ def test_metric_check_cannot_fail():
 
     sources = ['a = {f"eval/{n}": 1, f"eval/{n}_se": 2, f"eval/slope_{n}": 3}\n',
                'b = ("gold", "loss", "eval/x", "words")\n']
-    assert not metric_faults(page("`loss`", "`eval/gold`, `eval/gold_se`", "`eval/x`", "`eval/slope_words`"), sources)
-    assert not metric_faults(page("`eval/slope_<attribute>`", "`eval/gold`, `_se`", "`eval/x`; also `_se`"), sources)
+    assert not metric_faults(page("`loss`", "`eval/gold`, `eval/gold_se`", "`eval/x`", "`eval/slope_words`"),
+                             sources)
+    assert not metric_faults(page("`eval/slope_<attribute>`", "`eval/gold`, `_se`", "`eval/x`; also `_se`"),
+                             sources)
     assert metric_faults(page("`eval/gold`, `_error`"), sources) == ["no code writes eval/<name>_error"]
     assert metric_faults(page("`loss`, `los`"), sources) == ["no code writes los"]
     assert metric_faults(page("`eval/golden`", "`eval/slope_gold`", "`x`"), sources) == [

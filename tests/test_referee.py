@@ -2,6 +2,8 @@
 
 On a method that trains nothing; at the end, on the committed results.
 """
+import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -11,8 +13,10 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +31,11 @@ from conftest import ROOT, cases, method_names
 from harness import UserError
 from referee import __main__ as command_line
 from referee import arms as planning
-from referee import docs, figures, runs, statistics, tables
+from referee import docs, figures, runs, statistics, store, tables
+from tasks import build
 
 DRAW = figures.draw
+FINGERPRINT = harness.fingerprint
 STORED = [name for name in method_names() if (ROOT / "results" / f"{name}.json").exists()]
 
 
@@ -271,6 +277,7 @@ class Config:
     LR: ClassVar = 1.0
     seed: int = 0
     seeds: int = 2
+    jobs: int = 1
     out: str = "runs/x"
     policy: str = ""
     model: str = "tiny"
@@ -301,10 +308,13 @@ class OtherConfig(Config):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """A method whose "training" is arithmetic; `toy.calls` lists what ran, `toy.die_at` kills it there."""
+    """A method whose "training" is arithmetic; `toy.calls` lists what ran, `toy.die_at` kills it there.
+
+    toy.build is the fingerprint of the SFT weights of every seed.
+    """
     monkeypatch.chdir(tmp_path)
     module, other = types.ModuleType("toy"), types.ModuleType("other")
-    module.calls, module.die_at, module.loads = [], None, []
+    module.calls, module.die_at, module.loads, module.build = [], None, [], None
     module.Config, other.Config = ToyConfig, OtherConfig
 
     def write_json(path, obj):
@@ -371,7 +381,7 @@ def toy(monkeypatch, tmp_path):
         module.loads.append((config.seed, config.model))
 
     stand_ins = {"Config": Config, "launch": launch, "write_json": write_json, "test_pool": test_pool,
-                 "load_task": load_task}
+                 "load_task": load_task, "fingerprint": lambda config: module.build}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(harness, name, stand_in)
     for holder in (planning, docs):
@@ -383,8 +393,8 @@ def toy(monkeypatch, tmp_path):
 RESULTS = Path("results/toy.json")
 
 
-def in_file():
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
+def in_file(path=RESULTS):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def reproduce(toy, **flags):
@@ -444,7 +454,7 @@ def test_changed_arm_runs_again_alone(toy):
     assert tables.report("toy")["runs"] and "not run" in docs.method_block("toy")   # stale runs are not shown
     assert reproduce(toy) == [("beta-1", 0), ("beta-1", 1)]
     stored = [r for r in in_file()["runs"] if r["arm"] == "beta 1"]
-    assert [r["config"] for r in stored] == [{"beta": 2.0}] * 2
+    assert sorted(r["config"]["beta"] for r in stored) == [1.0, 1.0, 2.0, 2.0]       # the old runs stay
 
 
 def test_changed_default_runs_all_again_and_a_new_option_nothing(toy):
@@ -468,7 +478,7 @@ def test_changed_default_runs_all_again_and_a_new_option_nothing(toy):
     assert len(toy.calls) == 8
 
 
-def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
+def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy, capsys):
     # "plain" now differs from "beta 0.1", which inherits 0.3
     assert len(reproduce(toy, seeds=1, model="big", beta=0.3)) == 8
     configs = {Path(c.out).parent.name.rsplit("-", 1)[0]: c for c in toy.calls}
@@ -477,14 +487,17 @@ def test_flags_reach_all_methods_but_only_where_they_mean_the_same(toy):
     assert configs["ppo"].lr == pytest.approx(0.05) and configs["sft"].lr == pytest.approx(0.01)
     assert configs["ppo"].beta == 7.0 and configs["beta-0.1"].beta == 0.3 and configs["beta-1"].beta == 1.0
     assert toy.loads == [(0, "big")]
-    block = docs.method_block("toy")
-    # The flags are stored, so a report finds the runs.
-    assert "not run" not in block and "Flags: model=big, beta=0.3." in block
+    # The flags are stored, so a report finds the runs. They are no runs of the method's page.
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not run" not in out and "Flags: model=big, beta=0.3." in out
+    assert docs.method_block("toy").startswith("Not run yet")
 
 
-def test_a_given_learning_rate_reaches_every_arm_even_where_it_is_the_default_of_another_model(toy):
+def test_a_given_learning_rate_reaches_all_own_arms_even_where_it_is_the_default_of_another_model(toy):
     reproduce(toy, seeds=1, model="big", lr=1.0)
-    assert {c.lr for c in toy.calls} == {1.0} and in_file()["config"] == {"model": "big", "lr": 1.0}
+    assert {c.lr for c in toy.calls if isinstance(c, ToyConfig)} == {1.0}
+    assert [c.lr for c in toy.calls if isinstance(c, OtherConfig)] == [pytest.approx(0.05)]        # its own
+    assert in_file("results/toy@lr=1.0,model=big.json")["config"] == {"model": "big", "lr": 1.0}
 
 
 def test_start_hands_over_the_starters_directory(toy):
@@ -527,6 +540,369 @@ def test_task_without_gold_has_no_best_of_n_curve(toy, monkeypatch):
     reproduce(toy, seeds=1)
     assert in_file()["best_of_n"] == {"0": None}
     assert reproduce(toy, seeds=1) == [] and toy.loads == [(0, "tiny")]
+
+
+# --------------------------------------------------------------------------------------------- what is kept
+
+def test_runs_of_an_edited_or_removed_arm_stay_and_are_not_shown(toy, capsys):
+    reproduce(toy)
+    before = in_file()["runs"]
+    del toy.EXPERIMENTS["start"]["arms"]["plain"]                    # "beta 0.1" shares its runs
+    toy.EXPERIMENTS["strength"]["arms"]["PPO"]["beta"] = 9.0
+    reproduce(toy, seeds=1)
+    del toy.EXPERIMENTS["strength"]["arms"]["beta 0.05"]
+    toy.EXPERIMENTS["strength"]["claims"][0]["holds"] = [("beta 1", ">", "SFT")]
+    capsys.readouterr()
+    assert reproduce(toy, seeds=1) == []
+    stored = in_file()["runs"]
+    assert len(stored) == 15 and all(run in stored for run in before)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "shown" in line)
+    assert line == "results/toy.json: 11 stored runs shown, 4 kept but not shown (4 of other arms)"
+    assert {name: len(of) for name, of in tables.collect("toy", in_file())["strength"].items()} == {
+        "SFT": 2, "beta 0.1": 2, "beta 1": 2, "PPO": 1}
+
+
+def test_changed_default_moves_the_file_and_nothing_is_lost_if_it_changes_again(toy, capsys):
+    reproduce(toy, seeds=1)
+    first, original = in_file(), toy.Config
+
+    @dataclass
+    class WithOtherDefault(ToyConfig):
+        beta: float = 0.2
+
+    toy.Config = WithOtherDefault
+    tables.report("toy")
+    out = capsys.readouterr().out
+    assert "results/toy.json: 0 stored runs shown, 7 kept but not shown (7 of other defaults)\n" in out
+    assert "Seeds none." in out and in_file() == first                        # a report moves nothing
+    runs.reproduce("toy", WithOtherDefault(seeds=1))
+    old, = Path("results/old").glob("*.json")
+    assert re.fullmatch(r"toy-[0-9a-f]{8}\.json", old.name) and in_file(old) == first
+    out = capsys.readouterr().out
+    assert out.count("is of other defaults than now") == 1 and out.count(str(old)) == 1
+    assert "8 stored runs shown, 7 kept but not shown (7 of other defaults)" in out
+    second = in_file()["runs"]
+    toy.Config = original
+    reproduce(toy, seeds=2)
+    toy.Config = WithOtherDefault
+    runs.reproduce("toy", WithOtherDefault(seeds=1))
+    kept = [run for path in Path("results").rglob("toy*.json") for run in in_file(path)["runs"]]
+    assert len(kept) == 14 + 8 + 8 and all(run in kept for run in first["runs"] + second)
+
+
+def test_flags_that_make_another_experiment_have_a_file_of_their_own(toy, capsys):
+    reproduce(toy, seeds=1)
+    plain = RESULTS.read_bytes()
+    assert len(reproduce(toy, seeds=1, beta=0.3)) == 8 and RESULTS.read_bytes() == plain
+    assert reproduce(toy, seeds=1, beta=0.3, device="cuda") == []                    # no other experiment
+    assert [path.name for path in sorted(Path("results").glob("*.json"))] == ["toy.json", "toy@beta=0.3.json"]
+    capsys.readouterr()
+    command_line.main(["toy", "--beta", "0.3", "--report", "--seeds", "4"])
+    out = capsys.readouterr().out
+    assert out.startswith("results/toy@beta=0.3.json: 8 stored runs shown, 0 kept but not shown\n")
+    assert "Flags: beta=0.3." in out and "not run" not in out
+    with pytest.raises(UserError, match="toy@beta=0.4.json does not exist .* --seeds 5 --beta 0.4 makes"):
+        command_line.main(["toy", "--report", "--beta", "0.4"])
+
+
+@pytest.mark.parametrize("flags, name", [
+    ({}, "dpo.json"), ({"device": "cuda"}, "dpo.json"),
+    ({"lr": 1e-05, "beta": 0.3}, "dpo@beta=0.3,lr=1e-05.json"),
+    ({"pairs": "strong>weak"}, r"dpo@pairs=strong_weak-[0-9a-f]{8}.json"),
+    ({"data": "/home/x/my pairs.jsonl"}, r"dpo@data=_home_x_my_pairs.jsonl-[0-9a-f]{8}.json"),
+    ({"model": "x" * 65}, "dpo@model=x{65}.json"), ({"model": "x" * 66}, "dpo@[0-9a-f]{8}.json")])
+def test_name_of_a_results_file(flags, name):
+    path = store.results_path("dpo", flags)
+    assert re.fullmatch(name, path.name) and len(path.name) <= 80 and path.parent == Path("results")
+
+
+def test_names_that_would_be_alike_differ():
+    names = {store.results_path("dpo", {"data": data}) for data in ("a/b", "a_b", "a:b")}
+    assert len(names) == 3
+
+
+def test_file_of_flags_under_the_plain_name_is_renamed(toy, capsys):
+    """As files were before they had names of their own."""
+    reproduce(toy, seeds=1, beta=0.3)
+    flagged = Path("results/toy@beta=0.3.json")
+    old = in_file(flagged)
+    flagged.rename(RESULTS)
+    assert len(reproduce(toy, seeds=1)) == 7 and in_file(flagged) == old
+    assert "results/toy.json is of other flags than now: kept as results/toy@beta=0.3.json\n" in (
+        capsys.readouterr().out)
+
+
+def test_run_of_another_build_is_kept_and_no_table_mixes_two(toy, capsys):
+    reproduce(toy)
+    for run in (results := in_file())["runs"]:
+        del run["build"]                                             # as runs were stored before
+    RESULTS.write_text(json.dumps(results), encoding="utf-8")
+    old, curves = results["runs"], results["best_of_n"]
+    assert "2 seeds" not in docs.method_block("toy") and "not run" not in docs.method_block("toy")
+    toy.build, toy.die_at = "b1", 3                                  # seed 0: 3 new runs, 7 old ones
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(toy)
+    stored = in_file()
+    assert len(stored["runs"]) == 17 and set(stored["best_of_n"]) == {"0", "1", "0 b1"}
+    builds = {run.get("build") for of in tables.collect("toy", stored).values()
+              for runs in of.values() for run in runs.values()}
+    assert builds == {None} and store.shown("toy", stored)["best_of_n"] == curves
+    toy.die_at = None
+    assert len(reproduce(toy)) == 14 - 3 and reproduce(toy) == []
+    stored = in_file()
+    assert all(run in stored["runs"] for run in old) and len(stored["runs"]) == 28
+    view = store.shown("toy", stored)
+    assert [run["build"] for run in view["runs"]] == ["b1"] * 14     # of equals the newer
+    assert "14 stored runs shown, 14 kept but not shown (14 of other builds)" in capsys.readouterr().out
+    toy.build = None
+    assert reproduce(toy) == []                                      # the first models are back
+
+
+def test_build_of_a_seed_is_chosen_by_the_number_of_runs_then_by_the_newest():
+    def made(build, *times):
+        return [{"build": build, "finished": time} for time in times]
+    assert store.build_to_show(made("a", "1", "2") + made("b", "9")) == "a"
+    assert store.build_to_show(made("a", "1", "2") + made("b", "1", "3")) == "b"
+    assert store.build_to_show(made("b", "1", "2") + made("a", "0", "3")) == "a"
+    assert store.build_to_show([{}, {}] + made("a", "1", "2")) == "a"
+    assert store.build_to_show([{}, {}] + made("a", "1")) is None
+
+
+def test_starter_of_another_build_is_trained_again(toy):
+    reproduce(toy, seeds=1)
+    toy.build = "b1"
+    assert ("strong", 0) in reproduce(toy, seeds=1)
+    toy.build = None                                                 # its directory is now that of b1
+    toy.EXPERIMENTS["start"]["arms"]["then"]["beta"] = 0.4
+    assert reproduce(toy, seeds=1) == [("strong", 0), ("then", 0)]
+
+
+def test_machines_are_those_of_the_runs_that_are_shown(toy, monkeypatch):
+    reproduce(toy, seeds=1)
+    here = docs.method_block("toy").splitlines()[-1]
+    monkeypatch.setattr(store.platform, "python_version", lambda: "9.9")
+    toy.build, toy.die_at = "b1", 2
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(toy, seeds=1)
+    assert docs.method_block("toy").splitlines()[-1] == here and "9.9" not in here
+    toy.die_at = None
+    reproduce(toy, seeds=1)
+    assert "python 9.9" in docs.method_block("toy").splitlines()[-1]
+
+
+def test_fingerprint(tmp_path, monkeypatch):
+    config = types.SimpleNamespace(data="reviews", policy="elsewhere", model="tiny")
+    weights = tmp_path / "sft" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"small")
+    monkeypatch.setattr(build, "models", lambda config: tmp_path)
+    small = FINGERPRINT(config)
+    assert small == hashlib.sha256(b"small").hexdigest()[:12]
+    config = types.SimpleNamespace(data="pairs.jsonl", policy=str(tmp_path / "sft"), model="tiny")
+    assert FINGERPRINT(config) == small
+    found = []
+    for at in (None, 0, 2 ** 20 * 3 // 2, 2 ** 20 * 3 - 1):          # the middle megabyte is not read
+        content = bytearray(2 ** 20 * 3)
+        if at is not None:
+            content[at] = 1
+        weights.write_bytes(content)
+        found.append(FINGERPRINT(config))
+    assert found[0] == found[2] and len(set(found)) == 3
+    assert FINGERPRINT(types.SimpleNamespace(data="pairs.jsonl", policy="", model="someone/model")) is None
+
+
+def test_flags_of_training_reach_the_methods_own_arms_only():
+    situation = {"label_noise": 0.1, "eval_prompts": 64, "max_new_tokens": 30}
+    given = situation | {"lr": 1e-3, "batch_size": 32, "temperature": 0.9, "kl_coef": 0.5}
+    arms = planning.plan("ppo", given)["frontier"]
+    assert arms["PPO"].settings == given | {"eval_every": 2}
+    assert arms["DPO beta 0.1"].settings == situation | {"beta": 0.1}
+
+
+def test_own_options_are_options_of_all_scripts_and_none_that_describes_the_situation():
+    shared = {f.name for f in dataclasses.fields(harness.Config)}
+    assert planning.OWN < shared
+    assert not planning.OWN & {"model", "policy", "data", "reward", "reward_lr", "max_length", "seed",
+                               "max_new_tokens", "eval_prompts", "reward_noise", "label_noise", "device",
+                               "dtype"}
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+JOBTOY = '''
+"""A method whose "training" is arithmetic, in a module that other processes can import."""
+import os, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+import harness
+from harness import UserError
+
+@dataclass
+class Config(harness.Config):
+    beta: float = 0.1
+
+def train(config):
+    with open("calls", "a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()} {Path(config.out).parent.name.rsplit('-', 1)[0]} {config.seed}\\n")
+    assert not Path(config.out).exists()
+    policy = Path(config.policy) / "gold"
+    start = float(policy.read_text(encoding="utf-8")) if config.policy else config.seed
+    Path(config.out).mkdir(parents=True)
+    time.sleep(float(os.environ.get("TOY_SLEEP", 0.3)))
+    if Path("mistake").exists() and config.beta == 3:
+        raise UserError("three is too much")
+    if Path("crash").exists() and config.beta == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    gold = start + config.beta
+    (Path(config.out) / "gold").write_text(str(gold), encoding="utf-8")
+    return {"eval/gold": gold, "seconds": 1.5, "out": config.out,
+            "trace": [{"step": 0, "eval/gold": start}, {"step": 1, "eval/gold": gold}]}
+
+EXPERIMENTS = {"one": dict(question="?", claims=[], panels=[dict(x="step", y=["eval/gold"], best_of_n=True)],
+    arms={"then": {"start": "three", "beta": 0.2}, "three": {"beta": 3.0}} | {
+          f"beta {b}": {"beta": b} for b in (0.3, 0.4, 0.5, 0.6)})}
+sys.modules["experiments.jobtoy"] = sys.modules[__name__]
+harness.launch = lambda train, config: train(config)
+harness.load_task = lambda config: None
+harness.fingerprint = lambda config: f"build{config.seed}"
+harness.test_pool = lambda config: ([[0.0, 1.0]], [[2.0, config.seed]])
+'''
+JOBS = '''
+import signal
+import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)             # which a shell's background job ignores
+import jobtoy
+from referee import figures, runs
+figures.draw = lambda *arguments: None
+if __name__ == "__main__":
+    try:
+        runs.reproduce("jobtoy", jobtoy.Config(seeds=2, jobs=int(sys.argv[1])))
+    except jobtoy.UserError as mistake:
+        sys.exit(f"error: {mistake}")
+'''
+JOB_RESULTS = Path("results/jobtoy.json")
+
+
+@pytest.fixture
+def jobtoy(tmp_path, monkeypatch):
+    """start(jobs) starts a process that reproduces jobtoy's experiments, in so many processes."""
+    monkeypatch.chdir(tmp_path)
+    page(tmp_path / "jobtoy.py", JOBTOY), page(tmp_path / "run_jobs.py", JOBS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+                                "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    started = []
+
+    def start(jobs, sleep=0.3):
+        started.append(subprocess.Popen(
+            [sys.executable, "run_jobs.py", str(jobs)], text=True, encoding="utf-8", stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=environment | {"TOY_SLEEP": str(sleep)}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def calls():
+    """(process, arm, seed) of all that was run."""
+    return [line.split() for line in Path("calls").read_text(encoding="utf-8").splitlines()]
+
+
+def wait_until(true, seconds=200):
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_jobs_give_what_one_process_gives_and_a_kill_loses_nothing(jobtoy):
+    out, errors = (one := jobtoy(1, 0)).communicate(timeout=300)
+    assert one.returncode == 0, errors
+    expected = JOB_RESULTS.read_bytes()
+    assert len(calls()) == 12 and len({pid for pid, *_ in calls()}) == 1
+    JOB_RESULTS.unlink(), Path("calls").unlink(), shutil.rmtree("runs")
+    done = 0
+    for number in (signal.SIGINT, signal.SIGKILL):                   # Ctrl-C; what nobody can catch
+        two = jobtoy(2, 0.6)
+        wait_until(lambda: JOB_RESULTS.exists() and len(in_file(JOB_RESULTS)["runs"]) > done + 1)
+        two.send_signal(number)
+        two.communicate(timeout=60)
+        pids = {int(pid) for pid, *_ in calls()}
+        assert two.returncode and two.pid not in pids
+        wait_until(lambda: not any(map(alive, pids)), 30)            # no children are left
+        last, done = done, len(in_file(JOB_RESULTS)["runs"])
+        assert last + 2 <= done < 12
+    out, errors = (two := jobtoy(2, 1.5)).communicate(timeout=300)
+    assert two.returncode == 0, errors
+    assert JOB_RESULTS.read_bytes() == expected and f"jobtoy: {12 - done} runs to do" in out
+    assert len({int(pid) for pid, *_ in calls()} - pids) == 2        # both took part
+
+
+def test_two_processes_at_once_share_the_work_and_lose_nothing(jobtoy):
+    both = [jobtoy(1, 0.6), jobtoy(1, 0.6)]
+    for process in both:
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    runs_made = [tuple(call[1:]) for call in calls()]
+    assert len(runs_made) == len(set(runs_made)) == 12               # nothing is run twice
+    assert len(in_file(JOB_RESULTS)["runs"]) == 12
+    assert set(in_file(JOB_RESULTS)["best_of_n"]) == {"0 build0", "1 build1"}
+
+
+@pytest.mark.parametrize("kind, said", [
+    ("mistake", "error: three is too much\n"),
+    ("crash", "error: a process of --jobs ended with exit code -9. What is stored is safe, and the same "
+              "command goes on\n")])
+def test_mistake_or_crash_of_a_child_is_one_line_and_ends_all(jobtoy, kind, said):
+    Path(kind).write_text("", encoding="utf-8")
+    process = jobtoy(2, 0.1)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    lines = [line for line in errors.replace("\r", "\n").splitlines(True)
+             if "it/s" not in line and line.strip()]
+    assert lines == [said]
+    assert not any(alive(int(pid)) for pid, *_ in calls())
+
+
+def test_two_stores_of_one_file_lose_nothing(toy):
+    """Each has read the file before the other wrote."""
+    first, second = (store.Store("toy", {}, {"toy"}, RESULTS) for _ in range(2))
+    for i in range(6):
+        (first, second)[i % 2].merge([{"arm": "a", "key": "k", "seed": i, "build": None}], {str(i): None})
+    assert in_file()["seeds"] == [0, 1, 2, 3, 4, 5] and set(in_file()["best_of_n"]) == set("012345")
+    second.merge([{"arm": "a", "key": "k", "seed": 0, "build": None, "another": 1}])
+    assert "another" not in in_file()["runs"][0]                     # what is stored stays
+
+
+def test_writers_in_several_processes_lose_nothing(tmp_path):
+    page(tmp_path / "write.py", """
+import sys
+from pathlib import Path
+from referee.store import Store
+for seed in range(15):
+    run = {"arm": "a", "key": sys.argv[1], "seed": seed, "build": None}
+    Store("dpo", {}, {"dpo"}, Path("results/dpo.json")).merge([run])
+""")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    writers = [subprocess.Popen([sys.executable, "write.py", key], cwd=tmp_path, env=environment)
+               for key in "xy"]
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
+    assert len(in_file(tmp_path / "results" / "dpo.json")["runs"]) == 30
+
+
+def test_jobs_must_be_positive():
+    with pytest.raises(UserError, match="--jobs must be above 0"):
+        harness.Config(jobs=0)
+
+
+def test_lock_files_are_not_committed():
+    lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {"results/*.lock", "results/**/*.lock"} <= set(lines)
 
 
 # --------------------------------------------------------------------------------------------- tables, figure
@@ -606,7 +982,8 @@ def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy,
     gold = 1 / 6 + 0.08 + 0.004                                                     # 0.08 and 0.008 of seed 1
     assert table[3] == ["[toy](docs/toy.md)", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}",
                         "0.400 ±0.000", "12.3 ±0.0"]
-    assert {name: arm for name, (arm, _) in docs.overview()[0].items()} == {"SFT": "SFT of toy", "toy": "beta 0.1"}
+    assert {name: arm for name,
+            (arm, _) in docs.overview()[0].items()} == {"SFT": "SFT of toy", "toy": "beta 0.1"}
     assert lines[-1] == docs.END and "Seeds 0, 1." in lines[-2]
     command_line.main(["--docs"])
     assert path.read_text(encoding="utf-8").split("\n") == lines
@@ -701,8 +1078,10 @@ def test_flags_of_the_method_are_flags_here(toy):
     command_line.main(["toy", "--seeds", "1", "--beta", "0.3"])
     assert {c.seed for c in toy.calls} == {0} and 0.3 in [c.beta for c in toy.calls]
     toy.calls.clear()
-    command_line.main(["toy", "--report"])
+    command_line.main(["toy", "--report", "--beta", "0.3"])
     assert toy.calls == []
+    with pytest.raises(UserError, match="results/toy.json does not exist yet"):
+        command_line.main(["toy", "--report"])
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["toy", "--no-such-flag", "1"])
     assert stopped.value.code == 2
