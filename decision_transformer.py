@@ -29,7 +29,7 @@ It writes the standardised reward as text (--control text: <reward:1.3>). Left o
 Not in the papers: --normalise prompt, which compares samples of one prompt.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all ended): common.py
+    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all get one): common.py
     AdamW (betas 0.9 and 0.95, no weight decay), lr from 0 up for 10% of the steps, then down to 0:
         common.adamw; gradients are clipped to norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py

@@ -34,7 +34,7 @@ Elsewhere:
     log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
     EOS ends every answer of a pair, except one that is longer than the context: common.encode
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; 64 pairs a step, lr constant after a linear
-        warm-up from 0 (the first step changes nothing): harness/config.py
+        warm-up from 0 over the first tenth (the first step changes nothing): harness/config.py
     the default pairs: SFT samples at temperature 1, labelled by annotators who err: tasks/build.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """

@@ -39,7 +39,7 @@ Elsewhere:
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; constant lr, norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     samples: at --temperature (1), without top-k or top-p; in round 1 the embedded task's pool of SFT samples
-        (all taken as ended; only at temperature 1, without --policy): harness/samples.py
+        (all get an EOS; only at temperature 1, without --policy): harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import copy

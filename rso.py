@@ -33,7 +33,7 @@ Left out: a reward model that reads both responses (here a difference of two sco
 
 Elsewhere:
     log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
-    EOS: trained and counted; none after a response that was cut off (the pool: all ended): common.encode
+    EOS: trained and counted; none after a response that was cut off (the pool: all get one): common.encode
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw
     constant learning rate after the warm-up, clip norm 1, 64 pairs a step: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py

@@ -24,7 +24,7 @@ Official code (NeMo-Aligner): a regression head with the squared error in step 1
 --predictor lm), levels 0 to 4, no bootstrapping. Left out: top-k, checkpoints by validation.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (rated: all end; none after a cut sample): common.py
+    log-probs in float32, dropout off, EOS counted (rated: all get one; none after a cut sample): common.py
     AdamW's betas (0.9, 0.95), no decay: common.adamw; clip norm 1, warm-up 10%: harness/config.py
     ratings of 8 samples a prompt, by made-up people: tasks/build.py; temperature 1, no top-k: common.generate
     tags as tokens, requests, the steering matrix: harness/conditioning.py; --predictor lm: harness/stages.py

@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # read by torch when it is imported, here and in child processes
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
