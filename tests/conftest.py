@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")     # read by torch when it is imported, here and in child processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # read by torch on import, here and in child processes
 
 import pytest
 import torch

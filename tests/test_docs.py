@@ -1,4 +1,7 @@
-"""The documentation says what the code does: pages, equations, commands, links, names of metrics. Builds no model."""
+"""The documentation says what the code does: pages, equations, commands, links, names of metrics.
+
+Builds no model.
+"""
 import ast
 import contextlib
 import functools
@@ -191,7 +194,10 @@ def is_name(name, constants, patterns):
 
 
 def metric_faults(text, sources):
-    """Names of metrics: the code in the first column of the tables. `_x` is an ending, of the first name or of many."""
+    """Names of metrics: the code in the first column of the tables.
+
+    `_x` is an ending, of the first name or of many.
+    """
     cells, strings = [spans(row[0]) for row in table_rows(section(text, "Metrics"))], strings_of(sources)
     names = [{cell[0] + name, f"eval/<name>{name}"} if name.startswith("_") else {name}
              for cell in cells for name in cell]
@@ -263,7 +269,8 @@ def test_skeleton_check_cannot_fail():
 def test_equation_check_cannot_fail():
     def page(*cells):
         rows = "\n".join(f"| L | Eq. 1 | {cell} |" for cell in cells)
-        return f"## Key equations\n\n| equation | in the paper | line |\n| --- | --- | --- |\n{rows}\n\n## Metrics\n"
+        return ("## Key equations\n\n| equation | in the paper | line |\n| --- | --- | --- |\n"
+                f"{rows}\n\n## Metrics\n")
 
     source = "a = b + c | d\nprint(a)\n"
     assert not equation_faults(page(r"`a = b + c \| d`", "`print(a)`, `a`"), source)
@@ -315,8 +322,8 @@ def test_link_check_cannot_fail(tmp_path):
     assert link_faults(home, "[a](dpo.py)") == ["dpo.py leads to no file of the project"]
     assert link_faults(home, "# B\n[a](#c)") == ["#c leads to no heading"]
     assert link_faults(home, f"[a]({tmp_path})") and link_faults(home, "[a](../../tmp)")
-    assert link_faults(home,
-                       "[a](../README.md#no-such-heading)") == ["../README.md#no-such-heading leads to no heading"]
+    assert link_faults(home, "[a](../README.md#no-such-heading)") == [
+        "../README.md#no-such-heading leads to no heading"]
 
 
 def test_metric_check_cannot_fail():

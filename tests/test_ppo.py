@@ -1,6 +1,7 @@
 """ppo.py: rewards, advantages, losses and training. Letters are the bug classes that a test would catch.
 
-Models are random, over three letters and EOS = PAD = 0; nearly all run in float64, so that tolerances can be tight.
+Models are random, over three letters and EOS = PAD = 0; nearly all run in float64, so that tolerances
+can be tight.
 """
 import copy
 import itertools
@@ -20,7 +21,8 @@ import ppo
 from common import UserError, pack
 from conftest import cases, close, parameters, tensor
 from harness import loading
-from ppo import adapted_kl_coef, gae, kl_penalised_rewards, masked_mean, masked_whiten, policy_loss, value_loss
+from ppo import (adapted_kl_coef, gae, kl_penalised_rewards, masked_mean, masked_whiten, policy_loss,
+                 value_loss)
 from tasks import Task
 
 
@@ -37,7 +39,7 @@ def gradient(loss, x, *rest):
 
 
 def ragged(seed=0):
-    """A mask with one run of ones in each row, the fourth row empty, and three random tensors of its shape."""
+    """A mask with one run of ones in each row, the fourth row empty; three random tensors of its shape."""
     mask = torch.zeros(5, 8, dtype=torch.long)
     for row, start, length in zip(mask, (2, 0, 4, 0, 1), (5, 1, 3, 0, 7)):
         row[start:start + length] = 1
@@ -496,8 +498,8 @@ def test_Z_policy_and_value_loss_reach_into_each_others_network(toy, tmp_path, m
                    NO_STEP,
                    first=True)
     both, only_value, only_policy = norms
-    assert only_value == pytest.approx([0,
-                                        both[1]]) and only_policy == pytest.approx([both[0], 0]) and min(both) > 0.01
+    assert (only_value == pytest.approx([0, both[1]]) and only_policy == pytest.approx([both[0], 0])
+            and min(both) > 0.01)
 
 
 @pytest.mark.parametrize("bound", [1e-3, 1e9])
@@ -628,7 +630,8 @@ def whole(toy, tmp_path, monkeypatch):
     return run
 
 
-def test_value_model_starts_from_something_else_than_the_policy_or_value_model(toy, tmp_path, monkeypatch, whole):
+def test_value_model_starts_from_something_else_than_the_policy_or_value_model(
+        toy, tmp_path, monkeypatch, whole):
     paths = []
     spy(monkeypatch, common, "load_value_model", lambda _, path, *__: paths.append(path))
     other = save(tmp_path / "values", hidden=8)

@@ -1,4 +1,4 @@
-"""pro.py: the loss, and training on scored candidates. Letters are the bug classes that a test would catch."""
+"""pro.py: the loss, and training on scored candidates. Letters are the bug classes a test would catch."""
 import json
 import math
 from dataclasses import replace
@@ -55,7 +55,8 @@ def test_loss_scores_or_sft_term_differ_from_a_fixture():
             scores, paper = logps / lengths, ranking["paper_rank_loss"]
         else:
             scores, lengths = tensor(given["mean_logps"]), torch.tensor(given["response_len"])
-            logps, ranking, paper = scores * lengths, expected["stable_no_eps"], expected["paper"]["rank_loss"]
+            logps, ranking, paper = (scores * lengths, expected["stable_no_eps"],
+                                     expected["paper"]["rank_loss"])
             close(pro_loss(scores, rewards, temperature=False).mean(), expected["no_temperature_rank_loss"])
         close(pro_loss(scores, rewards).mean(), ranking["rank_loss"])
         assert paper is None or paper == pytest.approx(ranking["rank_loss"], abs=1e-9)
@@ -182,7 +183,7 @@ proxy.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))
 
 @pytest.fixture
 def trained(toy, tmp_path, monkeypatch):
-    """A function that trains with pro.py in tmp_path / name: the finished Run, and the rankings it was trained on."""
+    """A function that trains with pro.py in tmp_path / name: the finished Run, and its training rankings."""
     collect, runs = harness.candidates, []
 
     def spy(run, *arguments):
@@ -340,7 +341,8 @@ def test_sources_give_the_wrong_candidates_or_scores(trained):
         assert own == (name == "P")
         assert own or all(row.scores == proxy([row.prompt] * 9, row.responses).tolist() for row in rankings)
         assert {"eval/nll", "eval/score_accuracy"} <= run.trace[-1].keys()
-    assert samples["P"] == samples["P with a reward"] == samples["P with gold"] == {row.prompt: row.responses for row in ROWS}
+    assert samples["P"] == samples["P with a reward"] == samples["P with gold"] == {
+        row.prompt: row.responses for row in ROWS}
     for row in ROWS:
         own = samples["D"][row.prompt]
         assert 2 <= len(own) <= 5 and samples["DP"][row.prompt] == own + [text for text in row.responses
@@ -363,7 +365,8 @@ FLAWED = [Ranking("ab", ["cd"], [1.0]), Ranking("h", ["c", "c"], [1.0, 2.0]),
 
 def test_ranking_with_nothing_to_rank_is_not_said_or_trains_to_nan(trained, capsys):
     run, rankings = trained("flawed", replace(TASK, rankings={"train": FLAWED}))
-    assert "of 4 rankings, 2 have one response only and 1 have equal scores throughout" in capsys.readouterr().err
+    assert ("of 4 rankings, 2 have one response only and 1 have equal scores throughout"
+            in capsys.readouterr().err)
     assert rankings[3][1:3] == (["a", "bb"], [0.0, 1.0])
     assert parameters(run.policy).isfinite().all() and (steps_of(run)[0]["loss/rank"] * 4) > math.log(6)
     assert all(math.isfinite(value) for row in steps_of(run) for value in row.values())

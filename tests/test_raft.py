@@ -1,4 +1,4 @@
-"""raft.py: best of K, selection, rounds, and training. Letters are the bug classes that a test would catch."""
+"""raft.py: best of K, selection, rounds, and training. Letters are the bug classes a test would catch."""
 import itertools
 import json
 import math
@@ -189,7 +189,7 @@ negative.model = letters.model
 
 
 def watched(toy, out, monkeypatch, reward=letters, **kwargs):
-    """A finished Run, and a list: for each event its kind, the weights and the optimizer's moments then, and its rows."""
+    """A finished Run, and a list of events: kind, the weights and the optimizer's moments then, and rows."""
     run, events = begun(toy, out, reward, **kwargs), []
     sample, microbatches = harness.sample_rankings, run.microbatches
 
@@ -206,7 +206,7 @@ def watched(toy, out, monkeypatch, reward=letters, **kwargs):
 
 
 def weights_of(model, tokenizer, rows):
-    """One plain step of maximum likelihood: responses with their EOS, unless they were cut off; the mean over rows."""
+    """One plain step of maximum likelihood: responses with EOS, unless they were cut off; mean over rows."""
     nll = [-common.sequence_logps(model, common.encode(tokenizer, [row.prompt], row.responses, row.ended))
            for row in rows]
     (torch.cat(nll).sum() / len(rows)).backward()
@@ -307,8 +307,8 @@ def test_round_mean_or_best_or_what_is_recovered_of_them_are_wrong(toy, tmp_path
                                           (3 + 7) / 2))                 # "d" came twice, and counts twice
     run.samples["after"] = {"proxy": [3.0, 5.0]}
     measured = raft.against_best(run, letters)
-    assert measured["eval/recovered"] == pytest.approx((4 - mean)
-                                                       / (best - mean)) and measured["eval/to_best"] == 4 - best
+    assert (measured["eval/recovered"] == pytest.approx((4 - mean) / (best - mean))
+            and measured["eval/to_best"] == 4 - best)
     assert raft.against_best(run, NoisyReward(letters, "prompt", 0)) == {}
 
 
@@ -322,7 +322,8 @@ def test_restart_samples_the_initial_policy_or_keeps_the_optimizers_moments(toy,
             assert (sampled.weights
                     - initial).abs().max() > 1e-3 and not torch.equal(sampled.weights, before[2].weights)
             assert torch.equal(first.weights, initial if restart else sampled.weights)
-            assert bool(first.moments) != restart and second.moments and not torch.equal(second.weights, initial)
+            assert (bool(first.moments) != restart and second.moments
+                    and not torch.equal(second.weights, initial))
 
 
 def test_pool_of_all_rounds_forgets_or_takes_more_steps(toy, tmp_path, monkeypatch):
@@ -372,7 +373,10 @@ def test_rare_skill_is_measured_on_other_prompts_or_changes_the_random_numbers(t
 
 @pytest.fixture
 def whole(toy, tmp_path, monkeypatch):
-    """A whole run with a reward model, kept as whole.proxy, and annotators: its result, metrics.jsonl, the saved weights."""
+    """A whole run with annotators and a reward model, kept as whole.proxy.
+
+    It gives its result, metrics.jsonl and the saved weights.
+    """
     def run(name, data=None, proxy=None, **kwargs):
         torch.manual_seed(7)
         model = AutoModelForSequenceClassification.from_pretrained(toy, num_labels=1)
@@ -386,7 +390,8 @@ def whole(toy, tmp_path, monkeypatch):
             patch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": run.proxy})
             result = harness.launch(raft.train, config)
         out = tmp_path / name
-        return result, (out / "metrics.jsonl").read_text(encoding="utf-8"), parameters(LlamaForCausalLM.from_pretrained(out))
+        return (result, (out / "metrics.jsonl").read_text(encoding="utf-8"),
+                parameters(LlamaForCausalLM.from_pretrained(out)))
 
     return run
 

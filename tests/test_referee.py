@@ -343,7 +343,7 @@ def toy(monkeypatch, tmp_path):
                   "eval/logps/rejected": -22 - 3 * i}
                  for i in range(steps + 1)]
         Path(config.out).mkdir(parents=True)
-        (Path(config.out) / "gold").write_text(str(trace[-1]["eval/gold"]))
+        (Path(config.out) / "gold").write_text(str(trace[-1]["eval/gold"]), encoding="utf-8")
         final = {k: v for k, v in trace[-1].items() if k != "step"}
         return final | {"eval/fluency": float("nan"), "seconds": 12.3456789, "tokens_generated": 123456789,
                         "trace": trace, "out": config.out}

@@ -1,4 +1,7 @@
-"""remax.py: returns, loss, the gradient's variance, and training. Letters are the bug classes a test would catch."""
+"""remax.py: returns, loss, the gradient's variance, and training.
+
+Letters are the bug classes that a test would catch.
+"""
 import itertools
 import json
 import math
@@ -58,7 +61,10 @@ def plain_returns(advantage, ratios, kl_coef, gamma):
 
 
 def ragged():
-    """Rewards, baselines, logps, ref_logps and mask of four rows: two tokens after a prompt, a full row, none, one."""
+    """Rewards, baselines, logps, ref_logps and mask of four rows.
+
+    Two tokens after a prompt, a full row, none, one.
+    """
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
     return [rand(4, seed=1), rand(4, seed=2), -rand(4, 4, seed=3).abs(), -rand(4, 4, seed=4).abs(), mask]
 
@@ -107,7 +113,7 @@ def test_returns_carry_gradient():
 
 
 def test_returns_or_loss_differ_from_numbers_of_the_official_code():
-    """remax-00, second row (liziniu/ReMax 536ba49); its KL rewards are summed up from the end, as the paper has it."""
+    """remax-00, second row (liziniu/ReMax 536ba49); KL rewards are summed from the end, as in the paper."""
     old, ref = tensor([[-1.637805, -1.029117, -3.857535]]), tensor([[-2.134728, -0.680365, -4.356645]])
     returns = remax_returns(ZERO - 0.4, ZERO - 0.1, old, ref, ONES, 0.1)
     close(returns, [[-0.3 - 0.0496923 + 0.0348752 - 0.049911, -0.3 + 0.0348752 - 0.049911, -0.3 - 0.049911]])
@@ -116,7 +122,7 @@ def test_returns_or_loss_differ_from_numbers_of_the_official_code():
 
 
 def test_returns_or_loss_differ_from_a_fixture():
-    """The official code discounts the last token too, gives a token its own KL only and takes the mean over tokens."""
+    """The official code discounts the last token too, gives a token its own KL only, averages over tokens."""
     for case in cases("remax"):
         given, expected = case["inputs"], case["expected"]
         start, gamma, kl_coef = given["prompt_len"] - 1, given["gamma"], given["kl_ctl"]
@@ -145,7 +151,7 @@ MASK = torch.tensor([[int(t < len(y)) for t in range(3)] for y in RESPONSES])
 
 
 def all_logps(logits):
-    """Token log-probs [15, 3] of every response under a policy with a row of logits [7, 3] for each prefix."""
+    """Token log-probs [15, 3] of every response under a policy with a row of logits [7, 3] per prefix."""
     return logits.log_softmax(1)[STATES, TOKENS] * MASK
 
 
@@ -241,8 +247,11 @@ def test_variance_changes_with_a_constant_added_to_every_reward():
 
 
 def test_W_estimators_have_different_expectations():
-    """Exactly, over all outcomes of M = 2 prompts with two samples each. The batch mean holds the sample's own reward:
-    that takes 1 / (2 M) off the gradient. The others are unbiased."""
+    """Exactly, over all outcomes of M = 2 prompts with two samples each.
+
+    The batch mean holds the sample's own reward: that takes 1 / (2 M) off the gradient. The others are
+    unbiased.
+    """
     logits, rewards, greedy = rand(3, seed=3).requires_grad_(), tensor([1.0, -0.5, 2.0]), tensor([2.0, 1.0])
     p = logits.softmax(0)
     exact, = torch.autograd.grad((p * rewards).sum(), logits)

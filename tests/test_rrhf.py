@@ -1,4 +1,7 @@
-"""rrhf.py: the loss, where candidates come from, and training. Letters are the bug classes that a test would catch."""
+"""rrhf.py: the loss, where candidates come from, and training.
+
+Letters are the bug classes that a test would catch.
+"""
 import json
 import math
 from dataclasses import replace
@@ -15,7 +18,8 @@ from harness import UserError
 from rrhf import rank_loss, rrhf_loss
 from tasks import Pair, Ranking, Task
 
-# Eq. 1 to 5 on rrhf-03, -07 and -08 of the fixtures: log-probs, lengths, rewards, exponent; then scores, L_rank and L_ft.
+# Eq. 1 to 5 on rrhf-03, -07 and -08 of the fixtures: log-probs, lengths, rewards, exponent; then scores,
+# L_rank and L_ft.
 LITERALS = [
     ([-7.134425482033438, -4.333356754951888, -8.062833297165977], [4, 2, 3], [0.7, 0.7, 0.7], 1.0,
      [-1.7836063705083596, -2.166678377475944, -2.6876110990553257], 0.0, 7.134425482033438),
@@ -67,11 +71,13 @@ def test_loss_scores_or_gradients_differ_from_a_fixture():
             check_gradient(given["candidate_logps"], given["scores"], expected["rank_loss"],
                            expected["grad_candidate_logps"])
             continue
-        mask, paper, ids = torch.tensor([given["response_mask"]]), expected["paper"], torch.tensor(given["input_ids"])
+        mask, paper, ids = (torch.tensor([given["response_mask"]]), expected["paper"],
+                            torch.tensor(given["input_ids"]))
         logps = (common.gather_logps(tensor(given["logits"]), ids) * mask[0, :, 1:]).sum(1)[None]
         lengths, rewards = mask.sum(2), tensor([given["scores"]])
         close(logps, [expected["candidate_logp_sum"]])
-        assert lengths.tolist() == [expected["response_len"]] and rewards.argmax(1).item() == expected["best_index"]
+        assert (lengths.tolist() == [expected["response_len"]]
+                and rewards.argmax(1).item() == expected["best_index"])
         exponent = given["length_penalty"]
         close(logps / lengths ** exponent, [paper["candidate_logps"]])
         close(rank_loss(logps / lengths ** exponent, rewards), [paper["rank_loss"]])
@@ -366,7 +372,8 @@ FLAWED = [Ranking("ab", ["cd"], [1.0]), Ranking("h", ["c", "c"], [1.0, 2.0]),
 
 def test_ranking_with_nothing_to_rank_is_not_said_or_trains_to_nan(trained, capsys):
     run = trained("flawed", replace(TASK, rankings={"train": FLAWED}))
-    assert "of 4 rankings, 2 have one response only and 1 have equal scores throughout" in capsys.readouterr().err
+    assert ("of 4 rankings, 2 have one response only and 1 have equal scores throughout"
+            in capsys.readouterr().err)
     assert run.state["rankings"][3][1:3] == (["a", "bb"], [0.0, 1.0])
     assert parameters(run.policy).isfinite().all()
     assert all(math.isfinite(value) for row in steps_of(run) for value in row.values())

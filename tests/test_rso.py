@@ -1,4 +1,7 @@
-"""rso.py: losses, rejection sampling, pairs, and training. Letters are the bug classes that a test would catch."""
+"""rso.py: losses, rejection sampling, pairs, and training.
+
+Letters are the bug classes that a test would catch.
+"""
 import json
 import math
 import random
@@ -97,8 +100,8 @@ def test_P_D_loss_changes_its_inputs_or_depends_on_the_batch():
 def sample_with(uniforms, *arguments):
     """(accepted indices, how many of the uniforms were used)."""
     left = iter(uniforms)
-    return statistical_rejection_sampling(*arguments,
-                                          SimpleNamespace(random=left.__next__)), len(uniforms) - len(list(left))
+    return (statistical_rejection_sampling(*arguments, SimpleNamespace(random=left.__next__)),
+            len(uniforms) - len(list(left)))
 
 
 # rso_sampling-00, -06 and -05, traces of the printed listing
@@ -122,7 +125,10 @@ def test_U_trace_differs_from_a_fixture():
 
 
 def p_value(counts, probabilities):
-    """Of a chi-square test. What is impossible must not occur; cells with less than 5 expected counts join the largest."""
+    """Of a chi-square test. What is impossible must not occur.
+
+    Cells with less than 5 expected counts join the largest.
+    """
     runs = sum(counts.values())
     assert all(probabilities.get(key, 0) > 0
                for key in counts) and sum(probabilities.values()) == pytest.approx(1)
@@ -163,7 +169,10 @@ OPTIMUM = {i: weight / sum(WEIGHTS) for i, weight in enumerate(WEIGHTS)}        
 
 
 def accepted_outcomes(runs, candidates, num_samples, seed=0):
-    """Outcomes of an enumerated space, in the order of acceptance: candidates of the SFT policy, each run with new ones."""
+    """Outcomes of an enumerated space, in the order of acceptance.
+
+    The candidates are of the SFT policy, new ones for each run.
+    """
     rng = random.Random(seed)
     for _ in range(runs):
         pool = rng.choices(range(5), SFT, k=candidates)
@@ -242,7 +251,10 @@ def test_pairs_are_too_few_or_the_loser_wins(n):
 
 
 def score(prompts, responses):
-    """The number of letters after a, and a little for the place of each: no ties between texts of three letters."""
+    """The number of letters after a, and a little for the place of each.
+
+    So there are no ties between texts of three letters.
+    """
     return torch.tensor([sum((ord(c) - ord("a")) * 10 ** -i for i, c in enumerate(text))
                          for text in responses])
 
@@ -454,8 +466,8 @@ def test_AJ_first_step_is_not_at_the_sft_policy_or_training_prefers_the_loser(to
         run = begun(toy, tmp_path / kind, loss=kind, batch_size=7, epochs=6.0)
         train_on(run, PAIRS)
         first, *_, last = logged(run)
-        assert first["loss"] == pytest.approx(start,
-                                              abs=1e-5) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        assert (first["loss"] == pytest.approx(start, abs=1e-5)
+                and first["rewards/margins"] == pytest.approx(0, abs=1e-5))
         assert last["loss"] < start - 0.05 and last["rewards/accuracies"] == 1
         rise = [last[f"logps/{side}"] - first[f"logps/{side}"] for side in ("chosen", "rejected")]
         assert [last["rewards/chosen"],
