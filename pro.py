@@ -33,10 +33,8 @@ samples of one policy, and evaluation samples at temperature 1.
 Left out: bootstrapping (a fresh sample joins the ranking), which lost more than it gained in the paper.
 
 Elsewhere:
-    log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
-    EOS: trained and counted; none after a response that was cut off (the pool: all get one): common.encode
-    AdamW's betas (0.9, 0.95), no weight decay: common.adamw
-    constant learning rate, clip norm 1, 64 prompts a step: harness/config.py
+    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all get one): common.py
+    AdamW's betas (0.9, 0.95), no decay: common.adamw; constant lr, norm 1, 64 prompts: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: the task's pool of SFT samples (temperature 1) where it has enough, else new samples; equal
         texts once, so K may be smaller: harness/samples.py

@@ -33,8 +33,7 @@ follows the paper, but evaluates by sampling at temperature 1, where the paper d
 Left out: beam search as a source (the paper prefers diverse candidates) and the online variant.
 
 Elsewhere:
-    log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
-    EOS: trained and counted; none after a response that was cut off (the pool: all get one): common.encode
+    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all get one): common.py
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; clip norm 1, 64 prompts: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: samples at temperature 1 (in round 1 from the task's pool, where it has enough), then

@@ -32,8 +32,7 @@ temperature 1 without top-k, and 4 of 16 (--candidates 64 --num_samples 8 sample
 Left out: a reward model that reads both responses (here a difference of two scores), SLiC's regulariser.
 
 Elsewhere:
-    log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
-    EOS: trained and counted; none after a response that was cut off (the pool: all get one): common.encode
+    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all get one): common.py
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw
     constant learning rate after the warm-up, clip norm 1, 64 pairs a step: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py

@@ -54,9 +54,17 @@ def claim_rows(method_name, results, collected):
     for title, experiment in experiments_of(method_name).items():
         for claim in experiment["claims"]:
             word, comparisons = verdict(claim, collected[title], experiment.get("spreads", {}))
-            rows.append([claim["claim"], f"{claim['paper']} ({claim['source']})",
-                         measured(word, comparisons, len(results["seeds"])), word])
+            found = measured(word, comparisons, len(results["seeds"]))
+            rows.append([claim["claim"], origin(claim), found, word])
     return rows
+
+
+def origin(claim):
+    """What the paper has, and where: "82.2 over 78.1% (Table 1)", "plot only: Figure 3", or "ours"."""
+    paper, source = claim["paper"], claim["source"]
+    if paper == "-":
+        return source
+    return f"{paper} {source}" if paper.endswith((":", " in", " from")) else f"{paper} ({source})"
 
 
 def arm_rows(arms, columns=COLUMNS):
