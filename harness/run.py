@@ -86,7 +86,8 @@ class Run:
 
     def log(self, step, metrics):
         """One line of metrics.jsonl, and the progress bar's. Ends the step: the clock of the step stops."""
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = {name: float(value.detach() if torch.is_tensor(value) else value)
+                   for name, value in metrics.items()}
         self.counts["seconds_training"] += time.time() - self.clock
         self.step = step + 1
         self.write({"step": self.step, **metrics})
