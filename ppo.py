@@ -218,7 +218,7 @@ def train(run):
 
     value_model = common.load_value_model(config.value_model or harness.policy_path(config), run.tokenizer,
                                           config.device, config.dtype)                       # [9]
-    reward, reference = harness.reward_to_maximise(run), run.load_reference()      # a frozen copy of SFT
+    reward, reference = harness.reward_to_maximise(run), run.load_reference()      # a frozen initial policy
     trained = torch.nn.ModuleList([policy, value_model])
     run.state = {"kl_coef": config.kl_coef}                                          # --resume restores it
     updates = config.ppo_epochs * sum(math.ceil(len(rows) / config.minibatch_size) for rows in plan)

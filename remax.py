@@ -162,7 +162,7 @@ def train(run):
     steps = harness.shuffled_batches(len(prompts), config.epochs, config.batch_size, config.seed)
     plan = [[prompts[i] for i in indices] for indices in steps]
 
-    reward, reference = harness.reward_to_maximise(run), run.load_reference()        # a frozen copy of SFT
+    reward, reference = harness.reward_to_maximise(run), run.load_reference()        # a frozen initial policy
     optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
     run.evaluate()                                                                          # before training
     run.amend(**measured_variance(run, reward))
