@@ -79,13 +79,6 @@ class Batch:
         return self.position_ids.argmax(1)
 
 
-def concat(batches):
-    """Stack batches of any widths; the narrower ones are padded on the right."""
-    width = max(b.input_ids.shape[1] for b in batches)
-    return Batch(*(torch.cat([F.pad(t, (0, width - t.shape[1])) for t in column])
-                   for column in zip(*(b.tensors() for b in batches))))
-
-
 def prompt_ids(tokenizer, prompts):
     """Token ids of each prompt: one BOS if the tokenizer adds it, cut from the left to 3/4 of the context."""
     bos, room, rows = tokenizer.bos_token_id, tokenizer.model_max_length * 3 // 4, []
@@ -197,17 +190,23 @@ def token_logps(model, batch, temperature=1.0, chunk=256):
     """
     where = batch.response_mask[:, 1:].bool()
     with compute(model):
-        if not head_is_all(model, batch):
-            return gather_logps(model(**inputs(model, batch)).logits, batch.input_ids, temperature) * where
-        hidden = model.base_model(**inputs(model, batch)).last_hidden_state
-        states, targets = hidden[:, :-1][where], batch.input_ids[:, 1:][where]            # [N, D], [N]
+        states, head = response_states(model, batch)                                      # [N, D]
 
         def chunk_logps(states, targets):
-            return pick_logps(model.get_output_embeddings()(states), targets, temperature)
+            return pick_logps(head(states), targets, temperature)
 
-        logps = torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False)
-                           for s, t in zip(states.split(chunk), targets.split(chunk))])
+        logps = torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False) for s, t in
+                           zip(states.split(chunk), batch.input_ids[:, 1:][where].split(chunk))])
         return logps.new_zeros(where.shape).masked_scatter(where, logps)
+
+
+def response_states(model, batch):
+    """States [N, D] that predict the N response tokens of a batch, row by row; the head that makes logits."""
+    where = batch.response_mask[:, 1:].bool()
+    if not head_is_all(model, batch):
+        return model(**inputs(model, batch)).logits[:, :-1][where], torch.nn.Identity()
+    hidden = model.base_model(**inputs(model, batch)).last_hidden_state
+    return hidden[:, :-1][where], model.get_output_embeddings()
 
 
 def sequence_logps(model, batch, temperature=1.0):
@@ -336,6 +335,7 @@ class RewardModel:
     mean: float = 0.0
     std: float = 1.0
     budget: int = 16384
+    tokens: int = 0                                            # read so far, without padding
 
     @torch.no_grad()
     def __call__(self, prompts, responses):
@@ -344,6 +344,7 @@ class RewardModel:
         scores = torch.empty(len(prompts), *columns)
         singles, device = [[response] for response in responses], self.model.device
         for rows, batch in batches(self.tokenizer, prompts, singles, self.budget, device):
+            self.tokens += int(batch.attention_mask.sum())
             if hasattr(self.model, "score"):
                 logits = sequence_scores(self.model, batch)
             else:                      # an encoder reads the text in its own way: [CLS], right padding, [SEP]
@@ -420,9 +421,15 @@ def adamw(model, lr, steps, schedule="constant_with_warmup", warmup=0.1):
     """AdamW (betas 0.9 and 0.95, no weight decay) and the schedule of its learning rate over so many steps.
 
     warmup: the share of the steps over which the learning rate rises linearly from 0.
+    steps: a number, or a list of numbers: the schedule is then run once for each, one after the other.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return optimizer, transformers.get_scheduler(schedule, optimizer, round(warmup * steps), max(steps, 1))
+    cycles = steps if isinstance(steps, list) else [steps]
+    parts = [transformers.get_scheduler(schedule, optimizer, round(warmup * n), max(n, 1)) for n in cycles]
+    if len(parts) == 1:
+        return optimizer, parts[0]
+    ends = [sum(cycles[:i]) for i in range(1, len(cycles))]
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, ends)
 
 
 def save_model(model, tokenizer, path):

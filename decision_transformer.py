@@ -7,7 +7,7 @@ Responses y to prompts x are collected once, and each gets a reward r. What can 
 them? Four objectives, each a weighted likelihood, L = -mean over samples of w log pi(y | x'):
 
     sft       x' = x         w = 1                                imitate all samples
-    filter    x' = x         w = 1 for the best quarter, else 0   imitate the best ones
+    filter    x' = x         w = 1 for the best tenth, else 0     imitate the best ones
     rwr       x' = x         w proportional to exp(r / beta)      imitate the better ones more
     dt        x' = x<r>      w = 1                                imitate all, with r in the prompt
 
@@ -18,22 +18,23 @@ reference model. Rewards fall into ten levels of equally many samples, tokens <r
 
     python decision_transformer.py    # 29 s (at first two minutes more): gold 0.18 to 0.36, KL 0.9
     python decision_transformer.py --steer reward=0 --prompt "you saw this old fantasy. how was the score?"
-    python decision_transformer.py --reproduce   # the four and PPO, and the data: 22 arms, 13 minutes a seed
+    python decision_transformer.py --reproduce   # the four objectives and PPO; amounts of data
     python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl
 
-What to look at: the table of the reward asked for and the reward found, which rises less. Compared with
-raft.py: no new samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes.
-Version 2 of the first paper, cited here, calls conditional alignment comparable to PPO (version 1: better).
-Its equations could not be checked. OpenRLHF's conditional_sft_processor cites it and shares its first author.
-It writes the standardised reward as text (--control text: <reward:1.3>). Left out: mixing in SFT data.
-Not in the papers: --normalise prompt, which compares samples of one prompt.
+What to look at: the table of the reward asked for and the reward found. Compared with raft.py: no new
+samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes. Version 2 of the
+first paper, cited here, calls conditional alignment comparable to PPO (version 1: better). Its equations
+could not be checked. OpenRLHF's conditional_sft_processor cites it and shares its first author. Its script
+takes 128,000 demonstrations scored by a reward model, one epoch, from the SFT policy; here 23,000 of those
+that SFT saw. It writes the standardised reward as text (--control text: <reward:1.3>). Left out: mixing in
+SFT data, rewards compared within a prompt.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all get one): common.py
-    AdamW (betas 0.9 and 0.95, no weight decay), lr from 0 up for 10% of the steps, then down to 0:
-        common.adamw; gradients are clipped to norm 1: harness/config.py
+    log-probs in float32, dropout off, EOS counted (none after a cut response): common.py; AdamW (0.9, 0.95,
+    no decay), lr from 0 up for 5% of the steps, then down to 0: common.adamw; clip norm 1: harness/config.py
+    the demonstrations: tasks/build.py, or a file's rows of one response; --control tokens: harness.add_tags
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
-    samples at temperature 1, from the task's pool if it has enough, equal texts once: harness/samples.py
+    --sources D: samples at temperature 1, from the task's pool if it has enough: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import random
@@ -50,19 +51,19 @@ from harness import UserError, option
 
 @dataclass
 class Config(harness.Config):
-    LR: ClassVar = {"tiny": 6e-3, "real": 5e-6}      # tiny: tuned on validation seed 100; real: OpenRLHF's
-    EPOCHS: ClassVar = {"tiny": 5.0, "real": 1.0}    # tiny: tuned likewise; real: OpenRLHF's
-    epochs: Optional[float] = option(None, "passes over the samples that are trained on (tiny 5, else 1)")
-    batch_size: int = option(32, "samples per optimizer step")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("linear", "of the learning rate")
+    LR: ClassVar = {"tiny": 8e-3, "real": 5e-6}      # tiny: that of the SFT policy; real: OpenRLHF's
+    batch_size: int = option(64, "samples per optimizer step (OpenRLHF: 128)")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("cosine", "of the learning rate")
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
     objective: Literal["dt", "filter", "rwr", "sft"] = option("dt", "what to make of the samples, see above")
-    sources: Optional[Literal["P", "D", "DP"]] = option(None, "P the data's own, D the policy's, DP both")
+    sources: Optional[Literal["S", "P", "D", "DP"]] = option(
+        None, "S demonstrations for SFT (tiny), P the data's ranked answers, D the policy's samples, DP both")
+    demonstrations: int = option(23000, "how many demonstrations count, with --sources S")
     candidates: int = option(8, "samples of the policy for each prompt")
     systems: str = option("", "'A,B': the writers whose answers count in P (default: all)")
-    normalise: Literal["global", "prompt"] = option("global", "rewards have mean 0 over all, or by prompt")
     bins: int = option(10, "levels of the reward, with equally many samples each")
     control: Optional[Literal["tokens", "text"]] = option(None, "a token a level (tiny), or reward as text")
-    share: float = option(0.25, "part of the samples that filter keeps")
+    share: float = option(0.1, "part of the samples that filter keeps")
     beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned here)")
     validation: float = option(0.125, "share of the train prompts kept apart, to choose what to ask for")
     steer: str = option("", "'reward=9': the level to ask for (default: the best on the validation prompts)")
@@ -70,9 +71,9 @@ class Config(harness.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        kind = ("D", "tokens") if self.model == "tiny" else ("P", "text")
+        kind = ("S", "tokens") if self.model == "tiny" else ("P", "text")
         self.sources, self.control = self.sources or kind[0], self.control or kind[1]
-        self.check(lambda value: value > 0, "be above 0", "candidates", "beta")
+        self.check(lambda value: value > 0, "be above 0", "candidates", "beta", "demonstrations")
         self.check(lambda value: value > 1, "be at least 2", "bins")
         self.check(lambda value: 0 < value <= 1, "be in (0, 1]", "share")
         self.check(lambda value: 0 <= value < 1, "be in [0, 1)", "validation")
@@ -117,17 +118,16 @@ class Sample(NamedTuple):
 
 def offline_samples(run, reward):
     """(samples to train on, validation prompts). Rewards have mean 0 and deviation 1 over the former."""
-    config, task = run.config, run.task
-    given = harness.given_answers(task, config.sources, config.systems)            # [] with --sources D
-    rankings = harness.candidates(run, reward, given, config.candidates * ("D" in config.sources))
-    prompts = sorted({row.prompt for row in rankings})
-    rng = random.Random(f"validation {config.seed}")
+    config = run.config
+    if config.sources == "S":
+        rankings = harness.scored_demonstrations(run, reward, config.demonstrations)      # one response each
+    else:
+        given = harness.given_answers(run.task, config.sources, config.systems)          # [] with --sources D
+        rankings = harness.candidates(run, reward, given, config.candidates * ("D" in config.sources))
+    prompts, rng = sorted({row.prompt for row in rankings}), random.Random(f"validation {config.seed}")
     apart = set(rng.sample(prompts, round(config.validation * len(prompts))))
-    samples = []
-    for row in (row for row in rankings if row.prompt not in apart):
-        baseline = statistics.fmean(row.scores) if config.normalise == "prompt" else 0.0
-        samples += [Sample(row.prompt, [text], [ended], round(score - baseline, 9))       # ties stay ties
-                    for text, ended, score in zip(row.responses, row.ended, row.scores)]
+    samples = [Sample(row.prompt, [text], [ended], score) for row in rankings if row.prompt not in apart
+               for text, ended, score in zip(row.responses, row.ended, row.scores)]
     if not samples:
         raise UserError(f"--validation {config.validation} leaves no prompt to train on: lower it")
     reward_bins([s.reward for s in samples], 2)             # UserError for equal rewards, under any objective

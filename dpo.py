@@ -13,7 +13,7 @@ logistic regression as any reward model, therefore trains the policy itself, wit
     L = -log sigmoid(beta [log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)])                 (Eq. 7)
 
     python dpo.py                  # 25 s on a laptop (at first two minutes more): gold 0.18 to 0.64, KL 2.0
-    python dpo.py --reproduce      # the beta sweep and the data curriculum: 14 arms, five seeds
+    python dpo.py --reproduce      # beta, other losses and PPO, the data curriculum: ten seeds
     python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: the loss starts at log 2 = 0.693, because the policy starts as the reference. `logps/chosen`
@@ -56,7 +56,9 @@ class Config(harness.Config):
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}   # tiny: tuned likewise; real: the official code's
     beta: float = option(0.1, "KL constraint: larger stays closer to the reference (paper: 0.1 to 0.5)")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (conservative DPO)")
-    loss: Literal["dpo", "sft"] = option("dpo", "'dpo', or 'sft' on the chosen answers: Preferred-FT")
+    loss: Literal["dpo", "sft", "unlikelihood"] = option(
+        "dpo", "'dpo', or a baseline of the paper: 'sft' on the chosen (Preferred-FT), 'unlikelihood'")
+    alpha: float = option(0.1, "weight of the rejected answer in the unlikelihood loss (paper: 0 to 1)")
     pairs: str = option("", "'A>B': answers of system A against those of B; default: the data's own pairs")
     hard_pairs: str = option("", "'A>C': a second kind of pairs, closer together, for a data curriculum")
     curriculum: Literal["easy_to_hard", "hard_to_easy", "mixed"] = option(
@@ -148,6 +150,8 @@ def losses_and_metrics(config, logps, ref_logps):
                                                         config.label_smoothing)
     if config.loss == "sft":
         losses = -logps[:, 0]
+    elif config.loss == "unlikelihood":
+        losses = -logps[:, 0] + config.alpha * logps[:, 1]               # has no lower bound
     margins = chosen_rewards - rejected_rewards
     return losses, {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
                     "rewards/margins": margins, "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
@@ -161,7 +165,8 @@ def train(run):
 
     # Before the first step the policy is the reference, so one pass gives all that is ever needed of it.
     pairs = list(dict.fromkeys(pair for step in plan for pair in step))
-    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))            # torch.no_grad inside
+    ref = harness.response_logps(run, pairs, counted="tokens_scored_reference")[0]   # [N, 2], torch.no_grad
+    ref_logps = dict(zip(pairs, ref))
     held_out_ref_logps, _ = harness.response_logps(run, held_out)                            # [N, 2]
 
     def held_out_metrics():

@@ -14,7 +14,7 @@ did (GAE, Eq. 11 and 12). One rollout serves several updates; a clip limits how 
     L = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),  ratio_t = pi(y_t) / pi_old(y_t)      (L^CLIP)
 
     python ppo.py                  # 20 s on two cores (at first two minutes more): gold 0.18 to 0.92, KL 4.2
-    python ppo.py --reproduce      # over-optimisation, frontier, sensitivity: 27 arms, 20 minutes a seed
+    python ppo.py --reproduce      # the KL penalty and over-optimisation
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: `objective/scores` rises, and `objective/kl` with it. With --kl_coef 0 --lr 3e-3 --epochs 12
@@ -36,8 +36,7 @@ whitens rewards by default and knows no EOS. TRL's former PPO puts the score one
 Elsewhere:
     log-probs and values in float32, prompts left-padded, EOS counted, none after a cut response: common.py
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; clipping at norm 1: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples (4 x batch_size of
-        them, where it has no scale of its own): harness/rewards.py
+    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     samples: at --temperature (1), without top-k or top-p; their token ids are kept: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
@@ -159,8 +158,9 @@ def collect(run, prompts, reward, reference, value_model):
 
     batch, responses, ended = harness.rollout(run, prompts)                                    # [4] until EOS
     mask = batch.response_mask[:, 1:].to(device)                                               # [2]
-    scores = reward(prompts, responses).float()            # [1] [6] A text that was cut is read as complete.
-    harness.check_finite(scores, run.step + 1, prompts, "the reward")
+    scores = harness.score(run, reward, prompts, responses).float()         # [1] [6] a cut text as complete
+    for name in ("tokens_scored_reference", "tokens_scored_value"):         # each reads the batch once, below
+        run.counts[name] += int(batch.attention_mask.sum())
 
     def no_grad(function):                                           # torch.no_grad, one microbatch at a time
         return common.in_parts(function, batch, config.token_budget, device)

@@ -20,16 +20,15 @@ all rounds (--pool all; with those of the last round alone, skills were lost), a
 further, on labels of new samples (--refresh). At the end PPO continues from the last version.
 
     python raft.py                 # 15 s on two cores (at first two minutes more): gold 0.18 to 0.91, KL 5.3
-    python raft.py --reproduce     # K, noise in the reward, the Llama 2 rounds: 19 arms, 10 minutes a seed
+    python raft.py --reproduce     # K, noise in the reward, the Llama 2 rounds; against PPO
     python raft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: `round/best` is the mean reward that the next round's samples (`round/mean`) would have if
-fine-tuning were perfect. By default a round's 16 steps go about a third of the way. --rare villain, in the
-embedded task, holds back a noun but no skill of its own, so it cannot show much forgetting.
+fine-tuning were perfect. With --rare "you saw", in the embedded task, one wording of the prompts comes in the
+first round only: does a later version still answer it?
 
 Compared with rrhf.py: its SFT term alone, on new samples in every round. The `filter` of
-decision_transformer.py is one global round on samples that exist already. --reproduce does not test the
-paper's main claim (as good as PPO, or better), nor whether noise in the reward hurts PPO more than RAFT.
+decision_transformer.py is one global round on samples that exist already.
 Official code (LMFlow) differs: its default ranking is global, it trains the prompt's tokens too, adds no EOS,
 packs texts into blocks, and gives samples with "#" a reward of minus infinity. Llama 2 published neither K
 nor the number of prompts. Left out: its margin loss, its safety reward model, a new temperature every round.
@@ -39,7 +38,7 @@ Elsewhere:
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; constant lr, norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     samples: at --temperature (1), without top-k or top-p; in round 1 the embedded task's pool of SFT samples
-        (all get an EOS; only at temperature 1, without --policy): harness/samples.py
+        (only at temperature 1, without --policy): harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import copy
@@ -57,7 +56,7 @@ from harness import Pair, Ranking, UserError, option
 
 @dataclass
 class Config(harness.Config):
-    LR: ClassVar = {"tiny": 5e-4, "real": 2e-5}      # tiny: tuned on validation seed 100; real: the paper's
+    LR: ClassVar = {"tiny": 1e-3, "real": 2e-5}      # tiny: tuned on seeds 100 to 102; real: the paper's
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 2.0}    # the paper's
     epochs: Optional[float] = option(
         None, "passes over the kept samples in every round; the default depends on the model")
@@ -150,14 +149,14 @@ def collect(run, reward, reference, turn):
             reward.model.load_state_dict(state["rater"])
         refresh(run, reward, prompts, turn)
     rankings = harness.sample_rankings(run, prompts, config.candidates)        # step 1: lists of K for each
-    rankings = harness.scored(rankings, reward, run.step)             # the reward reads a cut text as whole
+    rankings = harness.scored(run, rankings, reward)                  # the reward reads a cut text as whole
     best = select(rankings)
     state["rewards"] = [sum(sum(row.scores) / len(row.scores) for row in rankings) / len(rankings),
                         sum(row.scores[0] for row in best) / len(best)]
     if config.kl_coef:
         singles = [take(row, i) for row in rankings for i in range(len(row.scores))]
-        logps, ref_logps = (harness.response_logps(run, singles, model)[0]                   # [N, 1], summed
-                            for model in (run.policy, reference))
+        logps, ref_logps = (harness.response_logps(run, singles, model, counted)[0]          # [N, 1], summed
+                            for model, counted in ((run.policy, ""), (reference, "tokens_scored_reference")))
         ratios = iter((logps - ref_logps).squeeze(1).tolist())
         rankings = [row._replace(scores=[score - config.kl_coef * next(ratios) for score in row.scores])
                     for row in rankings]                                                        # Eq. 3 to 5

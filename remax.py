@@ -16,7 +16,7 @@ token. A token is credited with its own and with all that follow (KL to go):
 (The paper's own equation numbers could not be checked.)
 
     python remax.py                # 20 s on two cores (at first two minutes more): gold 0.18 to 0.74, KL 5.1
-    python remax.py --reproduce    # the gradient's variance, and against PPO: 6 arms, 4 minutes a seed
+    python remax.py --reproduce    # the gradient's variance, and against PPO
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: `objective/greedy_scores` is above `objective/scores` at first, and the gradient becomes
@@ -25,7 +25,7 @@ small as the two meet. The baseline removes what all responses to a prompt have 
 
 Compared with ppo.py: the same rollout, reward and KL penalty, but no value model, one update for each
 rollout, the sum over a response's tokens where PPO has the mean over all tokens, and no whitening. The paper
-compares it with PPO at one update a batch; the arms of --reproduce have ppo.py's default of four epochs.
+compares it with PPO at one update a batch, as --reproduce does, beside ppo.py's default of four epochs.
 Official code (liziniu/ReMax) differs: a token gets its own KL term only (the variable cumulative_kl is
 overwritten, not summed), the last token's reward is discounted too, the loss is a mean over tokens, and
 samples are drawn with top-p 0.9 but scored without it. This file follows (2); the official gamma 0.99 and
@@ -34,8 +34,7 @@ reward clip 5 are options.
 Elsewhere:
     log-probs in float32, dropout off, EOS counted, no EOS where a sample was cut off: common.py
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; clipping at norm 1: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples (4 x batch_size of
-        them, where it has no scale of its own): harness/rewards.py
+    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     samples: at --temperature (1), without top-k or top-p; their token ids are kept: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
@@ -170,9 +169,8 @@ def train(run):
         batch, responses, ended = harness.rollout(run, prompts)           # one sample each, current policy
         _, greedy_responses, _ = harness.rollout(run, prompts, greedy=True)             # by the same weights
         # The reward reads each text as complete. A sample that was cut off has no penalty.
-        scores, greedy_scores = reward(prompts, responses).float(), reward(prompts, greedy_responses).float()
-        harness.check_finite(scores, step + 1, prompts, "the reward")                                # [B]
-        harness.check_finite(greedy_scores, step + 1, prompts, "the greedy response's reward")
+        scores, greedy_scores = (harness.score(run, reward, prompts, texts).float()                  # [B]
+                                 for texts in (responses, greedy_responses))
         baselines = greedy_scores
         if config.reward_clip is not None:                               # the clip is of the difference
             baselines = scores - (scores - greedy_scores).clamp(-config.reward_clip, config.reward_clip)
@@ -191,7 +189,8 @@ def train(run):
             part_loss.backward()
             loss = loss + part_loss.detach()
             kl += share * ((logps - ref_logps) * mask).sum(1).mean().item()             # nats a response
-            run.counts["tokens_trained"] += int(part.attention_mask.sum())
+            for count in ("tokens_scored_reference", "tokens_trained"):
+                run.counts[count] += int(part.attention_mask.sum())
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
         schedule.step()

@@ -13,7 +13,7 @@ the reward:
 There is no value model and no reference model, and only the order of the rewards counts.
 
     python rrhf.py                 # 17 s on two cores (at first two minutes more): gold 0.18 to 0.56, KL 1.4
-    python rrhf.py --reproduce     # terms of the loss, sources of candidates: 9 arms, 4 minutes a seed
+    python rrhf.py --reproduce     # terms of the loss, sources of candidates
     python rrhf.py --model HuggingFaceTB/SmolLM2-135M-Instruct --sources P --data ranked.jsonl
 
 What to look at: `loss/rank` is small beside `loss/sft`. In L_ft each token of the best response has weight 1,
@@ -33,7 +33,7 @@ follows the paper, but evaluates by sampling at temperature 1, where the paper d
 Left out: beam search as a source (the paper prefers diverse candidates) and the online variant.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all get one): common.py
+    log-probs in float32, dropout off, EOS counted (none after a cut response): common.py
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; clip norm 1, 64 prompts: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: samples at temperature 1 (in round 1 from the task's pool, where it has enough), then
@@ -52,7 +52,7 @@ from harness import option
 
 @dataclass
 class Config(harness.Config):
-    LR: ClassVar = {"tiny": 3e-3, "real": 2e-5}      # tiny: tuned on validation seed 100; real: the paper's
+    LR: ClassVar = {"tiny": 3e-3, "real": 2e-5}      # tiny: tuned on seeds 100 to 102; real: the paper's
     EPOCHS: ClassVar = {"tiny": 3.0, "real": 3.0}    # the paper's
     epochs: Optional[float] = option(
         None, "passes over the prompts, in every round; the default depends on the model")

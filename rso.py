@@ -15,14 +15,15 @@ wins. One of three losses is then minimised on these pairs (w over l):
     hinge-norm:   max(0, 1 - gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])                      (Eq. 10)
 
     python rso.py                  # 11 s on two cores (at first two minutes more): gold 0.18 to 0.46, KL 4.9
-    python rso.py --reproduce      # losses x sources, beta and label noise: 23 arms, 8 minutes a seed
+    python rso.py --reproduce      # losses x sources, beta and label noise
     python rso.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: --source direct (the data's pairs), sft (random samples) and rso change the pairs, not the
-loss. The embedded task's direct pairs come from a writer better than the SFT policy, in favour of `direct`.
-beta is in units of the reward's standard deviation; 0 keeps the top of the candidates, a large one a random
-choice. gamma 0.05 suits long texts: on short ones `rewards/margins` (gamma times the margin) stays small, and
-there sigmoid-norm and hinge-norm have nearly the same gradient.
+loss. The embedded task's direct pairs come from a writer who is as good as the SFT policy. --proxy_pairs
+off_policy trains the reward model on them, as in the paper. beta is in units of the reward's standard
+deviation; 0 keeps the top of the candidates, a large one a random choice. The paper's gamma of 0.05 suits
+long texts: on short ones `rewards/margins` (gamma times the margin) stays small, and there sigmoid-norm and
+hinge-norm have nearly the same gradient. So the tiny model has 0.5.
 
 No official code. TRL's loss_type="hinge" is hinge-norm here. The printed algorithm fails where the candidates
 are fewer than the samples asked for; here all are kept, and counted. Candidates are shuffled first, as with a
@@ -32,7 +33,7 @@ temperature 1 without top-k, and 4 of 16 (--candidates 64 --num_samples 8 sample
 Left out: a reward model that reads both responses (here a difference of two scores), SLiC's regulariser.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (none after a cut response; pool: all get one): common.py
+    log-probs in float32, dropout off, EOS counted (none after a cut response): common.py
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw
     constant learning rate after the warm-up, clip norm 1, 64 pairs a step: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
@@ -42,7 +43,7 @@ Elsewhere:
 import math
 import random
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,11 @@ from harness import Ranking, UserError, option
 
 @dataclass
 class Config(harness.Config):
-    LR: ClassVar = {"tiny": 1e-3, "real": 1e-5}      # tiny: tuned on validation seed 100; real: the paper's
+    LR: ClassVar = {"tiny": 1e-3, "real": 1e-5}      # tiny: tuned on seeds 100 to 102; real: the paper's
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}    # tiny: tuned likewise
     loss: Literal["sigmoid_norm", "hinge", "hinge_norm"] = option("sigmoid_norm", "Eq. 8, 9 or 10")
-    gamma: float = option(0.05, "scale of the loss's margin (paper: 0.05)")
+    GAMMA: ClassVar = {"tiny": 0.5, "real": 0.05}    # tiny: for short texts; real: the paper's
+    gamma: Optional[float] = option(None, "scale of the loss's margin (tiny 0.5, else 0.05)")
     source: Literal["rso", "sft", "direct"] = option(
         "rso", "pairs of rejection-sampled or of plain samples, or the data's own")
     candidates: int = option(16, "samples of the SFT policy for each prompt (paper: 64)")
@@ -70,6 +72,8 @@ class Config(harness.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.gamma is None:
+            self.gamma = self.GAMMA["tiny" if self.model == "tiny" else "real"]
         self.check(lambda value: value > 0, "be above 0", "gamma")
         self.check(lambda value: value >= 0, "not be negative", "beta")
         self.check(lambda value: value > 1, "be at least 2: a pair", "num_samples")
@@ -188,7 +192,8 @@ def train(run):
                         "are equal")
 
     # Before the first step the policy is the SFT policy, the reference: one pass gives all log-probs needed.
-    ref_logps = dict(zip(pairs, harness.response_logps(run, pairs)[0]))              # [2] each, torch.no_grad
+    ref = harness.response_logps(run, pairs, counted="tokens_scored_reference")[0]   # [N, 2], torch.no_grad
+    ref_logps = dict(zip(pairs, ref))
 
     # A step is one batch of config.batch_size pairs; epochs in new random orders. The last may be smaller.
     steps = harness.shuffled_batches(len(pairs), config.epochs, config.batch_size, config.seed)

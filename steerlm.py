@@ -6,28 +6,28 @@ levels, 0 to 9, go into the prompt, and the policy learns by supervised learning
 responses. At inference the user says which levels are wanted. There is no reference model and no reward.
 
     1. An attribute prediction model learns the ratings:        L = -sum_t log P(v_t | x, y, v_<t)     (Eq. 1)
-    2. It rates all responses again, without the raters' noise:        v' = argmax P(v | x, y)         (Eq. 2)
-    3. Attribute-conditioned SFT:                               L = -sum_t log pi(y_t | x, v', y_<t)
+    2. It rates a larger set of demonstrations, and the first ones anew: v' = argmax P(v | x, y)       (Eq. 2)
+    3. Attribute-conditioned SFT of the base model:             L = -sum_t log pi(y_t | x, v', y_<t)
     4. Bootstrapping: for combinations v that were seen with the highest quality, sample y' from pi(y | x, v)
        (Eq. 3), rate it as in step 2: v'' (Eq. 4), and train on (x, v'', y') as in step 3.
 
-    python steerlm.py                # 50 s (at first two minutes more): gold 0.18 to 0.34, KL 5.4
+    python steerlm.py                # 50 s (at first two minutes more): gold 0.18 to 1.04, KL 3.1
     python steerlm.py --steer sentiment=9,verbosity=0 --prompt "you saw this old fantasy. how was the score?"
-    python steerlm.py --reproduce    # the paper's ladder, steering, noise: 16 arms, 16 minutes a seed
+    python steerlm.py --reproduce    # the paper's ladder, steering, noise; against PPO
     python steerlm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data rated.jsonl
 
-What to look at: the steering matrix. Its diagonal says how far each attribute follows its request, the rest
-what else moves. Compared with decision_transformer.py: several attributes, not one reward, and people, not a
-reward model. In the paper step 3 starts from the base model and is its SFT, on demonstrations that people
-mostly never rated; here the policy has had SFT, and the responses are its own samples, all of them rated.
-Official code (NeMo-Aligner): a regression head with the squared error in step 1 (the default here; paper:
---predictor lm), levels 0 to 4, no bootstrapping. Left out: top-k, checkpoints by validation.
+What to look at: the steering matrix. Its diagonal says how far each attribute follows its request. Compared
+with decision_transformer.py: several attributes, and people, not a reward model. Step 3 is the SFT itself
+(--start base). On the tiny model KL and "before" are those of the SFT policy, which saw twice as many of the
+same demonstrations, without tags. Official code (NeMo-Aligner): step 1 is a regression head with the squared
+error (default here; paper: --predictor lm), levels 0 to 4, no bootstrapping. The squared error draws scores
+to the middle: here they become levels by rank, each as often as people gave it. Left out: top-k, checkpoints.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (rated: all get one; none after a cut sample): common.py
-    AdamW's betas (0.9, 0.95), no decay: common.adamw; clip norm 1, warm-up 10%: harness/config.py
-    ratings of 8 samples a prompt, by made-up people: tasks/build.py; temperature 1, no top-k: common.generate
-    tags as tokens, requests, the steering matrix: harness/conditioning.py; --predictor lm: harness/stages.py
+    log-probs in float32, dropout off, EOS counted (none after a cut sample): common.py; AdamW's betas (0.9,
+    0.95), no decay, a schedule a round: common.adamw; clip norm 1: harness/config.py
+    demonstrations, people's ratings of some: tasks/build.py; tags as tokens, requests, levels by rank, the
+    steering matrix: harness/conditioning.py; --predictor lm: harness/stages.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import copy
@@ -50,12 +50,15 @@ TOP = 9                          # levels go from 0 to 9, as in the paper
 
 @dataclass
 class Config(harness.Config):
-    LR: ClassVar = {"tiny": 5e-3, "real": 5e-6}       # tiny: tuned on validation seed 100; real: the paper's
-    EPOCHS: ClassVar = {"tiny": 6.0, "real": 5.0}     # tiny: tuned likewise; real: the paper's
-    PREDICTOR_LR: ClassVar = {"tiny": 4e-3, "real": 5e-6}
-    epochs: Optional[float] = option(None, "passes over the responses in step 3 (tiny 6, else 5)")
-    batch_size: int = option(32, "responses per optimizer step (paper: 128)")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("linear", "of the learning rate")
+    LR: ClassVar = {"tiny": 8e-3, "real": 5e-6}       # tiny: tuned on seeds 100 to 102; real: the paper's
+    EPOCHS: ClassVar = {"tiny": 2.0, "real": 5.0}     # tiny: likewise; real: the paper's
+    batch_size: int = option(64, "responses per optimizer step (paper: 128)")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("cosine", "of the learning rate")
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
+    start: Optional[Literal["base", "policy"]] = option(
+        None, "step 3 trains --model (base) or --policy (default: tiny base, the paper's; else policy)")
+    demonstrations: int = option(23000, "how many of the demonstrations count (0: rated responses alone)")
+    rated: int = option(4096, "embedded task: how many of the demonstrations people have rated")
     labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
     attributes: Optional[str] = option(None, "'A,B': those to use (default: three, see below; of a file all)")
     quality: str = option("", "'A,B': these are quality (default: quality, score, or sentiment,topicality)")
@@ -63,19 +66,20 @@ class Config(harness.Config):
     predictor: Literal["lm", "regression"] = option("regression", "step 1: an LM, or a regression head")
     predictor_lr: Optional[float] = option(None, "learning rate of step 1; the default depends on the model")
     predictor_epochs: float = option(4.0, "passes over the rated responses in step 1")
-    rounds: int = option(1, "rounds of bootstrapping")
+    rounds: int = option(0, "rounds of bootstrapping (paper: 1)")
     bootstrap_epochs: float = option(2.0, "passes over a round's samples, two for each prompt")
     steer: str = option("", "'quality=9,verbosity=0': what to ask for; other attributes as the data has them")
     prompt: str = option("", "no training: print responses of --policy (default: the last run's) to this")
 
     def __post_init__(self):
         super().__post_init__()
+        self.start = self.start or ("base" if self.model == "tiny" else "policy")
         if self.predictor_lr is None:
-            self.predictor_lr = self.PREDICTOR_LR["tiny" if self.model == "tiny" else "real"]
+            self.predictor_lr = 4e-3 if self.model == "tiny" else 5e-6
         if self.attributes is None:
             self.attributes = "sentiment,topicality,verbosity" if self.data == "reviews" else ""
         self.check(lambda v: v > 0, "be above 0", "predictor_epochs", "bootstrap_epochs", "predictor_lr")
-        self.check(lambda value: value >= 0, "not be negative", "rounds")
+        self.check(lambda value: value >= 0, "not be negative", "rounds", "demonstrations")
         self.check(lambda value: 0 < value <= 1, "be in (0, 1]", "share")
         if self.labels != "predicted" and self.rounds:
             raise UserError("--rounds: bootstrapping needs predicted labels; give --rounds 0")
@@ -101,16 +105,7 @@ class Sample(NamedTuple):
     prompt: str
     responses: list[str]         # one
     ended: list[bool]            # with EOS; False: cut off, and then no EOS is trained
-    levels: dict[str, int]       # of each attribute, 0 to 9
-
-
-def quality_of(config, names):
-    """The attributes that stand for quality: the more the better."""
-    for wanted in [config.quality] if config.quality else ["quality", "score", "sentiment,topicality"]:
-        wanted = [name.strip() for name in wanted.split(",")]
-        if set(wanted) <= set(names):
-            return wanted
-    raise UserError(f"--quality must name what is better the more there is of it, of {', '.join(names)}")
+    levels: dict[str, int]       # of each attribute, 0 to 9; {}: not rated
 
 
 def train_regression(run, samples):
@@ -133,8 +128,9 @@ def train_regression(run, samples):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return lambda *texts: [dict(zip(names, row))
-                           for row in (score(*texts) * TOP).round().clamp(0, TOP).int().tolist()]
+    prompts, texts = [row.prompt for row in samples], [row.responses[0] for row in samples]
+    to_levels = harness.levels_by_rank(score(prompts, texts), [row.levels for row in samples], TOP)
+    return lambda *texts: to_levels(harness.score(run, score, *texts))
 
 
 def train_writer(run, samples):
@@ -181,43 +177,48 @@ def bootstrap(run, predict, combinations, turn):
 def train(run):
     """Label the responses (steps 1 and 2), train on them (step 3), then on samples of the policy (step 4)."""
     config, policy, task = run.config, run.policy, run.task
+    task.ratings["train"], rows = harness.demonstrations(config, task, config.demonstrations, config.rated)
+    unrated = [Sample(row.prompt, [row.response], [True], {}) for row in rows]
     ratings, held_out = ([Sample(row.prompt, [row.response], [True], row.attributes) for row in
                           harness.rated_rows(task, split, config.attributes)] for split in ("train", "test"))
     names, conditioned = sorted(ratings[0].levels), config.labels != "none"
     tags_of = format_attributes if conditioned else lambda levels: ""
-    quality, truth = quality_of(config, names), harness.true_levels(task, names)
+    quality, truth = harness.quality_of(config, names), harness.true_levels(task, names)
     request = harness.parse_request(config.steer, dict.fromkeys(names, TOP))
     run.evaluate()                                      # before training, and before the policy has any tags
+    if config.start == "base":
+        policy.load_state_dict(harness.load_base(config).state_dict())
     if config.model == "tiny":                          # each tag one token; a real tokenizer spells them
         harness.add_tags(run, {name: {f"<{name}:{level}>": [row.responses[0] for row in ratings
                          if row.levels[name] == level] for level in range(TOP + 1)} for name in names})
     fit = train_writer if config.predictor == "lm" else train_regression
     predict = fit(run, ratings) if config.labels == "predicted" else None                             # step 1
-    samples = rate_anew(predict, ratings) if predict else ratings                                     # step 2
+    samples = rate_anew(predict, ratings + unrated) if predict else ratings                           # step 2
     errors = harness.label_errors(ratings, samples, held_out, predict, truth)
-    samples = sorted(samples, key=lambda row: -sum(row.levels[name] for name in quality))
-    samples = samples[:max(1, round(config.share * len(samples)))]
+    keep = max(1, round(config.share * len(samples)))
+    samples = sorted(samples, key=lambda row: -sum(row.levels[name] for name in quality))[:keep]
+    rows = samples if conditioned else ratings + unrated
     observed, best = [row.levels for row in samples], best_of(samples, quality)
     wanted = tags_of(harness.complete_request(request, observed if request else best))
     combinations = sorted(set(map(format_attributes, best)))
     run.ask = lambda prompt: prompt + wanted
-    # Optimizer steps of step 3 and of each round. One schedule: the lr rises from 0, and is 0 at the end.
+    # Optimizer steps of step 3 and of each round. In each the lr rises from 0 and is 0 at the end.
     new = config.bootstrap_epochs * 2 * len(task.prompts["train"])
-    steps = [math.ceil(n / config.batch_size) for n in [config.epochs * len(samples)] + [new] * config.rounds]
+    steps = [math.ceil(n / config.batch_size) for n in [config.epochs * len(rows)] + [new] * config.rounds]
     plan = [(turn, i) for turn, n in enumerate(steps) for i in range(n)]
-    optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
+    optimizer, schedule = common.adamw(policy, config.lr, steps, config.schedule, config.warmup)
     for step, (turn, i) in run.steps(plan, policy, optimizer, schedule):
         if i == 0:                                      # step 3 begins, or a round of step 4
-            pool = bootstrap(run, predict, combinations, turn) if turn else samples
+            pool = bootstrap(run, predict, combinations, turn) if turn else rows
             run.state["rows"] = [Ranking(row.prompt + tags_of(row.levels), row.responses, [], ended=row.ended)
                                  for row in pool]
             passes = steps[turn] * config.batch_size / len(pool)   # in new orders; the last batch is full too
             run.state["order"] = harness.shuffled_batches(len(pool), passes, config.batch_size, config.seed)
-        rows, means = [run.state["rows"][j] for j in run.state["order"][i]], harness.Means()
-        for part, batch in run.microbatches(rows):              # part: n of the step's rows; batch [n, T]
+        batch_rows, means = [run.state["rows"][j] for j in run.state["order"][i]], harness.Means()
+        for part, batch in run.microbatches(batch_rows):        # part: n of the step's rows; batch [n, T]
             losses = -common.sequence_logps(policy, batch)      # [n], sums over the response; no loss on tags
-            harness.check_finite(losses, step + 1, [rows[j].prompt for j in part])
-            (losses.sum() / len(rows)).backward()               # the mean over the step's responses, in parts
+            harness.check_finite(losses, step + 1, [batch_rows[j].prompt for j in part])
+            (losses.sum() / len(batch_rows)).backward()         # the mean over the step's responses, in parts
             means.add({"loss": losses})
             run.counts["tokens_trained"] += int(batch.attention_mask.sum())
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)

@@ -4,69 +4,70 @@ The form of arms, claims and panels is described in docs/protocol.md.
 """
 QUICK = ["--candidates", "3"]      # flags of the short run that the tests make
 
+LONG = {"epochs": 6}                                     # long enough for a collapse to show
+WRITERS = {2: "strong,weak", 3: "strong,medium,weak", 4: "strong,medium,crowd,weak",
+           5: "strong,medium,crowd,off_policy,weak"}     # of known strength; the paper ranks several models
+LENGTHS = {f"{n} own samples": {"candidates": n} for n in (2, 3, 5)}
+LENGTHS |= {f"{n} writers": {"sources": "P", "systems": names} for n, names in WRITERS.items()}
+COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
+           "eval/fluency": "fluency", "eval/nll": "NLL of good text, nats a token", "cpu_seconds": "CPU s"}
+ON_FIVE = {"method": "rrhf", "sources": "D", "candidates": 5}
+DPO = {"method": "rso", "source": "sft", "candidates": 5, "num_samples": 5, "pairs": "tournament",
+       "lr": 3e-4}
 
-def lengths(epochs, name):
-    """Arms of ranking length 2 to 5, `epochs(n)` passes each."""
-    return {name.format(n=n): {"candidates": n, "epochs": epochs(n)} for n in (2, 3, 4, 5)}
-
-
-BY_PROMPTS = lengths(lambda n: 2.0, "{n}, equal prompts")
-BY_RESPONSES = lengths(lambda n: 10 / n, "{n}, equal responses")
-COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL",
-           "eval/fluency": "fluency", "eval/nll": "nll of good text", "eval/distinct_2": "distinct-2",
-           "eval/length": "length"}
-
-
-def rising(names):
-    return [(longer, ">", shorter) for shorter, longer in zip(names, names[1:])]
-
+TUNING = {
+    name: dict(arm=arm, settings=[{"lr": lr / 2}, {"lr": lr}, {"lr": 2 * lr}, {"lr": lr, "epochs": 6.0}])
+    for name, arm, lr in (("PRO", {}, 3e-3), ("RRHF", ON_FIVE | {"epochs": 2.0}, 3e-3), ("DPO", DPO, 3e-4),
+                          ("SFT on the best", ON_FIVE | {"epochs": 2.0, "rank_weight": 0.0}, 3e-3))}
 
 EXPERIMENTS = {
     "length": dict(
-        question="Do longer rankings help, for equal prompts and for equal responses seen?",
-        arms=BY_PROMPTS | BY_RESPONSES,
+        question="Do longer rankings help, of own samples and of writers of known strength?",
+        arms=LENGTHS,
         columns=COLUMNS,
         claims=[
-            dict(claim="5 responses beat 2, at equal prompts", source="Figure 3", paper="plot only:",
-                 metric="eval/gold", holds=[("5, equal prompts", ">", "2, equal prompts")]),
-            dict(claim="every response more helps, at equal prompts", source="Figure 3", paper="plot only:",
-                 metric="eval/gold", holds=rising(list(BY_PROMPTS))),
-            dict(claim="5 responses beat 2, at equal responses", source="ours", paper="-",
-                 metric="eval/gold", holds=[("5, equal responses", ">", "2, equal responses")]),
+            dict(claim="a ranking of 5 beats one of 2: own samples", source="Figure 3", paper="plot only:",
+                 metric="eval/gold", holds=[("5 own samples", ">", "2 own samples")]),
+            dict(claim="a ranking of 5 beats one of 2: writers", source="Figure 3", paper="plot only:",
+                 metric="eval/gold", holds=[("5 writers", ">", "2 writers")]),
         ],
-        panels=[dict(kind="bars", y=["eval/gold", "eval/proxy"], title="gold and proxy reward"),
-                dict(kind="bars", y=["eval/kl"], title="KL")],
+        panels=[dict(kind="line", x="ranking length", y=["eval/gold"], title="gold reward", series={
+                     "own samples": {n: f"{n} own samples" for n in (2, 3, 5)},
+                     "writers": {n: f"{n} writers" for n in WRITERS}}),
+                dict(kind="line", x="ranking length", y=["eval/kl"], title="KL", series={
+                     "own samples": {n: f"{n} own samples" for n in (2, 3, 5)},
+                     "writers": {n: f"{n} writers" for n in WRITERS}})],
     ),
     "ablation": dict(
         question="What do the SFT term, the temperature and the lower places do?",
-        arms={"SFT": {"epochs": 0}, "PRO": {}, "no SFT": {"sft_weight": 0.0},
-              "no temperature": {"dynamic_temperature": False},
-              "neither": {"sft_weight": 0.0, "dynamic_temperature": False}, "first place only": {"terms": 1}},
+        arms={"SFT": {"epochs": 0}, "PRO": LONG, "no SFT": LONG | {"sft_weight": 0.0},
+              "no temperature": LONG | {"dynamic_temperature": False},
+              "neither": LONG | {"sft_weight": 0.0, "dynamic_temperature": False},
+              "first place only": LONG | {"terms": 1}},
         columns=COLUMNS,
         claims=[
             dict(claim="without SFT and temperature the policy collapses: fluency falls by a tenth or more",
                  source="Table 3", paper="BLEU 21.5 to 5.1, reward 55.4 to 46.2", metric="eval/fluency",
                  holds=[("neither", "<", "PRO", -0.1)]),
-            dict(claim="and gold falls below SFT's", source="Table 3", paper="-", metric="eval/gold",
-                 holds=[("neither", "<", "SFT")]),
-            dict(claim="either of the two saves it", source="Table 3", paper="reward 53.3, 55.0",
+            dict(claim="and gold falls below SFT's", source="Table 3", paper="reward 46.2 under 48.8",
+                 metric="eval/gold", holds=[("neither", "<", "SFT")]),
+            dict(claim="either of the two saves it", source="Table 3", paper="reward 53.3, 55.0 over 46.2",
                  metric="eval/gold",
                  holds=[("no SFT", ">", "neither"), ("no temperature", ">", "neither")]),
-            dict(claim="the temperature adds little or nothing (within 0.1)", source="Table 3",
+            dict(claim="the temperature makes no difference (gold, within 0.1)", source="Table 3",
                  paper="+0.3, +0.3, -0.4 points", metric="eval/gold",
-                 holds=[("PRO", "<", "no temperature", 0.1), ("PRO", ">", "no temperature", -0.1)]),
-            dict(claim="the lower places add to the first", source="Table 3", paper="+0.2 to +0.6 points",
-                 metric="eval/gold", holds=[("PRO", ">", "first place only")]),
+                 holds=[("PRO", "=", "no temperature", 0.1)]),
+            dict(claim="nor do the lower places (gold, within 0.1)", source="Table 3",
+                 paper="+0.6, +0.2 points", metric="eval/gold",
+                 holds=[("PRO", "=", "first place only", 0.1)]),
         ],
-        panels=[dict(kind="bars", y=["eval/gold", "eval/proxy"], title="gold and proxy reward"),
+        panels=[dict(kind="bars", y=["eval/gold"], title="gold reward"),
                 dict(kind="bars", y=["eval/fluency"], title="fluency")],
     ),
     "against others": dict(
         question="On the same samples, is the list worth more than its pairs or its best?",
-        arms={"PRO": {}, "RRHF": {"method": "rrhf", "sources": "D", "candidates": 5},
-              "DPO": {"method": "rso", "source": "sft", "candidates": 5, "num_samples": 5,
-                      "pairs": "tournament"},
-              "SFT on the best": {"method": "rrhf", "sources": "D", "candidates": 5, "rank_weight": 0.0}},
+        arms={"PRO": {}, "RRHF": ON_FIVE, "DPO": DPO, "SFT on the best": ON_FIVE | {"rank_weight": 0.0},
+              "SFT, temperature 0.5": {"epochs": 0, "eval_temperature": 0.5}},
         columns=COLUMNS,
         claims=[
             dict(claim="PRO beats SFT on the best", source="Table 1",
@@ -77,7 +78,7 @@ EXPERIMENTS = {
             dict(claim="PRO beats DPO", source="Table 1", paper="68.0 over 64.1; 58.7 under 59.3",
                  metric="eval/gold", holds=[("PRO", ">", "DPO")]),
         ],
-        panels=[dict(kind="bars", y=["eval/gold", "eval/proxy"], title="gold and proxy reward"),
-                dict(kind="bars", y=["eval/kl"], title="KL")],
+        panels=[dict(kind="points", x="eval/kl", y=["eval/gold"], best_of_n=True, title="gold against KL"),
+                dict(kind="bars", y=["eval/gold"], title="gold reward")],
     ),
 }

@@ -6,14 +6,16 @@ What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.lo
 """
 from common import UserError, warn
 from harness.conditioning import (add_tags, check_ratings, complete_prompt, complete_request, curve,
-                                  label_errors, parse_request, rated_rows, report_steering, reward_curve,
-                                  slope, steering, steering_metrics, table, trends, true_levels)
+                                  label_errors, levels_by_rank, parse_request, quality_of, rated_rows,
+                                  report_steering, reward_curve, slope, steering, steering_metrics, table,
+                                  trends, true_levels)
 from harness.config import Config, option
 from harness.evaluation import probe
-from harness.loading import fingerprint, load_policy, load_task, load_tokenizer, policy_path, test_pool
+from harness.loading import (demonstrations, fingerprint, load_base, load_policy, load_task, load_tokenizer,
+                             policy_path, test_pool)
 from harness.rewards import reward_to_maximise
 from harness.run import Means, Run, launch, main, start
 from harness.samples import (candidate_reward, candidates, distinct, given_answers, response_logps, rollout,
-                             sample_rankings, score_metrics, scored)
+                             sample_rankings, score, score_metrics, scored, scored_demonstrations)
 from harness.stages import Recipe, check_finite, fit, shuffled_batches, train_reward_model, train_sft
 from tasks import Demonstration, Pair, Ranking, lock, write_json

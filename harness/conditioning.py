@@ -82,6 +82,35 @@ def rated_rows(task, split, attributes=""):
     return [row._replace(attributes={name: row.attributes[name] for name in names}) for row in rows]
 
 
+def quality_of(config, names):
+    """The attributes that stand for quality: the more the better."""
+    for wanted in [config.quality] if config.quality else ["quality", "score", "sentiment,topicality"]:
+        wanted = [name.strip() for name in wanted.split(",")]
+        if set(wanted) <= set(names):
+            return wanted
+    raise UserError(f"--quality must name what is better the more there is of it, of {', '.join(names)}")
+
+
+def levels_by_rank(scores, ratings, top):
+    """The function from scores [M, names] to [{name: level}] that gives each level as often as ratings do.
+
+    scores: [N, names], of the N rated responses; ratings: [{name: level}] of them, in any order of names.
+    A level's lower edge is the quantile of the scores that has as large a share of them below it as people
+    gave lower levels.
+    """
+    names = sorted(ratings[0])
+    levels = torch.tensor([[row[name] for name in names] for row in ratings])
+    below = torch.stack([(levels < level).float().mean(0) for level in range(1, top + 1)])      # [top, names]
+    edges = torch.stack([column.quantile(shares) for column, shares in zip(scores.T, below.T)])
+    edges[below.T == 0], edges[below.T == 1] = -math.inf, math.inf                      # levels nobody gave
+
+    def to_levels(new):
+        found = torch.searchsorted(edges, new.T.contiguous())
+        return [dict(zip(names, row)) for row in found.T.tolist()]
+
+    return to_levels
+
+
 def check_ratings(levels):
     """UserError or warnings for what a prediction model gave: [{name: level}], None where unreadable."""
     known, n = [row for row in levels if row], len(levels)

@@ -30,7 +30,7 @@ class Config:
     max_length: Optional[int] = option(
         None, "tokens of prompt and response, 3/4 for the prompt (default: tiny 160, else 512)")
     max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
-    temperature: float = option(1.0, "sampling temperature of evaluation and of methods that sample")
+    temperature: float = option(1.0, "sampling temperature of methods that sample")
     lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", "of the learning rate")
@@ -41,11 +41,17 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     eval_prompts: int = option(128, "test prompts sampled for evaluation")
     eval_samples: int = option(4, "samples per test prompt")
+    eval_temperature: Optional[float] = option(
+        None, "sampling temperature of the evaluation (default: --temperature)")
     eval_every: int = option(0, "evaluate every so many steps (0: only before and after)")
     save_every: int = option(200, "write a checkpoint for --resume every so many steps (0: never)")
     reward_noise: Literal["none", "prompt", "response"] = option(
         "none", "noise of deviation 1 on the reward that is maximised: one draw per prompt, or per response")
     label_noise: float = option(0.0, "embedded task: share of the labels of pairs and proxy that are flipped")
+    pair_labels: Literal["annotators", "gold"] = option(
+        "annotators", "embedded task: who labels the pairs that are trained on; the proxy's are annotators'")
+    proxy_pairs: Literal["samples", "off_policy"] = option(
+        "samples", "embedded task: the proxy learns from pairs of SFT samples, or of another writer's texts")
     rating_noise: float = option(2.0, "embedded task: standard deviation of the raters' errors, in levels")
     seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
@@ -53,7 +59,7 @@ class Config:
     out: str = option("", "where the run is written (default: the first free runs/<method>/<number>)")
     resume: bool = option(False, "go on with the run in --out")
     reproduce: bool = option(False, "run the paper's experiments: experiments/<method>.py")
-    seeds: int = option(5, "how many seeds --reproduce runs")
+    seeds: int = option(10, "how many seeds --reproduce runs")
     jobs: int = option(1, "in how many processes --reproduce runs them")
     quiet: bool = option(False, "no tables and no samples on the screen")
 
@@ -67,7 +73,10 @@ class Config:
         for name in ("lr", "epochs", "max_new_tokens", "max_length"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
+        if self.eval_temperature is None:
+            self.eval_temperature = self.temperature
         self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
+                   "eval_temperature",
                    "max_new_tokens", "eval_prompts", "eval_samples", "seeds", "jobs")
         self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
         self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every",

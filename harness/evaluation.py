@@ -26,11 +26,10 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
     Args: rewards: {name: RewardModel}. start: what this function returned as samples before training. ask:
         what the policy is asked in place of a prompt; the reference and the rewards see the prompt itself.
     Returns: metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts}. gold, fluency if
-        the task has
-            them; proxy, judge; kl = nats per sequence against the initial policy, the k1 estimate on the
-            policy's own samples; win_rate against `start` by gold, else proxy (a tie counts half),
-            win_rate_<name> by the other rewards; length in tokens with EOS; eos_rate; distinct_2 = different
-            word pairs over all pairs.
+            the task has them; proxy, judge; kl = KL(policy || initial policy) in nats per sequence: on the
+            policy's own samples, the sum over tokens of the exact KL of the next-token distributions;
+            win_rate against `start` by gold, else proxy (a tie counts half), win_rate_<name> by the other
+            rewards; length in tokens with EOS; eos_rate; distinct_2 = different word pairs over all pairs.
         samples: {"prompts", "responses", and each reward's scores}, lists of eval_prompts * eval_samples.
     """
     n = config.eval_samples
@@ -38,7 +37,7 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         asked = [ask(prompt) for prompt in prompts]
-        batch = common.generate(policy, tokenizer, asked, n, config.temperature,
+        batch = common.generate(policy, tokenizer, asked, n, config.eval_temperature,
                                 max_new_tokens=config.max_new_tokens)
     same = asked == prompts
     prompts = [prompt for prompt in prompts for _ in range(n)]
@@ -74,21 +73,40 @@ def with_prompts(tokenizer, batch, prompts):
     return common.pack([*rows], tokenizer.pad_token_id)
 
 
-def kl_to_reference(config, policy, batch, plain=None):
-    """log pi(y|x) - log pi_ref(y|x) of the policy's own samples [N]; its mean estimates KL(pi || pi_ref).
+@torch.no_grad()
+def sequence_kl(models, batches, temperatures=(1.0, 1.0), chunk=256):
+    """KL(first model || second) of the next token, summed over each row's response tokens: [B], float32.
 
-    Where the policy was asked in another form than the reference understands, `plain` holds the same
-    responses to the plain prompts, for the reference.
+    batches: what each model reads; the responses are the same. The whole distributions are compared, so on
+    samples of the first model the mean is an unbiased estimate of KL(model || reference), with less variance
+    than the mean log-ratio of the sampled tokens (k1), and never below 0.
+    """
+    with common.compute(models[0]):
+        states, heads = zip(*map(common.response_states, models, batches))
+        parts = []
+        for both in zip(*(s.split(chunk) for s in states)):
+            p, q = ((head(s).float() / t).log_softmax(-1)
+                    for s, head, t in zip(both, heads, temperatures))                  # log-probs [chunk, V]
+            parts.append((p.exp() * (p - q)).sum(-1))
+    kls, where = torch.cat(parts), batches[0].response_mask[:, 1:].bool()
+    return kls.new_zeros(where.shape).masked_scatter(where, kls).sum(1)
+
+
+def kl_to_reference(config, policy, batch, plain=None):
+    """KL(policy || initial policy) on each of the policy's samples [N]: see sequence_kl.
+
+    The policy is taken at --eval_temperature, as it was sampled; the initial policy at --temperature. Where
+    the policy was asked in another form than the reference understands, `plain` holds the same responses to
+    the plain prompts, for the reference.
     """
     reference = load_reference(config)
     embeddings = policy.get_input_embeddings().weight.detach()
     known = reference.get_input_embeddings().num_embeddings
     if len(embeddings) > known:                                     # tags, see conditioning.add_tags
         extend_vocabulary(reference, embeddings[known:])
-    logps = [common.in_parts(lambda part: common.sequence_logps(model, part, config.temperature), rows,
-                             config.token_budget, policy.device)
-             for model, rows in ((policy, batch), (reference, plain or batch))]
-    return (logps[0] - logps[1]).cpu()
+    temperatures, plain = (config.eval_temperature, config.temperature), plain or batch
+    parts = [[b[rows].to(policy.device) for b in (batch, plain)] for rows in batch.split(config.token_budget)]
+    return torch.cat([sequence_kl((policy, reference), both, temperatures) for both in parts]).cpu()
 
 
 def extend_vocabulary(model, rows):
@@ -113,7 +131,7 @@ def probe(run, prompts):
     config = run.config
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.temperature,
+        batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.eval_temperature,
                                 max_new_tokens=config.max_new_tokens)
     return common.decode(run.tokenizer, batch), common.finished(run.tokenizer, batch)
 

@@ -59,6 +59,29 @@ def load_reference(config):
     return common.load_reference(policy_path(config), config.device, config.dtype)
 
 
+def load_base(config):
+    """The model before SFT: of tiny the untrained one, else --model."""
+    if config.model != "tiny":
+        return common.load_policy(config.model, config.device, config.dtype)
+    from tasks import build
+    return common.load_policy(build.models(config) / "base", config.device, config.dtype)
+
+
+def demonstrations(config, task, n, rated=0):
+    """(rated, unrated): responses with people's ratings of their attributes, and demonstrations without.
+
+    Embedded task: the first n of what the SFT policy was trained on, the first `rated` of them with ratings.
+    Of a file: its rated responses, and up to n others. With n = 0: only what the task has ratings of.
+    """
+    known = task.ratings.get("train", [])
+    if config.data == "reviews" and n:
+        from tasks import build
+        rows = build.demonstrations(config, n, rated)
+        return [row for row in rows if row.attributes], [row for row in rows if not row.attributes]
+    texts = {row[:2] for row in known}
+    return known, [row for row in task.demonstrations.get("train", []) if row[:2] not in texts][:n]
+
+
 def test_pool(config):
     """(proxy [P, N], gold [P, N]) of N SFT samples of each test prompt, for best-of-n curves; or None."""
     if config.data != "reviews":

@@ -16,7 +16,7 @@ from harness.stages import Recipe, check_finite, train_reward_model
 
 
 def load_rewards(config, task):
-    """{"proxy": what methods may optimise, "judge": what they never see}, as far as the run has them.
+    """{"proxy": what methods may optimise, "judge": people, never seen}, as far as the run has them.
 
     The proxy is --reward, or the embedded task's, or one trained here from the task's pairs and kept in the
     cache.
@@ -34,7 +34,7 @@ def load_rewards(config, task):
         return {"proxy": load(config.reward, config.reward_label)}
     if config.data == "reviews":
         from tasks import build
-        return {name: load(path, config.reward_label) for name, path in build.reward_models(config).items()}
+        return {"proxy": load(build.proxy(config), config.reward_label), "judge": People(task.opinion)}
     pairs = task.pairs.get("train")
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
@@ -52,6 +52,15 @@ def load_rewards(config, task):
                             token_budget=config.token_budget, seed=config.seed)
             common.save_model(train_reward_model(model, tokenizer, pairs, recipe), tokenizer, path)
     return {"proxy": load(path, config.reward_label)}
+
+
+@dataclass
+class People:
+    """Scores by people who read complete responses, one person each; called like a RewardModel."""
+    opinion: Callable
+
+    def __call__(self, prompts, responses):
+        return torch.tensor([self.opinion(*row) for row in zip(prompts, responses)])
 
 
 @dataclass
@@ -90,8 +99,8 @@ def scaled_reward(run):
     """The function (prompts, responses) -> rewards [N] that a method optimises: the proxy, or gold.
 
     Either has mean 0 and deviation 1 on samples of the initial policy (Huang et al. 2023, "reward
-    normalization"), so that one KL coefficient means the same for every reward. A reward model without a
-    scale gets one here.
+    normalization"), so that one KL coefficient means the same for every reward and method. A reward without
+    a scale gets one here, from four samples for each of the first 128 train prompts.
     """
     if run.config.reward == "gold":
         reward = TrueReward(run.task.gold)
@@ -102,7 +111,7 @@ def scaled_reward(run):
         reward = run.rewards["proxy"]
         if hasattr(reward.model.config, "reward_scale"):
             return reward
-    config, prompts = run.config, run.task.prompts["train"][:run.config.batch_size]
+    config, prompts = run.config, run.task.prompts["train"][:128]
     torch.manual_seed(config.seed)                                   # whatever was trained or loaded before
     samples = common.generate(run.policy, run.tokenizer, prompts, 4, config.temperature,
                               max_new_tokens=config.max_new_tokens)

@@ -5,7 +5,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Callable, Optional
@@ -23,7 +23,16 @@ from harness.evaluation import before_and_after, check_policy, evaluate
 from harness.rewards import load_rewards
 from tasks import ROOT, Pair, Ranking, Task, write_json, write_text
 
+# Options of all scripts that cannot change the evaluation of the initial policy.
+OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
+               "rating_noise", "pair_labels", "eval_every", "save_every", "out", "resume", "reproduce",
+               "seeds", "jobs", "quiet"}
 PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpoint keeps beside the weights
+
+
+def now():
+    """Wall clock and CPU time of this process (of all its threads), in seconds."""
+    return time.time(), time.process_time()
 
 
 @dataclass
@@ -45,13 +54,15 @@ class Run:
     bar: Optional[tqdm] = None
     step: int = 0                                     # steps done
     n_steps: int = 0
+    known: Optional[dict] = None                      # evaluations of initial policies, for runs of one seed
     trace: list[dict] = field(default_factory=list)   # evaluations: before, on the way, after
     samples: dict[str, dict] = field(default_factory=dict)     # "before" and "after"
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(
-        ("tokens_generated", "tokens_trained", "seconds_generating", "seconds_training"), 0))
+        ("tokens_generated", "tokens_trained", "tokens_scored_reference", "tokens_scored_reward",
+         "tokens_scored_value", "seconds_generating", "seconds_training", "cpu_seconds"), 0))
     warned: bool = False
     began: float = field(default_factory=time.time)
-    clock: float = 0.0                                # when the step began
+    clock: tuple = field(default_factory=now)         # what training took until then is counted
 
     # ----------------------------------------------------------------------------- what a method's loop calls
 
@@ -65,11 +76,12 @@ class Run:
         self.trained, self.optimizer, self.schedule, self.n_steps = trained, optimizer, schedule, len(plan)
         if self.config.resume:
             self.restore()
+        self.count_time()
         self.open()
         with tqdm(total=len(plan), initial=self.step, disable=self.config.quiet or None) as self.bar:
             for step in range(self.step, len(plan)):
                 torch.manual_seed(random.Random(f"{self.config.seed} {step}").getrandbits(62))
-                self.clock = time.time()
+                self.clock = now()                              # evaluations and checkpoints do not count
                 yield step, plan[step]
                 self.bar.update()
                 if self.config.save_every and (step + 1) % self.config.save_every == 0:
@@ -88,11 +100,17 @@ class Run:
         """One line of metrics.jsonl, and the progress bar's. Ends the step: the clock of the step stops."""
         metrics = {name: float(value.detach() if torch.is_tensor(value) else value)
                    for name, value in metrics.items()}
-        self.counts["seconds_training"] += time.time() - self.clock
+        self.count_time()
         self.step = step + 1
         self.write({"step": self.step, **metrics})
         shown = list(metrics.items())[:3]
         self.bar.set_postfix({name.split("/")[-1]: f"{value:.3g}" for name, value in shown})
+
+    def count_time(self):
+        """Add the time since the clock was set to the time of training, and set the clock anew."""
+        then, self.clock = self.clock, now()
+        for name, since, until in zip(("seconds_training", "cpu_seconds"), then, self.clock):
+            self.counts[name] += until - since
 
     def evaluation_due(self, step):
         """After every --eval_every steps, and after the last one."""
@@ -107,18 +125,26 @@ class Run:
         if self.config.resume and self.trained is None:
             return
         if not self.trace:
+            self.count_time()                                        # of what was made before training
             self.open()
         check_policy(self.policy, self.tokenizer, self.task, self.step)
-        metrics, samples = evaluate(self.config, self.task, self.policy, self.tokenizer, self.rewards,
-                                    self.samples.get("before"), self.ask if self.trace else str)
+        key = None if self.trace or self.known is None else what_initial_evaluation_needs(self.config)
+        metrics, samples = (self.known or {}).get(key) or evaluate(
+            self.config, self.task, self.policy, self.tokenizer, self.rewards, self.samples.get("before"),
+            self.ask if self.trace else str)
+        if key:
+            self.known[key] = metrics, samples
         self.samples["after" if self.trace else "before"] = samples
         metrics = {"step": self.step, **metrics, **own}
         self.write(metrics)
         self.trace.append(metrics | {"tokens_generated": self.counts["tokens_generated"],
-                                     "seconds_training": round(self.counts["seconds_training"], 2)})
+                                     "seconds_training": round(self.counts["seconds_training"], 2),
+                                     "cpu_seconds": round(self.counts["cpu_seconds"], 2)})
+        self.clock = now()
 
     def amend(self, **own):
         """Add metrics to the evaluation just made, where they need its samples (run.samples)."""
+        self.clock = now()                                          # making `own` was part of the evaluation
         if not own or self.config.resume and self.trained is None:
             return
         file = self.out / "metrics.jsonl"
@@ -263,9 +289,19 @@ def start(config):
     return Run(config, out, task, tokenizer, policy, rewards, began=began)
 
 
-def launch(train, config):
-    """One run of a method: its train(run) between start and finish. Returns the final metrics."""
+def what_initial_evaluation_needs(config):
+    """The options that can change the evaluation of the initial policy, as a text."""
+    names = sorted({option.name for option in fields(Config)} - OF_TRAINING)
+    return json.dumps([(name, getattr(config, name)) for name in names])
+
+
+def launch(train, config, known=None):
+    """One run of a method: its train(run) between start and finish. Returns the final metrics.
+
+    known: a dict that keeps the evaluations of initial policies for other runs: many arms begin with one.
+    """
     run = start(config)
+    run.known = known
     train(run)
     return run.finish()
 

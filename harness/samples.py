@@ -1,4 +1,8 @@
-"""What methods train on: samples of the policy, the task's pool of them, scored candidates, log-probs."""
+"""What methods train on: samples of the policy, the task's pool of them, scored candidates, log-probs.
+
+Costs are counted in run.counts here: tokens generated, the pool's too, and tokens that reward and reference
+read. Tokens of evaluations are not counted.
+"""
 import time
 
 import torch
@@ -6,6 +10,7 @@ import torch
 import common
 from common import UserError, warn
 from harness.evaluation import check_policy
+from harness.loading import demonstrations
 from harness.rewards import reward_to_maximise
 from harness.stages import check_finite
 from tasks import Ranking
@@ -18,8 +23,6 @@ def rollout(run, prompts, greedy=False):
     batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy,
                             config.max_new_tokens)
     run.counts["seconds_generating"] += time.time() - began
-    if run.bar is None:                  # before the first step; from then on run.steps and run.log keep time
-        run.counts["seconds_training"] += time.time() - began
     run.counts["tokens_generated"] += int(batch.lengths.sum())
     responses, ended = common.decode(run.tokenizer, batch), common.finished(run.tokenizer, batch)
     empty = sum(not text.strip() for text in responses)
@@ -38,8 +41,13 @@ def sample_rankings(run, prompts, n):
     """
     config, pool = run.config, run.task.pool
     fresh = run.step == 0 and not config.policy and config.temperature == 1
-    if fresh and all(len(pool.get(prompt, [])) >= n for prompt in prompts):
-        return [Ranking(prompt, pool[prompt][:n], [], ended=[True] * n) for prompt in prompts]
+    if fresh and all(prompt in pool and len(pool[prompt].responses) >= n for prompt in prompts):
+        rows = [Ranking(prompt, pool[prompt].responses[:n], [], ended=pool[prompt].ended[:n])
+                for prompt in prompts]
+        texts = [text for row in rows for text in row.responses]
+        ids = run.tokenizer(texts, add_special_tokens=False).input_ids
+        run.counts["tokens_generated"] += sum(map(len, ids)) + sum(sum(row.ended) for row in rows)     # EOS
+        return rows
     _, texts, ended = rollout(run, [prompt for prompt in prompts for _ in range(n)])
     rows = [slice(i * n, i * n + n) for i in range(len(prompts))]
     return [Ranking(prompt, texts[row], [], ended=ended[row].tolist()) for prompt, row in zip(prompts, rows)]
@@ -52,13 +60,30 @@ def distinct(ranking):
     return Ranking(prompt, *([values[i] for i in keep] if values else [] for values in (responses, *lists)))
 
 
-def scored(rankings, reward, step=0):
-    """The rankings with the reward's scores in place of their own. UserError where one is not finite."""
+def score(run, reward, prompts, responses):
+    """Rewards [N] of texts, which are read as complete. UserError where one is not finite."""
+    model = getattr(reward, "reward", reward)                                            # below its noise
+    before = getattr(model, "tokens", 0)
+    scores = reward(prompts, responses)
+    check_finite(scores.view(len(scores), -1).sum(1), run.step + 1, prompts, "the reward")
+    run.counts["tokens_scored_reward"] += getattr(model, "tokens", 0) - before
+    return scores
+
+
+def scored(run, rankings, reward):
+    """The rankings with the reward's scores in place of their own."""
     prompts = [ranking.prompt for ranking in rankings for _ in ranking.responses]
-    scores = reward(prompts, [text for ranking in rankings for text in ranking.responses])
-    check_finite(scores, step, prompts, "the reward")
-    scores = iter(scores.tolist())
+    texts = [text for ranking in rankings for text in ranking.responses]
+    scores = iter(score(run, reward, prompts, texts).tolist())
     return [ranking._replace(scores=[next(scores) for _ in ranking.responses]) for ranking in rankings]
+
+
+def scored_demonstrations(run, reward, n):
+    """The first n demonstrations, and a file's rated responses, as scored Rankings of one response each."""
+    rows = sum(demonstrations(run.config, run.task, n), [])
+    if not rows:
+        raise UserError("the data has no demonstrations: give rows of prompt and completion")
+    return scored(run, [Ranking(row.prompt, [row.response], [], ended=[True]) for row in rows], reward)
 
 
 def candidate_reward(run, sources):
@@ -106,7 +131,7 @@ def candidates(run, reward, given, n):
         rankings = [Ranking(row.prompt, row.responses + more.responses, [], ended=row.ended + more.ended)
                     for row, more in zip(rankings, given)]
     rankings = [distinct(row) for row in rankings]
-    rankings = scored(rankings, reward, run.step) if reward else rankings
+    rankings = scored(run, rankings, reward) if reward else rankings
     single = sum(len(row.responses) < 2 for row in rankings)
     tied = sum(len(set(row.scores)) < 2 for row in rankings) - single
     if single or tied:
@@ -116,16 +141,19 @@ def candidates(run, reward, given, n):
 
 
 @torch.no_grad()
-def response_logps(run, rows, model=None):
+def response_logps(run, rows, model=None, counted=""):
     """log pi(y|x) of every response, EOS included, and its length |y| in tokens: two tensors [N, k].
 
-    Without gradient. Of the policy as it is now, unless another model is given.
+    Without gradient. Of the policy as it is now, unless another model is given. The tokens that are read are
+    added to run.counts[counted].
     """
     model = model or run.policy
     values = torch.zeros(2, len(rows), len(rows[0].responses) if rows else 0, device=model.device)
     for part, batch in run.microbatches(rows):
         logps = common.sequence_logps(model, batch)
         values[:, part] = torch.stack([logps, batch.lengths.float()]).view(2, len(part), -1)
+        if counted:
+            run.counts[counted] += int(batch.attention_mask.sum())
     return values.unbind()
 
 

@@ -1,9 +1,10 @@
 """The referee: every method under one protocol, each paper's claim next to what was measured here.
 
-    python -m referee dpo --seeds 5     # run what is missing, then report; any flag of dpo.py works
+    python -m referee dpo --seeds 10    # run what is missing, then report; any flag of dpo.py works
     python -m referee dpo --jobs 4      # the same in four processes
     python -m referee dpo --report      # tables and figure from results/dpo.json; runs nothing. Runs with
                                         # other flags have a file of their own: give the same flags
+    python -m referee dpo --tune        # choose settings on validation seeds; --jobs, --report as above
     python -m referee --docs            # write the results into README.md and docs/*.md anew
 
 docs/protocol.md says how claims are judged.
@@ -13,12 +14,14 @@ import sys
 
 from harness import UserError
 
+OWN_FLAGS = "--report", "--tune"                # all others are the method's
+
 
 def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         return print(__doc__)
     # Imported here, so that a UserError of theirs (scipy is missing) is one line too.
-    from referee import docs, runs, tables
+    from referee import docs, runs, tables, tuning
     from referee.arms import given_flags, method_names
     if argv == ["--docs"]:
         return print("written:", *docs.write_all())
@@ -28,8 +31,12 @@ def main(argv):
     from transformers import HfArgumentParser
     Config = importlib.import_module(name).Config
     parser = HfArgumentParser(Config, prog=f"python -m referee {name}")
-    config = Config(**vars(parser.parse_args([flag for flag in flags if flag != "--report"])))
-    if "--report" in flags:
+    config = Config(**vars(parser.parse_args([flag for flag in flags if flag not in OWN_FLAGS])))
+    if "--tune" in flags and "--report" in flags:
+        tuning.report(name, given_flags(config))
+    elif "--tune" in flags:
+        tuning.tune(name, config)
+    elif "--report" in flags:
         tables.report(name, given=given_flags(config))
     else:
         runs.reproduce(name, config)

@@ -1,19 +1,22 @@
 """What an arm is, and which stored runs are its own.
 
 experiments/<method>.py names arms: settings of a method. An arm's key is a hash of its method, of the
-settings that differ from the method's defaults, and of the arm that it starts from. Seed, device and
-directories are not part of it, and neither is the code: after a change of an algorithm, move its JSON.
+settings that differ from the method's defaults, and of the arm that it starts from. The defaults are those
+that the results file holds: so a key stays, whatever the default of today is. Seed, device and directories
+are not part of it, and neither is the code: after a change of an algorithm, move its JSON.
 """
 import dataclasses
 import hashlib
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
 
 SET_HERE = {"seed", "seeds", "jobs", "out", "quiet", "reproduce", "resume"}      # filled in by the referee
+EVALUATION = {"eval_prompts": 512, "eval_samples": 8}          # of every arm, unless the user gave another
 NO_IDENTITY = SET_HERE | {"device"}                                    # options that make no other experiment
 # Options that all scripts share but every method tunes for itself: flags for one are not for the others.
 OWN = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "temperature"}
@@ -23,6 +26,7 @@ class Arm(NamedTuple):
     name: str
     method: str
     settings: dict             # keyword arguments of the method's Config
+    changes: dict              # those of them that are not the default
     start: Any                 # the Arm whose saved policy it starts from, or None
     key: str                   # hash of everything that makes it this experiment, the seed apart
 
@@ -37,36 +41,43 @@ def experiments_of(method_name):
     return importlib.import_module(f"experiments.{method_name}").EXPERIMENTS
 
 
-def differences(config):
-    """The settings that are not the default.
+def differences(config, then={}):
+    """The settings that are not the default, where `then` are defaults of another day that count instead.
 
-    One whose default is None was perhaps filled in from the others (a learning rate that depends on the
+    An option whose default is None was perhaps filled in from the others (a learning rate that depends on the
     model). Another method fills it in otherwise, so it counts only if it was really given.
     """
-    values, default = vars(config), vars(type(config)())
-    chosen = {f.name: values[f.name] for f in dataclasses.fields(config)
-              if f.default is not None and values[f.name] != default[f.name]}
-    filled = vars(type(config)(**{k: v for k, v in chosen.items() if k not in SET_HERE}))
-    return chosen | {f.name: values[f.name] for f in dataclasses.fields(config)
-                     if f.default is None and values[f.name] != filled[f.name]}
+    values, now = vars(config), vars(type(config)())
+    plain = {f.name for f in dataclasses.fields(config) if f.default is not None}
+    filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE}))
+    usual = {k: then.get(k, now[k]) if k in plain or filled[k] == now[k] else filled[k] for k in now}
+    return {k: v for k, v in values.items() if v != usual[k]}
 
 
 def given_flags(config):
-    """What the user chose, as far as it reaches the arms."""
-    return {k: v for k, v in differences(config).items() if k not in SET_HERE}
+    """What the user chose, as far as it reaches the arms.
+
+    Only the command line tells whether an option of EVALUATION was given that is the script's own default.
+    """
+    said = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv if word.startswith("--")}
+    chosen = {k: v for k, v in differences(config).items() if k not in SET_HERE}
+    return chosen | {k: getattr(config, k) for k in EVALUATION if k in said}
 
 
-def identity(config):
+def identity(config, then={}):
     """The settings that make it another experiment."""
-    return {k: v for k, v in differences(config).items() if k not in NO_IDENTITY}
+    return {k: v for k, v in differences(config, then).items() if k not in NO_IDENTITY}
 
 
 def config_of(arm, **more):
     return importlib.import_module(arm.method).Config(**arm.settings | more)
 
 
-def plan(method_name, given):
-    """{experiment: {name: Arm}}, an arm after the one that it starts from; `given` are the user's flags."""
+def plan(method_name, given, experiments=None, then={}):
+    """{experiment: {name: Arm}}, an arm after the one that it starts from; `given` are the user's flags.
+
+    Args: experiments: as in EXPERIMENTS, which they are by default. then: {method: its defaults} of a file.
+    """
     situation = {f.name for f in dataclasses.fields(harness.Config)} - OWN
 
     def add(name, experiment, arms):
@@ -74,18 +85,20 @@ def plan(method_name, given):
             return arms[name]
         overrides = dict(experiment["arms"][name])
         method = overrides.pop("method", method_name)
-        start = overrides.pop("start", None)
+        # SteerLM has an option --start: "start" is an arm only where an arm has that name.
+        start = overrides.pop("start") if overrides.get("start") in experiment["arms"] else None
         starter = add(start, experiment, arms) if start else None
         # dpo's --beta is not rso's, nor is its --lr: another method gets only the model, the data and so on.
-        settings = {k: v for k, v in given.items() if method == method_name or k in situation} | overrides
-        config = importlib.import_module(method).Config(**settings)
-        text = json.dumps([method, identity(config), starter and starter.key], sort_keys=True, default=str)
+        reaching = {k: v for k, v in given.items() if method == method_name or k in situation}
+        settings = experiment.get("evaluation", EVALUATION) | reaching | overrides
+        changes = identity(importlib.import_module(method).Config(**settings), then.get(method, {}))
+        text = json.dumps([method, changes, starter and starter.key], sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
-        arms[name] = Arm(name, method, settings, starter, key)
+        arms[name] = Arm(name, method, settings, changes, starter, key)
         return arms[name]
 
     planned = {}
-    for title, experiment in experiments_of(method_name).items():
+    for title, experiment in (experiments or experiments_of(method_name)).items():
         planned[title] = {}
         for name in experiment["arms"]:
             add(name, experiment, planned[title])
@@ -95,16 +108,19 @@ def plan(method_name, given):
 def default_arm(method_name, given, untrained=False):
     """(experiment, arm) that is nearest to the method's default run, or None.
 
-    Of the method's own arms that start from no other arm: the first with the fewest settings that differ from
-    the defaults. How often a run is evaluated does not count. With `untrained`: of the arms of 0 epochs (the
-    policy that every method starts from), else of all others.
+    Of the method's own arms that start from no other arm, and are evaluated at their own temperature: the
+    first with the fewest settings that differ from the defaults. How often, and on how many prompts, a run is
+    evaluated does not count. With `untrained`: of the arms of 0 epochs (the policy that every method starts
+    from), else of all others.
     """
     found = []
     for title, arms in plan(method_name, given).items():
         for arm in arms.values():
             config = config_of(arm)
-            if arm.method == method_name and not arm.start and (config.epochs == 0) == untrained:
-                found.append((len(identity(config).keys() - {"eval_every"}), title, arm))
+            changes = identity(config).keys() - {"eval_every", *EVALUATION}
+            own = arm.method == method_name and not arm.start and "eval_temperature" not in changes
+            if own and (config.epochs == 0) == untrained:
+                found.append((len(changes), title, arm))
     return min(found, key=lambda entry: entry[0])[1:] if found else None
 
 
@@ -113,13 +129,6 @@ def defaults(method_names):
     configs = {name: importlib.import_module(name).Config() for name in sorted(method_names)}
     return {name: {k: v for k, v in dataclasses.asdict(config).items() if k not in NO_IDENTITY}
             for name, config in configs.items()}
-
-
-def outdated(results):
-    """Has a default changed under the stored runs? An option that is new since then is no change."""
-    now = defaults(results.get("defaults", {}))
-    return any(now[name].get(k, v) != v
-               for name, then in results.get("defaults", {}).items() for k, v in then.items())
 
 
 def load(path):

@@ -1,6 +1,6 @@
-"""Blocks in Markdown files that are made from results/*.json: in README.md and in docs/<method>.md.
+"""Blocks in Markdown files that are made from results/: in README.md and in docs/<method>.md.
 
-A block stands between two marks, each on a line of its own (BEGIN and END below). Edit nothing between them:
+A block stands between two marks, each on a line of its own (MARKS below). Edit nothing between them:
     python -m referee --docs
 writes every block anew, and draws the README's figure. All paths are below the current directory.
 """
@@ -12,20 +12,26 @@ from harness import UserError
 from referee import figures
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
-from referee.tables import (COLUMNS, RULES, arm_rows, claim_rows, collect, markdown_table, provenance,
-                            stored)
+from referee.tables import (COLUMNS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
+                            markdown_table, provenance, stored)
+from referee.tuning import tuning_block
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->")}
 SFT = "SFT"
 FIGURE = Path("results/methods.png")
-OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
-            "seconds": "seconds"}
+OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/fluency": "fluency",
+            "cpu_seconds": "CPU s", "state_mb": "MB trained"}
+MEANINGS = {"KL, nats": "KL is to that policy.",
+            "CPU s": "CPU seconds are of training on one thread, evaluation excluded.",
+            "MB trained": "MB trained are the weights that are trained, their gradients and the optimizer's "
+                          "moments, in megabytes."}
 
 
 def method_block(name, results_dir="results"):
     """A method's page: claims and verdicts, the arms of every experiment, the figure, seeds and software."""
     if not (Path(results_dir) / f"{name}.json").exists():
-        return f"Not run yet: `python -m referee {name} --seeds 5`."
+        return f"Not run yet: `python -m referee {name} --seeds 10`."
     results = stored(name, results_dir)
     view, collected = shown(name, results), collect(name, results)
     claims = claim_rows(name, view, collected)
@@ -35,6 +41,8 @@ def method_block(name, results_dir="results"):
     for title, experiment in experiments_of(name).items():
         rows = arm_rows(collected[title], experiment.get("columns", COLUMNS))
         parts += [f"**{title}**: {experiment['question']}", markdown_table(rows)]
+    if costs := cost_rows(collected):
+        parts += [COSTS_ARE, markdown_table(costs)]
     if (Path(results_dir) / f"{name}.png").exists():
         parts.append(f"![{name}: figure](../{Path(results_dir).name}/{name}.png)")
     parts.append(f"{RULES} More: [protocol](protocol.md).")
@@ -77,12 +85,12 @@ def overview(results_dir="results"):
 def overview_block(results_dir="results"):
     """README: a row for each method's default run; before them, where it is stored, SFT's."""
     rows, others, sources = overview(results_dir)
-    header, *body = arm_rows({name: runs for name, (_, runs) in rows.items()}, OVERVIEW)
-    table = [["method", *header[1:]]]
+    header, *body = arm_rows({name: runs for name, (_, runs) in rows.items()}, OVERVIEW, "method")
+    table = [header]
     for name, *cells in body:
         table.append([name if name == SFT else f"[{name}](docs/{name}.md)", *cells])
-    text = ("SFT is the policy that every method starts from. ± is half a 95% confidence interval over "
-            "seeds. KL is in nats, to that policy. Seconds are for the whole run, evaluation included.")
+    text = " ".join(["SFT is the policy that every method starts from. ± is half a 95% confidence interval "
+                     "over seeds.", *(MEANINGS[word] for word in header if word in MEANINGS)])
     if others:
         text += (f" From other seeds or an older build of the task's models: {', '.join(others)}. Compare "
                  "with the other rows only roughly.")
@@ -91,36 +99,44 @@ def overview_block(results_dir="results"):
     return "\n\n".join([markdown_table(table), text, *where])
 
 
-def block(path, results_dir="results"):
+def block(path, kind="results", results_dir="results"):
     """What has to stand between the marks of a file."""
     name = Path(path).stem
-    if name.startswith("README"):
+    if name.startswith("README") and kind == "results":
         return overview_block(results_dir)
     if name not in method_names():
-        raise UserError(f"{path} is not the page of a method: it may not have the line {BEGIN}")
-    return method_block(name, results_dir)
+        raise UserError(f"{path} is not the page of a method: it may not have the line {MARKS[kind][0]}")
+    return method_block(name, results_dir) if kind == "results" else tuning_block(name, results_dir)
 
 
-def split(path):
-    """The lines before, between and after the marks."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    if lines.count(BEGIN) != 1 or lines.count(END) != 1 or lines.index(BEGIN) > lines.index(END):
-        raise UserError(f"{path} lacks the lines {BEGIN} and {END}, once each and in this order")
-    begin, end = lines.index(BEGIN), lines.index(END)
-    return lines[:begin], lines[begin + 1:end], lines[end + 1:]
+def split(path, kind="results"):
+    """The lines before, between and after the marks of this kind."""
+    lines, (begin, end) = Path(path).read_text(encoding="utf-8").split("\n"), MARKS[kind]
+    if lines.count(begin) != 1 or lines.count(end) != 1 or lines.index(begin) > lines.index(end):
+        raise UserError(f"{path} lacks the lines {begin} and {end}, once each and in this order")
+    first, last = lines.index(begin), lines.index(end)
+    return lines[:first], lines[first + 1:last], lines[last + 1:]
+
+
+def kinds(path):
+    """The kinds of marks that a file has."""
+    lines = set(Path(path).read_text(encoding="utf-8").split("\n"))
+    return [kind for kind, marks in MARKS.items() if lines & set(marks)]
 
 
 def pages():
     """README and the pages in docs/ that have marks."""
-    found = [*sorted(Path().glob("README*.md")), *sorted(Path("docs").glob("*.md"))]
-    return [path for path in found if {BEGIN, END} & set(path.read_text(encoding="utf-8").split("\n"))]
+    return [path for path in [*sorted(Path().glob("README*.md")), *sorted(Path("docs").glob("*.md"))]
+            if kinds(path)]
 
 
 def write(path, results_dir="results"):
-    """Write the block of a file anew; UserError if the file has no marks."""
-    before, _, after = split(path)
-    lines = [*before, BEGIN, block(path, results_dir), END, *after]
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    """Write the blocks of a file anew; UserError if the file has no marks."""
+    for kind in kinds(path) or ["results"]:
+        before, _, after = split(path, kind)
+        begin, end = MARKS[kind]
+        lines = [*before, begin, block(path, kind, results_dir), end, *after]
+        Path(path).write_text("\n".join(lines), encoding="utf-8")
 
 
 def write_all():
@@ -128,7 +144,8 @@ def write_all():
     found = pages()
     for path in found:
         write(path)
-    if importlib.util.find_spec("matplotlib"):
-        figures.draw_overview({name: runs for name, (_, runs) in overview()[0].items()}, FIGURE)
+    rows = {name: runs for name, (_, runs) in overview()[0].items()}
+    if rows and importlib.util.find_spec("matplotlib"):
+        figures.draw_overview(rows, FIGURE)
         found.append(FIGURE)
     return found

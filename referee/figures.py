@@ -1,198 +1,229 @@
-"""The figure of a method: one row an experiment, one column a panel. Needs matplotlib.
+"""Figures, to be read on a wall: one row an experiment, one column a panel (docs/protocol.md).
 
-A panel is a dict: lines (x, y over the trace), or kind="bars", "curve" or "matrix" (docs/protocol.md).
+12 inches are 1600 pixels, no type is below 13 points. Whiskers are 95% intervals. Black: not trained.
 """
 import importlib
-import itertools
 import math
 import re
-from statistics import fmean
+import textwrap
+from itertools import cycle, product
 
 import numpy as np
 
 from referee.statistics import plus_minus, t_interval, value
 
-SINGLES = "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C00", "#0072B2", "#F0E442"
-STYLES = "-", "--", ":", "-.", "-"
-NAMES = {"eval/kl": "KL", "eval/win_rate": "win rate"}
+STYLE = {"font.size": 13, "axes.titlesize": 14, "errorbar.capsize": 4, "axes.formatter.min_exponent": 7,
+         "legend.handlelength": 3, "axes.spines.top": False, "axes.spines.right": False}
+COLOURS = "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#E69F00"             # safe for colour-blind people
+SHADES = "#440154", "#3B528B", "#21918C", "#5EC962", "#A0DA39"               # dark to light
+ABOVE = dict(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=2)    # a legend over the axes
+SIDES = [way for way in product((-1, -0.5, 0, 0.5, 1), repeat=2) if 1 in map(abs, way)]         # of a point
+DASHES = "-", "--", ":", "-."
+NAMES = {"eval/gold": "gold reward", "eval/proxy": "proxy reward", "eval/kl": "KL to the initial policy"}
+UNIT = {"eval/proxy": ", SFT standard deviations", "eval/kl": ", nats", "eval/fluency": ", share that parses"}
 
 
-def name_of(metric):
-    return NAMES.get(metric, metric.removeprefix("eval/"))
+def name_of(*metrics, unit=False):                                               # the unit of a single metric
+    names = [NAMES.get(metric, metric.split("/")[-1].replace("_", " ")) for metric in metrics]
+    return ", ".join(names) + (UNIT.get(metrics[0], "") if unit and len(metrics) == 1 else "")
 
 
-def finite(half):
-    """The half-width to draw: none where one seed says nothing about the spread."""
-    return half if math.isfinite(half) else 0
+def interval(values):
+    """Mean and half-width of the numbers among the values: half-width 0 of a single one, mean nan of none."""
+    values = [v for v in values if v is not None and math.isfinite(v)]
+    return t_interval(values) if len(values) > 1 else (values[0] if values else math.nan, 0.0)
+
+
+def final(arms, name, metric):
+    return interval(value(run, metric) for run in arms.get(name, {}).values())
 
 
 def colours(arms):
-    """{arm: colour}. Arms that differ only in a number share a hue, light to dark; the rest take Okabe and
-    Ito's colour-blind-safe set. Black is for what was not trained (SFT): its trace ends where it began."""
-    import matplotlib
-    number = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
-    chosen = {name: "black" for name, runs in arms.items()
-              if all(r["trace"][0] == r["trace"][-1] for r in runs.values())}
-    families = {}
-    for name in (name for name in arms if name not in chosen):
-        families.setdefault(number.sub("#", name), []).append(name)
-    ramps = itertools.cycle(("Blues", "Purples"))
-    singles = itertools.cycle(SINGLES)
-    for family in families.values():
-        if len(family) < 3:
-            chosen.update(zip(family, singles))
-            continue
-        family.sort(key=lambda name: float(number.search(name).group()))
-        ramp = matplotlib.colormaps[next(ramps)]
-        chosen.update((name, ramp(0.4 + 0.6 * i / (len(family) - 1))) for i, name in enumerate(family))
-    return chosen
+    """{arm: colour}. Arms that differ only in a number get shades, more than five arms the same colour."""
+    rest = [name for name in arms if any(r["trace"][0] != r["trace"][-1] for r in arms[name].values())]
+    alike = len(rest) > 2 and len({re.sub(r"[\d.]+(e-?\d+)?", "", name) for name in rest}) == 1
+    hues = COLOURS[:1] if len(rest) > len(COLOURS) else SHADES if alike else COLOURS
+    return dict.fromkeys(arms, "black") | dict(zip(rest, cycle(hues)))
+
+
+def place_labels(figure):
+    """Each label goes where it covers no other label and little else. A thin line leads to it."""
+    figure.draw_without_rendering()                                   # before that nothing has its position
+    for ax in figure.axes:
+        frame, scale, taken = ax.get_window_extent(), figure.dpi / 72, []
+        paths = [line.get_transform().transform(line.get_xydata()) for line in ax.lines]
+        paths += [ax.transData.transform(bar) for bars in ax.collections for bar in bars.get_segments()]
+        marks = np.array([np.linspace(a, b, 40) for path in paths for a, b in zip([*path[:1], *path], path)])
+        for text in (text for text in ax.texts if text.get_gid() == "label"):
+            size = super(type(text), text).get_window_extent().size                   # without the line to it
+            point, choices = ax.transData.transform(text.xy), []
+            for far, way in product((8, 14, 22, 33, 50, 75, 110), SIDES):
+                corner = point + (far * scale + size / 2) * way - size / 2
+                low, high = corner - 3, corner + size + 3
+                faults = sum(np.all((box < high) & (box + other > low)) for box, other in taken)
+                faults += np.any(low < frame.min) or np.any(high > frame.max)
+                covered = np.all((marks > low) & (marks < high), axis=-1).sum()
+                choices.append((1000 * faults + covered + far / 4, *corner))
+            corner = np.array(min(choices)[1:])
+            text.set_position((corner - point) / scale)
+            taken.append((corner, size))
+
+
+def track(run, panel, y):
+    """{step: (x, y)} of a run: all evaluations, the ends of rounds, or (kind="points") the final values."""
+    trace = [run | {"step": 0}] if panel.get("kind") == "points" else run["trace"]
+    return {e["step"]: pair for e in trace if (e is trace[0] or e["step"] % panel.get("ends", 1) == 0)
+            and None not in (pair := (e.get(panel["x"]), e.get(y))) and all(map(math.isfinite, pair))}
 
 
 def draw_lines(ax, panel, arms, palette, curves):
-    """y over x along the trace, means over seeds; at its end the 95% intervals of both."""
-    x = panel["x"]
-    for name in arms:
-        untrained, colour = palette[name] == "black", palette[name]
-        for y, style in zip(panel["y"], STYLES):
-            points = [[(e[x], e[y]) for e in run["trace"] if e.get(x) is not None and e.get(y) is not None]
-                      for run in arms[name].values()]
-            length = min(map(len, points), default=0)
-            if not length:
-                continue
-            points = np.array([p[:length] for p in points])                       # [seeds, positions, 2]
-            means = points.mean(axis=0)
-            bars = [finite(t_interval(points[:, -1, i].tolist())[1]) for i in (0, 1)]
-            label = name if len(panel["y"]) == 1 else f"{name}: {y.removeprefix('eval/')}"
-            ax.plot(*means.T, style, color=colour, label=None if untrained else label, linewidth=1.8)
-            ax.errorbar(*means[-1], xerr=bars[0], yerr=bars[1], color=colour, linewidth=1, capsize=2,
-                        fmt="*" if untrained else "o", markersize=13 if untrained else 5,
-                        zorder=4 + untrained, label=label if untrained else None)
-    column = {"eval/kl": 1, "eval/gold": 2, "eval/proxy": 3}
-    curves = [curve for curve in curves.values() if curve]
-    if panel.get("best_of_n") and curves:
-        means = np.mean(curves, axis=0)
-        for y in panel["y"]:
-            ax.plot(means[:, column[x]], means[:, column[y]], "--", color="grey", linewidth=1.5, zorder=1,
-                    label=f"best of n, n up to {means[-1, 0]:.0f}")
-    ax.set_xlabel(name_of(x) + (" to the reference, nats" if x == "eval/kl" else ""))
-    ax.legend(fontsize=9, framealpha=0.7)
+    """y over x, means over seeds, with the intervals of both at the end; with `ends`, at every point."""
+    x, several, labels = panel["x"], len(panel["y"]) > 1, []
+    for (name, runs), (y, dash, hue) in product(arms.items(), zip(panel["y"], cycle(DASHES), cycle(COLOURS))):
+        tracks = [found for run in runs.values() if (found := track(run, panel, y))]
+        steps = sorted(set.intersection(*map(set, tracks))) if tracks else []
+        if steps:
+            spread = np.array([[interval(t[step][i] for t in tracks) for i in (0, 1)] for step in steps])
+            colour, star = hue if several and len(arms) == 1 else palette[name], palette[name] == "black"
+            ax.plot(*spread[..., 0].T, dash, color=colour, linewidth=2.5)
+            shown = spread if "ends" in panel else spread[-1:]
+            ax.errorbar(*shown[..., 0].T, shown[:, 1, 1], shown[:, 0, 1], fmt="*" if star else "o",
+                        color=colour, markersize=16 if star else 8, zorder=4)
+            words = [name] * (len(arms) > 1 or not several) + [name_of(y)] * several
+            labels.append((spread[-1, :, 0], ", ".join(words), colour))
+    column, curves = {"eval/kl": 1, "eval/gold": 2, "eval/proxy": 3}, [c for c in curves.values() if c]
+    for y in panel["y"] if panel.get("best_of_n") and curves else ():
+        means = np.mean(list(zip(*curves)), axis=1)[:, [0, column[x], column[y]]]
+        ax.plot(*means[:, 1:].T, "--", color="black", zorder=1)
+        labels.append((means[-1, 1:], f"best of {means[-1, 0]:.0f}", "black"))
+    for point, text, colour in labels:
+        ax.annotate(text, point, (6, 6), textcoords="offset points", va="bottom", gid="label", color=colour,
+                    in_layout=False, arrowprops=dict(arrowstyle="-", color=colour, shrinkA=1, shrinkB=3))
+    if panel.get("root"):
+        ax.set_xscale("function", functions=(lambda v: np.sign(v) * abs(v) ** 0.5, lambda v: v * abs(v)))
+    ax.margins(0.12)
+    ax.set(xlabel=name_of(x, unit=True), ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
 
 
-def draw_bars(ax, panel, arms, palette):
-    """The final value of each metric in y for each arm, with its 95% interval."""
-    log, several = panel.get("log", False), len(panel["y"]) > 1
-    thickness = 0.8 / len(panel["y"])
-    for j, y in enumerate(panel["y"]):
-        for i, (name, runs) in enumerate(arms.items()):
-            values = [v for run in runs.values() if (v := value(run, y)) is not None]
-            if values:
-                mean, half = t_interval(values)
-                ax.barh(i + (j - (len(panel["y"]) - 1) / 2) * thickness, mean, thickness * 0.92,
-                        color=SINGLES[j] if several else palette[name],
-                        label=y.split("/")[-1] if i == 0 else None,
-                        xerr=half if math.isfinite(half) else None, capsize=3)
-    if log:
-        ax.set_xscale("log")
-    ax.set_yticks(range(len(arms)), list(arms))
-    ax.invert_yaxis()
-    if not log:
-        ax.axvline(0, color="black", linewidth=0.8)
-    if several:                                                         # below the axes: bars leave no room
-        ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
+def draw_bars(ax, panel, arms, *_):
+    """The final value of each metric in y for each arm: a bar, its interval, the number beside it."""
+    (low, high), n, log = panel.get("limit", (-math.inf, math.inf)), len(panel["y"]), panel.get("log")
+    for j, (y, colour) in enumerate(zip(panel["y"], cycle(COLOURS))):
+        bars = [(i + 0.8 * (j + 0.5) / n - 0.4, *final(arms, name, y)) for i, name in enumerate(arms)]
+        bars = [bar for bar in bars if bar[1] > (0 if log else -math.inf)]                        # never nan
+        places, means, halves = zip(*bars) if bars else ((), (), ())
+        ax.barh(places, means, 0.72 / n, xerr=halves, color=colour, label=name_of(y))
+        for place, mean, half in bars:
+            over, under, number = mean > high, mean < low, plus_minus(mean, math.inf, size=1)
+            text = f"{number} →" if over else f"← {number}" if under else number
+            at = low if under else min(max(mean + half, 0, low), high)
+            ax.annotate(text, (at, place), (0 if over or under else 6, 0), textcoords="offset points",
+                        ha="right" if over else "left", va="center", annotation_clip=False,
+                        bbox=dict(fc="white", ec="none", pad=1) if over or under else None)
+    ax.axvline(0, color="black", linewidth=0.8)
+    start = min((bar.get_width() for bar in ax.patches), default=0) / 4 if log else None  # whiskers may reach 0
+    ax.set(xscale="log" if start else "linear", xlim=panel.get("limit", (start, None)),
+           yticks=range(len(arms)), yticklabels=[textwrap.fill(name, 28) for name in arms],
+           ylim=(len(arms) - 0.5, -0.5), xlabel=panel.get("label", name_of(y, unit=True) if n == 1 else ""))
+    if n > 1:
+        ax.legend(**ABOVE)
 
 
-def draw_curve(ax, panel, arms, palette):
-    """run[panel["curve"]], a list of {x, y, ...} with the same x for every seed: means and 95% intervals.
+def draw_line(ax, panel, arms, *_):
+    """Final values over a number, a line for each series; dashed, the mean of each arm in levels."""
+    numbers = sorted(set().union(*panel["series"].values()))
+    said = {y: f", {name_of(y)}" if len(panel["y"]) > 1 else "" for y in panel["y"]}
+    for ((name, found), y), hue in zip(product(panel["series"].items(), panel["y"]), cycle(COLOURS)):
+        points = [(number, *final(arms, found[number], y)) for number in sorted(found)]
+        ax.errorbar(*zip(*points), color=hue, marker="o", lw=2.5, elinewidth=1.5, label=name + said[y])
+    for (name, arm), dash in zip(panel.get("levels", {}).items(), cycle(DASHES[1:])):
+        for y, hue in zip(panel["y"], COLOURS if len(panel["y"]) > 1 else ["black"]):
+            ax.axhline(final(arms, arm, y)[0], ls=dash, color=hue, zorder=1, label=name + said[y])
+    ax.set(xscale="log" if panel.get("log") else "linear", xticks=numbers, xlabel=panel["x"],
+           xticklabels=[f"{number:,g}" for number in numbers],
+           ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
+    ax.minorticks_off()
+    ax.legend(**ABOVE)
 
-    The diagonal is where x and y are equal.
-    """
+
+def draw_curve(ax, panel, arms, palette, *_):
+    """run[panel["curve"]], a list of {x, y, ...} with the same x for every seed. On the diagonal, x is y."""
     for name, runs in arms.items():
-        curves = [run[panel["curve"]] for run in runs.values() if run.get(panel["curve"])]
-        for j, (y, style) in enumerate(zip(panel["y"], STYLES)) if curves else ():
-            rows = [row for row in zip(*curves) if all(point.get(y) is not None for point in row)]
-            spread = [t_interval([point[y] for point in row]) for row in rows]
-            x = [fmean(point[panel["x"]] for point in row) for row in rows]
-            ax.errorbar(x, [mean for mean, _ in spread], [finite(half) for _, half in spread], capsize=2,
-                        linestyle=style, marker="o", markersize=4,
-                        label=name if len(panel["y"]) == 1 else f"{name}: {y}",
-                        color=palette[name] if len(arms) > 1 else SINGLES[j])
-    ax.axline((0, 0), slope=1, color="grey", linewidth=1, linestyle="--", zorder=0)
-    ax.set_xlabel("asked for")
-    ax.legend(fontsize=9, framealpha=0.7)
+        rows = list(zip(*(run[panel["curve"]] for run in runs.values() if run.get(panel["curve"]))))
+        for y, dash, hue in zip(panel["y"], cycle(DASHES), cycle(COLOURS)):
+            points = [(row[0][panel["x"]], *interval(p.get(y) for p in row)) for row in rows]
+            points = [point for point in points if math.isfinite(point[1])]
+            if points:
+                words = [name] * (len(arms) > 1 or len(panel["y"]) == 1) + [y] * (len(panel["y"]) > 1)
+                ax.errorbar(*zip(*points), color=palette[name] if len(arms) > 1 else hue, ls=dash, marker="o",
+                            lw=2.5, elinewidth=1.5, label=": ".join(words))
+    ax.axline((0, 0), slope=1, color="black", linewidth=1, linestyle="--", zorder=0)
+    ax.set(xlabel="asked for", ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
+    ax.legend(handles=ax.containers, frameon=bool(ax.containers))
 
 
-def draw_matrix(ax, panel, arms):
-    """run[panel["matrix"]], {row: {column: number}}: means over seeds of one arm, written into the cells."""
-    matrices = [run[panel["matrix"]] for runs in arms.values() for run in runs.values()
-                if run.get(panel["matrix"])]
-    if not matrices:
-        return ax.set_axis_off()
-    names = list(matrices[0])
-    cells = [[[m[row][column] for m in matrices if m[row][column] is not None] for column in names]
-             for row in names]
-    spread = [[t_interval(values) if values else (math.nan, math.inf) for values in line] for line in cells]
-    ax.imshow([[mean for mean, _ in line] for line in spread], cmap="PuOr", vmin=-1, vmax=1)
-    for i, line in enumerate(spread):
-        for j, (mean, half) in enumerate(line):
-            ax.text(j, i, plus_minus(mean, half, size=1), ha="center", va="center", fontsize=9,
-                    color="white" if abs(mean) > 0.7 else "black")
-    ax.set_xticks(range(len(names)), names, rotation=20)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylabel("asked for one level more")
-    ax.set_xlabel("levels more in the responses")
-
-
-def draw_panel(ax, panel, arms, palette, curves):
-    names = ", ".join(map(name_of, panel.get("y", ())))
-    ax.set_title(panel.get("title", ""), fontsize=11)
-    if panel.get("kind") == "bars":
-        ax.set_xlabel(names if len(panel["y"]) == 1 else "")
-        draw_bars(ax, panel, arms, palette)
-    elif panel.get("kind") == "curve":
-        ax.set_ylabel(names)
-        draw_curve(ax, panel, arms, dict(zip(arms, itertools.cycle(SINGLES))))     # distinct within the panel
-    elif panel.get("kind") == "matrix":
-        draw_matrix(ax, panel, arms)
+def draw_matrix(ax, panel, arms, *_):
+    """Means over seeds in a table: run[panel["matrix"]], {row: {column: number}}, or final values of arms."""
+    if "matrix" in panel:
+        found = [m for runs in arms.values() for run in runs.values() if (m := run.get(panel["matrix"]))]
+        if not found:
+            return ax.set_axis_off()
+        rows = columns = list(found[0])
+        cells = np.array([[interval(m[row][column] for m in found) for column in columns] for row in rows])
+        ax.set(xlabel="levels more in the responses", ylabel="asked for one level more")
     else:
-        ax.set_ylabel(names)
-        draw_lines(ax, panel, arms, palette, curves)
+        rows, columns = panel["rows"], panel["columns"]
+        cells = np.array([[final(arms, panel["name"].format(row=row, column=column), panel["y"][0])
+                           for column in columns] for row in rows])
+    low, high, cmap = (-1, 1, "PuOr") if "matrix" in panel else (*panel.get("limit", (None, None)), "Blues")
+    image = ax.imshow(cells[..., 0], cmap, aspect="auto", vmin=low, vmax=high)
+    for (i, j), mean in np.ndenumerate(cells[..., 0]):
+        if math.isfinite(mean):
+            text = plus_minus(mean, cells[i, j, 1] or math.inf, size=1).replace(" ", "\n")
+            dark = sum(image.cmap(image.norm(mean))[:3]) < 1.5
+            ax.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+    ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
 
 
-def draw_overview(arms, path):
-    """Gold and KL of {method: {seed: run}}, side by side."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 1.2 + 0.35 * len(arms)), dpi=160, layout="constrained")
-    palette = dict.fromkeys(arms, "#0072B2")
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        for ax, y in zip(figure.subplots(1, 2), ("eval/gold", "eval/kl")):
-            ax.set_xlabel({"eval/gold": "gold reward", "eval/kl": "KL, nats"}[y])
-            draw_bars(ax, {"y": [y]}, arms, palette)
-    figure.savefig(path, metadata={"Software": None})
+def height(panel, arms):                                                                          # in inches
+    kind, n, long = panel.get("kind"), len(panel.get("y", ())), any(len(name) > 28 for name in arms)
+    bars = max(2.4, 1.2 + 0.24 * (n + len(arms) * max(1.5, 1.1 * n, 2.2 * long)))
+    return bars if kind == "bars" else 1.2 + 0.75 * len(panel["rows"]) if kind == "grid" else 4.8
+
+
+def draw_rows(rows, curves, path):
+    """A figure of rows: (title, panels, {arm: runs})."""
+    import matplotlib.figure
+    kinds = {"lines": draw_lines, "points": draw_lines, "bars": draw_bars, "line": draw_line,
+             "curve": draw_curve, "grid": draw_matrix, "matrix": draw_matrix}
+    heights = [0.5 + max(height(p, p.get("arms") or arms) for p in panels) for _, panels, arms in rows]
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure((12, sum(heights)), 1600 / 12, layout="constrained")
+        parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for part, (title, panels, found) in zip(parts, rows):
+            part.suptitle(textwrap.fill(title, 10 + len(title) // (1 + len(title) // 85)), fontweight="bold")
+            left = None
+            for ax, panel in zip(part.subplots(1, len(panels), squeeze=False)[0], panels):
+                arms = {name: found.get(name, {}) for name in panel.get("arms") or found}
+                kind = panel.get("kind", "lines")
+                kinds[kind](ax, panel, arms, colours(arms), curves)
+                above = ax.get_legend().get_texts() if kind in ("bars", "line") and ax.get_legend() else []
+                words = panel.get("title", name_of(*panel["y"], unit=True) if kind == "grid" else "")
+                ax.set_title(textwrap.fill(words, 100 // len(panels)), pad=8 + 25 * math.ceil(len(above) / 2))
+                ax.tick_params("y", labelleft=kind != "bars" or left != ("bars", list(arms)))
+                left = kind, list(arms)                              # the same names are not written twice
+        place_labels(figure)
+        figure.savefig(path, metadata={"Software": None})
+
+
+def draw_overview(arms, path):                                                       # {method: {seed: run}}
+    draw_rows([("", [dict(kind="points", x="eval/kl", y=["eval/gold"]), dict(kind="bars", y=["eval/gold"])],
+                arms)], {}, path)
 
 
 def draw(method_name, results, collected, path):
-    """All panels of a method, 1600 pixels wide. Bars and whiskers are 95% intervals over seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
     experiments = importlib.import_module(f"experiments.{method_name}").EXPERIMENTS
-    experiments = {title: e for title, e in experiments.items() if e.get("panels")}
-    if not experiments:
-        return
-    columns = max(len(e["panels"]) for e in experiments.values())
-    width = max(5.4 * columns, 9)
-    figure = Figure(figsize=(width, 4.3 * len(experiments)), dpi=1600 / width, layout="constrained")
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        rows = figure.subfigures(len(experiments), 1, squeeze=False)[:, 0]
-        for row, (title, experiment) in zip(rows, experiments.items()):
-            row.suptitle(f"{title}: {experiment['question']}", fontweight="bold")
-            palette = colours(collected[title])
-            axes = row.subplots(1, columns, squeeze=False)[0]
-            for ax in axes[len(experiment["panels"]):]:
-                ax.set_axis_off()
-            for ax, panel in zip(axes, experiment["panels"]):
-                arms = {name: collected[title][name] for name in panel.get("arms") or collected[title]}
-                draw_panel(ax, panel, arms, palette, results["best_of_n"])
-        figure.savefig(path, metadata={"Software": None})
+    rows = [(f"{title}: {e['question']}", e["panels"], collected[title])
+            for title, e in experiments.items() if e.get("panels")]
+    if rows:
+        draw_rows(rows, results["best_of_n"], path)

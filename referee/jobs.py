@@ -46,7 +46,9 @@ def run(jobs, make_work, arguments, show):
         for process in children:
             process.start()
         signal.signal(signal.SIGINT, interrupt)
-        while running := [process.sentinel for process in children if process.is_alive()]:
+        running = True
+        while running:
+            running = [process.sentinel for process in children if process.is_alive()]
             multiprocessing.connection.wait(running, timeout=SECONDS)
             failed = [process.exitcode for process in children if process.exitcode]
             if failed:

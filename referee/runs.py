@@ -1,9 +1,9 @@
 """Runs a method's experiments: every arm with every seed, stored as they finish.
 
-    python dpo.py --reproduce --seeds 5 --jobs 2      # the same: python -m referee dpo --seeds 5 --jobs 2
+    python dpo.py --reproduce --seeds 10 --jobs 2     # the same: python -m referee dpo --seeds 10 --jobs 2
 
-Seeds 0, 1, 2, ... are for reporting. Their number is fixed before the first one runs. Tuning uses seeds from
-100 on, so that nothing reported was chosen by looking at it.
+Seeds 0, 1, 2, ... are for reporting. Their number is fixed before the first one runs. Tuning (tuning.py) uses
+seeds from 100 on, so that nothing reported was chosen by looking at it.
 
 A run that is stored is not made again: stop at any time and give the same command to go on. A stored run
 belongs to an arm if the keys are equal (arms.py), and counts if it is of the seed's present build. All is
@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import harness
 from referee import jobs
-from referee.arms import config_of, experiments_of, given_flags, identity, load, plan
+from referee.arms import config_of, experiments_of, given_flags, load, plan
 from referee.statistics import best_of_n_curve
-from referee.store import Store, curve_name, results_path
+from referee.store import Store, curve_name, results_path, run_id
 from referee.tables import report
 
 SECONDS_PER_ARM, SECONDS_PER_SEED = 20, 100                  # first guess: one run; building a seed's models
@@ -43,27 +43,29 @@ def rounded(x):
 
 
 class Work:
-    """What has to be run for a method, as one process sees it. Others may work on the same."""
+    """What has to be run of a method's experiments, as one process sees it. Others may work on the same."""
 
-    def __init__(self, method_name, given, seeds, results_dir, runs_dir):
-        self.method_name, self.given, self.seeds, self.runs_dir = method_name, given, list(seeds), runs_dir
+    def __init__(self, method_name, given, seeds, results_dir, runs_dir, experiments):
+        self.method_name, self.given, self.seeds = method_name, given, list(seeds)
         self.config_class = importlib.import_module(method_name).Config
+        methods = {arm.get("method", method_name) for e in experiments.values() for arm in e["arms"].values()}
+        self.store = Store(method_name, given, methods, results_path(method_name, given, results_dir))
+        self.runs_dir = Path(runs_dir) / self.store.path.stem             # keys are of one file of results
         self.arms = {}                                   # experiments share the runs of identical arms
-        for planned in plan(method_name, given).values():
+        for planned in plan(method_name, given, experiments, self.store.defaults).values():
             for arm in planned.values():
                 self.arms.setdefault(arm.key, arm)
-        panels = [panel for e in experiments_of(method_name).values() for panel in e.get("panels", [])]
+        panels = [panel for e in experiments.values() for panel in e.get("panels", [])]
         self.wants_curve = any(panel.get("best_of_n") for panel in panels)
         self.builds = {}                                 # of each seed, where it is known
-        self.store = Store(method_name, given, {arm.method for arm in self.arms.values()},
-                           results_path(method_name, given, results_dir))
+        self.known = {}                                  # evaluations of initial policies, of the present seed
 
     def config(self, seed):
         return self.config_class(**self.given | {"seed": seed, "quiet": True})
 
     def folder(self, key, seed):
         slug = re.sub(r"[^a-z0-9.]+", "-", self.arms[key].name.lower()).strip("-")
-        return Path(self.runs_dir) / self.method_name / f"{slug}-{key}" / f"seed{seed}"
+        return self.runs_dir / f"{slug}-{key}" / f"seed{seed}"
 
     def note(self, key, seed):
         """The file that says that a run's directory is complete."""
@@ -117,7 +119,7 @@ class Work:
 
     def prepare(self, seed):
         """The models, the build and the best-of-n curve of a seed."""
-        config = self.config(seed)
+        config, self.known = self.config(seed), {}
         harness.load_task(config)
         self.builds[seed] = harness.fingerprint(config)
         self.store.note_machine(self.builds[seed], config.device)
@@ -133,9 +135,31 @@ class Work:
                 self.store.merge()
                 todo, start = self.missing(seed), self.arms[key].start
                 if key in todo and not (start and start.key in todo):      # else another has the starter
-                    self.store.merge([self.run_arm(self.arms[key], seed)])
+                    run = self.elsewhere(self.arms[key], seed) or self.run_arm(self.arms[key], seed)
+                    self.store.merge([run])
         except filelock.Timeout:
             pass
+
+    def described(self, arm, seed):
+        """What a stored run says of itself."""
+        overrides = {k: v for k, v in arm.changes.items() if not (arm.start and k == "policy")}
+        if arm.method != self.method_name:
+            overrides["method"] = arm.method
+        if arm.start:
+            overrides["start"] = arm.start.name
+        # The build is the seed's, even where the run began from the policy of another arm.
+        return {"arm": arm.name, "seed": seed, "key": arm.key, "config": overrides, "build": self.builds[seed]}
+
+    def elsewhere(self, arm, seed):
+        """The same run, where it is stored among the results of another method (PPO is an arm of many)."""
+        wanted = arm.key, seed, self.builds[seed]
+        others = self.store.path.parent.glob("*.json") if not arm.start else ()
+        for stored in (load(path) for path in sorted(others) if path != self.store.path):
+            # Equal keys mean equal settings only if the defaults that they rest on are equal.
+            if stored.get("defaults", {}).get(arm.method) == self.store.defaults[arm.method]:
+                for run in stored["runs"]:
+                    if run_id(run) == wanted:
+                        return run | self.described(arm, seed)
 
     def run_arm(self, arm, seed):
         """One run of an arm; returns what is stored of it."""
@@ -144,23 +168,15 @@ class Work:
         config = config_of(arm, seed=seed, quiet=True, out=str(out), **more)
         note.unlink(missing_ok=True)
         shutil.rmtree(out, ignore_errors=True)                              # left by a run that was killed
-        result = harness.launch(importlib.import_module(arm.method).train, config)
-        overrides = {k: v for k, v in identity(config).items() if not (arm.start and k == "policy")}
-        if arm.method != self.method_name:
-            overrides["method"] = arm.method
-        if arm.start:
-            overrides["start"] = arm.start.name
-        # The build is the seed's, even where the run began from the policy of another arm.
-        run = rounded({"arm": arm.name, "seed": seed, "key": arm.key, "config": overrides}
-                      | {k: v for k, v in result.items() if k != "out"} | {"build": self.builds[seed]})
+        result = harness.launch(importlib.import_module(arm.method).train, config, self.known)
+        run = rounded({k: v for k, v in result.items() if k != "out"} | self.described(arm, seed))
         harness.write_json(note, run)
         return run
 
 
-def reproduce(method_name, config, results_dir="results", runs_dir="runs/referee"):
-    """Run what is missing of the method's experiments for seeds 0 .. config.seeds - 1, then report."""
-    given = given_flags(config)
-    arguments = method_name, given, range(config.seeds), results_dir, runs_dir
+def complete(method_name, config, seeds, results_dir, runs_dir, experiments):
+    """Run what is missing of the experiments for the seeds, in config.jobs processes."""
+    arguments = method_name, given_flags(config), seeds, results_dir, runs_dir, experiments
     work = Work(*arguments)
     left = work.left()
     total = sum(map(len, left.values()))
@@ -181,4 +197,9 @@ def reproduce(method_name, config, results_dir="results", runs_dir="runs/referee
             show("done")
         elif left:
             jobs.run(config.jobs, Work, arguments, lambda: show(f"{config.jobs} processes"))
-    return report(method_name, results_dir, given)
+
+
+def reproduce(method_name, config, results_dir="results", runs_dir="runs/referee"):
+    """Run what is missing of the method's experiments for seeds 0 .. config.seeds - 1, then report."""
+    complete(method_name, config, range(config.seeds), results_dir, runs_dir, experiments_of(method_name))
+    return report(method_name, results_dir, given_flags(config))

@@ -4,30 +4,33 @@ A seed draws everything: data, annotators, SFT policy, reward models, training o
 these draws. So every comparison is the difference of two arms within a seed, and the seeds are the sample.
 A comparison may also be made at equal KL (the other arm's value is taken where its trace first reaches this
 arm's final KL), and between the spreads (standard deviations over arms) of two groups of arms.
+("a", "=", "b", 0.1) claims that the two differ by less than the margin 0.1. It holds when the whole interval
+lies between -0.1 and 0.1, that is, when two one-sided t-tests each reject a difference of 0.1 or more.
 
 Decision. Take the 95% t-interval of the paired differences. A comparison holds when the whole interval lies
-on the claimed side of 0. A claim of k comparisons is
+in the claimed range. A claim of k comparisons is
     reproduced        when all k hold. No correction is needed. A conjunction that is accepted only if every
                       part is (intersection-union test) is wrong no more often than one part is.
-    not reproduced    when the interval of some comparison, at level 1 - 0.05/k, has nothing on the claimed
-                      side. Any one of k can reject the claim, so here Bonferroni's correction is needed.
+    not reproduced    when the interval of some comparison, at level 1 - 0.05/k, has nothing in the claimed
+                      range. Any one of k can reject the claim, so here Bonferroni's correction is needed.
     inconclusive      otherwise; always so with one seed.
-Either error then has a probability of at most 2.5% per claim. Nothing corrects for the number of claims in
-the whole table. Intervals assume that differences between seeds are roughly normal; five seeds cannot test
-that.
+Either error has a probability of at most 2.5% per claim (rejection of a true "=": 5%). Nothing corrects for
+the number of claims. Intervals assume roughly normal differences between seeds; ten seeds cannot test that.
 """
 import math
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
 from harness import UserError
 
 try:
-    from scipy.stats import t as student_t
+    from scipy.stats import nct, norm, t as student_t
 except ImportError:
     raise UserError('the referee needs scipy: pip install -e ".[plot]"') from None
+
+POWER, MOST_SEEDS = 0.8, 1000
 
 
 def t_interval(values, level=0.95):
@@ -37,6 +40,21 @@ def t_interval(values, level=0.95):
         return fmean(values), math.inf
     quantile = float(student_t.ppf((1 + level) / 2, n - 1))
     return fmean(values), quantile * stdev(values) / math.sqrt(n)
+
+
+def seeds_needed(distance, deviation, level=0.05):
+    """The fewest seeds whose t-test shows, with a probability of 80%, on which side of a boundary a mean is.
+
+    The smallest n with P(T > t[1 - level/2; n-1]) >= 0.8, where T is noncentral t with n-1 degrees of freedom
+    and noncentrality sqrt(n) distance/deviation (Cohen 1988, chapter 2). MOST_SEEDS + 1: all larger numbers.
+    """
+    size = min(abs(distance) / deviation, 100.0) if deviation else 100.0
+    normal = (norm.ppf(1 - level / 2) + norm.ppf(POWER)) ** 2               # n size^2 for a known deviation
+    for n in range(2, MOST_SEEDS + 1):
+        if n * size ** 2 >= normal and nct.sf(student_t.ppf(1 - level / 2, n - 1), n - 1,
+                                              math.sqrt(n) * size) >= POWER:
+            return n
+    return MOST_SEEDS + 1
 
 
 def plus_minus(mean, half, sign="", size=0):
@@ -93,17 +111,22 @@ class Comparison(NamedTuple):
     half: float = math.inf
     n: int = 0                 # seeds
     strength: tuple = ()       # small is weak
+    settles: Optional[int] = None                 # how many seeds would settle it, while it is open
 
 
 def compare_arms(arms, metric, left, op, right, offset=0.0, k=1, at=None):
-    """One inequality of a claim with k of them: left op right + offset; arms is {arm: {seed: run}}.
+    """One comparison of a claim with k of them; arms is {arm: {seed: run}}, `right` an arm or a number.
 
-    `right` is an arm or a number. With `at`, the right arm's value is taken where its trace first reaches the
-    left arm's final `at` (equal KL, say).
+    left > right + offset; left < right + offset; or for "=": |left - right| < offset, which is the margin.
+    With `at` (KL, say), the right arm's value is taken where its trace first reaches the left's final `at`.
     """
-    number = not isinstance(right, str)
-    offset = right if number else offset
-    text = (left if number else f"{left} - {right}") + (f" (against {offset:g})" if offset else "")
+    number, equal = not isinstance(right, str), op == "="
+    if op not in ("<", ">", "=") or equal and offset <= 0:
+        raise UserError(f'"{left} {op} {right}": the operator is <, > or =, and = needs a margin above 0')
+    boundary = (right if number else 0.0) + (0.0 if equal else offset)
+    against = f" (against {boundary:g})" if boundary else ""
+    within = f" (within {offset:g}" + (f" of {right:g})" if number else ")")
+    text = (left if number else f"{left} - {right}") + (within if equal else against)
     seeds = sorted(set(arms.get(left, {})) & set(arms.get(left if number else right, {})))
     if not seeds:
         return Comparison(text, "not run")
@@ -119,16 +142,18 @@ def compare_arms(arms, metric, left, op, right, offset=0.0, k=1, at=None):
     # Leaving out only the seeds without a number would flatter an arm that sometimes diverges.
     if any(v is None for pair in pairs for v in pair):
         return Comparison(text, "not measured", n=len(seeds))
-    paired = [a - b - offset for a, b in pairs]
+    paired = [a - b - boundary for a, b in pairs]
     mean, half = t_interval(paired)
-    sign = {">": 1, "<": -1}[op]
-    status = "open"
-    if sign * mean - half > 0:
+    inside = offset - abs(mean) if equal else mean if op == ">" else -mean      # how far in the claimed range
+    status, settles = "open", None
+    if inside - half > 0:
         status = "holds"
-    elif sign * mean + t_interval(paired, 1 - 0.05 / k)[1] <= 0:                                # Bonferroni
+    elif inside + t_interval(paired, 1 - 0.05 / k)[1] <= 0:                                     # Bonferroni
         status = "excluded"
-    ratio = sign * mean / half if half else math.copysign(math.inf, sign * mean)
-    return Comparison(text, status, mean + offset, half, len(seeds), (ratio, sign * mean))
+    elif len(seeds) > 1:
+        settles = seeds_needed(inside, stdev(paired), 0.05 if inside > 0 else 0.05 / k)
+    ratio = inside / half if half else math.copysign(math.inf, inside)
+    return Comparison(text, status, mean + boundary, half, len(seeds), (ratio, inside), settles)
 
 
 def verdict(claim, arms, groups={}):
@@ -171,8 +196,5 @@ def best_of_n(proxy, gold, n):
 
 def best_of_n_curve(proxy, gold):
     """Rows [n, KL, gold, proxy] for n = 1, 2, 4, ... up to the number of samples."""
-    curve = []
-    for n in (2 ** i for i in range(len(proxy[0]).bit_length())):
-        mean_gold, mean_proxy, kl = best_of_n(proxy, gold, n)
-        curve.append([n, kl, mean_gold, mean_proxy])
-    return curve
+    found = [(2 ** i, *best_of_n(proxy, gold, 2 ** i)) for i in range(len(proxy[0]).bit_length())]
+    return [[n, kl, mean_gold, mean_proxy] for n, mean_gold, mean_proxy, kl in found]

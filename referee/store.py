@@ -1,8 +1,8 @@
 """What results/ holds: which file is whose, how runs are added to it, and which of them a report shows.
 
 A run is known by its arm's key, its seed and its build (harness.fingerprint: the SFT weights that it began
-from). Runs that are not shown stay in their file: those of arms that were edited or removed, and those of
-another build of their seed's models.
+from). Runs that are not shown stay in their file: those of arms that were edited or removed or rely on a
+default that is another now, and those of another build of their seed's models.
 """
 import hashlib
 import importlib.metadata
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import harness
-from referee.arms import NO_IDENTITY, defaults, load, outdated, plan
+from referee.arms import NO_IDENTITY, defaults, load, plan
 
 PACKAGES = "torch", "transformers", "tokenizers", "numpy"
 
@@ -35,12 +35,6 @@ def results_path(method_name, given, results_dir="results"):
     if len(name) > 80:
         name = f"{method_name}@{short_hash(flags)}.json"
     return Path(results_dir) / (name if flags else f"{method_name}.json")
-
-
-def old_paths(path):
-    """The files of runs under other defaults that once stood in `path`."""
-    name = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}\.json")
-    return sorted(file for file in (path.parent / "old").glob("*.json") if name.fullmatch(file.name))
 
 
 def run_id(run):
@@ -68,23 +62,23 @@ class Store:
     def __init__(self, method_name, given, methods, path):
         self.method_name, self.methods, self.path = method_name, methods, path
         self.flags = {k: v for k, v in given.items() if k not in NO_IDENTITY}
-        self.runs, self.curves, self.machines, self.machine = {}, {}, {}, {}
+        self.runs, self.curves, self.machines, self.machine, self.defaults = {}, {}, {}, {}, {}
         self.merge()
 
     def merge(self, runs=(), curves={}):
         """Read the file again, add to it, write it if that changes it. A stored run is never replaced."""
         with harness.lock(self.path):
             stored = load(self.path)
-            if stored and self.move_away(stored):
-                stored = {}
             kept = [*self.runs.values(), *runs, *stored.get("runs", [])]               # the last one stays
             self.runs = {run_id(run): run for run in kept}
             self.curves = self.curves | curves | stored.get("best_of_n", {})
             self.machines = machines_of(stored) | self.machines
             header = self.machine or {k: stored.get(k) for k in ("software", "device")}
+            now, then = defaults(self.methods), stored.get("defaults", {})
+            self.defaults = then | {name: now[name] | then.get(name, {}) for name in now}      # of the keys
             merged = {
                 "method": self.method_name, **header, "machines": dict(sorted(self.machines.items())),
-                "defaults": stored.get("defaults", {}) | defaults(self.methods),
+                "defaults": self.defaults,
                 "config": self.flags,
                 "seeds": sorted({run["seed"] for run in self.runs.values()}),
                 "runs": in_order(self.runs.values()),
@@ -93,26 +87,6 @@ class Store:
             }
             if merged != stored:
                 harness.write_json(self.path, merged)
-
-    def move_away(self, stored):
-        """Where the file is of other defaults or flags, rename it, say so, and return True."""
-        changed = outdated(stored)
-        if changed:
-            target = self.path.parent / "old" / f"{self.path.stem}-{short_hash(stored['defaults'])}.json"
-        else:
-            target = results_path(self.method_name, stored["config"], self.path.parent)
-        if target == self.path:
-            return False
-        with harness.lock(target):
-            there = load(target)
-            runs = {run_id(run): run for run in stored["runs"] + there.get("runs", [])}
-            harness.write_json(target, stored | {
-                "runs": in_order(runs.values()),
-                "best_of_n": stored["best_of_n"] | there.get("best_of_n", {}),
-                "machines": machines_of(stored) | machines_of(there)})
-        self.path.unlink()
-        print(f"{self.path} is of other {'defaults' if changed else 'flags'} than now: kept as {target}")
-        return True
 
     def note_machine(self, build, device):
         """Say on which machine, and with which software, the runs of this build are made from now on."""
@@ -131,14 +105,19 @@ def build_to_show(runs):
     return max({run.get("build") for run in runs}, key=rank)
 
 
-def shown(method_name, results):
-    """What a report shows of a file: runs of the present arms and defaults, of one build for each seed.
+def planned(method_name, results, experiments=None):
+    """{experiment: {name: Arm}} whose keys are those of the runs of this file."""
+    return plan(method_name, results["config"], experiments, results["defaults"])
+
+
+def shown(method_name, results, experiments=None):
+    """What a report shows of a file: runs of the present arms, of one build for each seed.
 
     "kept" says how many runs are not shown, and why. "machines" are those of the runs that are shown.
     """
-    keys = {arm.key for arms in plan(method_name, results["config"]).values() for arm in arms.values()}
-    present = [] if outdated(results) else results["runs"]
-    ours = [run for run in present if run["key"] in keys]
+    arms = planned(method_name, results, experiments)
+    keys = {arm.key for of_title in arms.values() for arm in of_title.values()}
+    ours = [run for run in results["runs"] if run["key"] in keys]
     by_seed = {}
     for run in ours:
         by_seed.setdefault(run["seed"], []).append(run)
@@ -150,5 +129,4 @@ def shown(method_name, results):
     return results | {
         "runs": runs, "seeds": list(builds), "best_of_n": curves,
         "machines": [machine for i, machine in enumerate(machines) if machine not in machines[:i]],
-        "kept": {"other arms": len(present) - len(ours), "other builds": len(ours) - len(runs),
-                 "other defaults": len(results["runs"]) - len(present)}}
+        "kept": {"other arms": len(results["runs"]) - len(ours), "other builds": len(ours) - len(runs)}}

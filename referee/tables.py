@@ -6,47 +6,60 @@ from statistics import fmean
 
 from harness import UserError
 from referee import figures
-from referee.arms import experiments_of, load, plan
-from referee.statistics import plus_minus, t_interval, value, verdict
-from referee.store import old_paths, results_path, shown
+from referee.arms import experiments_of, load
+from referee.statistics import MOST_SEEDS, plus_minus, t_interval, value, verdict
+from referee.store import planned, results_path, shown
 
-COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL", "eval/fluency": "fluency",
-           "eval/length": "length", "eval/win_rate": "win rate", "seconds": "seconds"}
+COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/fluency": "fluency",
+           "eval/length": "length, tokens", "eval/win_rate": "win rate", "cpu_seconds": "CPU s"}
+COSTS = {"cpu_seconds": "CPU s", "tokens_generated": "tokens generated", "tokens_trained": "tokens trained",
+         "tokens_scored_reference": "tokens scored by the reference",
+         "tokens_scored_reward": "tokens scored by rewards", "tokens_scored_value": "tokens scored by values",
+         "state_mb": "MB trained"}
+COSTS_ARE = "Costs of a run: CPU seconds on one thread and tokens of training, evaluation excluded."
 RULES = ("± is half a 95% t-interval over seeds. Claims are judged on differences paired within a seed: "
-         "reproduced if every interval lies on the claimed side of 0; not reproduced if one lies wholly off "
-         "it (at level 1 - 0.05/k for k comparisons); else inconclusive. Arm tables are not paired, so their "
+         "reproduced if every interval lies in the claimed range; not reproduced if one lies wholly out of "
+         "it (at level 1 - 0.05/k for k comparisons); else inconclusive. So many seeds would settle a claim "
+         "with 80% power, if mean and deviation stay as they are. Arm tables are not paired, so their "
          "intervals are wider. KL is to the policy that the arm started from.")
 
 
-def stored(method_name, results_dir="results", given={}):
-    """What the file of these flags holds."""
+def stored(method_name, results_dir="results", given={}, flag="--seeds 10"):
+    """What the file of these flags holds; python -m referee METHOD with this flag makes it."""
     path = results_path(method_name, given, results_dir)
     results = load(path)
     if not results:
         flags = "".join(f" --{k} {v}" for k, v in given.items())
-        raise UserError(f"{path} does not exist yet: "
-                        f"python -m referee {method_name} --seeds 5{flags} makes it")
+        raise UserError(f"{path} does not exist yet: python -m referee {method_name} {flag}{flags} makes it")
     return results
 
 
-def collect(method_name, results):
+def collect(method_name, results, experiments=None):
     """{experiment: {arm: {seed: run}}} of the runs that are shown."""
     by_key = {}
-    for run in shown(method_name, results)["runs"]:
+    for run in shown(method_name, results, experiments)["runs"]:
         by_key.setdefault(run["key"], {})[run["seed"]] = run
     return {title: {name: by_key.get(arm.key, {}) for name, arm in arms.items()}
-            for title, arms in plan(method_name, results["config"]).items()}
+            for title, arms in planned(method_name, results, experiments).items()}
+
+
+def seeds_in_words(n):
+    return f"over {MOST_SEEDS}" if n > MOST_SEEDS else f"about {n}"
 
 
 def measured(word, comparisons, seeds):
-    """What was measured, in a cell: the weakest comparison of a claim."""
+    """What was measured, in a cell: the weakest comparison of a claim, and how many seeds would settle it."""
     if word in ("not run", "not measured"):
         return "; ".join(c.text for c in comparisons if c.status == word)
     weakest = min(comparisons, key=lambda c: c.strength)
     text = f"{weakest.text}: {plus_minus(weakest.mean, weakest.half, '+')}"
     if len(comparisons) > 1:
         text += f" (weakest of {len(comparisons)})"
-    return text if weakest.n == seeds and seeds > 1 else f"{text} ({weakest.n} seed{'s' * (weakest.n > 1)})"
+    if weakest.n != seeds or seeds == 1:
+        text += f" ({weakest.n} seed{'s' * (weakest.n > 1)})"
+    needed = [c.settles for c in comparisons if c.status == "open" and c.settles]
+    return text + (f"; {seeds_in_words(max(needed))} seeds would settle it"
+                   if word == "inconclusive" and needed else "")
 
 
 def claim_rows(method_name, results, collected):
@@ -67,15 +80,26 @@ def origin(claim):
     return f"{paper} {source}" if paper.endswith((":", " in", " from")) else f"{paper} ({source})"
 
 
-def arm_rows(arms, columns=COLUMNS):
+def arm_rows(arms, columns=COLUMNS, first="arm"):
     """One row an arm; only the columns that some arm has."""
     cells = {name: {m: [v for run in runs.values() if (v := value(run, m)) is not None] for m in columns}
              for name, runs in arms.items()}
     sizes = {m: max(abs(fmean(row[m])) for row in cells.values() if row[m])
              for m in columns if any(row[m] for row in cells.values())}
-    return [["arm"] + [columns[m] for m in sizes]] + [
+    return [[first] + [columns[m] for m in sizes]] + [
         [name] + [plus_minus(*t_interval(row[m]), size=size) if row[m] else "-" for m, size in sizes.items()]
         for name, row in cells.items()]
+
+
+def cost_rows(collected):
+    """What a run of each arm costs; no rows where the runs are from before the CPU's time was counted."""
+    arms = {}
+    for title, of_title in collected.items():
+        for name, runs in of_title.items():
+            if runs and runs not in arms.values():                       # experiments share identical arms
+                arms[f"{name} ({title})" if name in arms else name] = runs
+    rows = arm_rows(arms, COSTS)
+    return rows if COSTS["cpu_seconds"] in rows[0] else []
 
 
 def text_table(rows, width=110):
@@ -111,10 +135,8 @@ def provenance(view):
 
 def said_of_file(path, view):
     """Which file a report shows, how many of its runs, and how many it holds besides."""
-    old = sum(len(load(file)["runs"]) for file in old_paths(path))
-    kept = view["kept"] | {"other defaults": view["kept"]["other defaults"] + old}
-    why = ", ".join(f"{n} of {reason}" for reason, n in kept.items() if n)
-    return (f"{path}: {len(view['runs'])} stored runs shown, {sum(kept.values())} kept but not shown"
+    why = ", ".join(f"{n} of {reason}" for reason, n in view["kept"].items() if n)
+    return (f"{path}: {len(view['runs'])} stored runs shown, {sum(view['kept'].values())} kept but not shown"
             + (f" ({why})" if why else ""))
 
 
@@ -127,6 +149,8 @@ def report(method_name, results_dir="results", given={}):
     for title, experiment in experiments_of(method_name).items():
         print(f"\n{title}: {experiment['question']}\n"
               + text_table(arm_rows(collected[title], experiment.get("columns", COLUMNS))))
+    if costs := cost_rows(collected):
+        print(f"\n{COSTS_ARE}\n" + text_table(costs))
     print("\n" + textwrap.fill(provenance(view), 110))
     if importlib.util.find_spec("matplotlib"):
         figures.draw(method_name, view, collected, path.with_suffix(".png"))

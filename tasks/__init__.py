@@ -71,13 +71,14 @@ class Demonstration(NamedTuple):
 class Task:
     """Every dict but `pool` maps a split ("train", "test") to rows; no prompt stands in both splits.
 
-    `pool` maps train prompts to samples of the initial policy, where they are at hand. pairs["off_policy"]:
-    train pairs of a writer that no policy learned from. `ratings`: responses, good and bad, with levels of
-    attributes that people gave them.
+    `pool` maps train prompts to samples of the initial policy, where they are at hand: Rankings without
+    scores. pairs["off_policy"]: train pairs of a writer that no policy learned from. `ratings`: responses,
+    good and bad, with levels of attributes that people gave them.
 
-    `annotate(prompt, a, b, rng) -> bool` (does an annotator prefer a to b?), `gold(prompt, response, stopped)
-    -> float`, `fluent(response) -> bool` and `attributes(prompt, response) -> {name: level}` exist only where
-    text can be judged exactly; elsewhere they are None.
+    `annotate(prompt, a, b, rng) -> bool` (does an annotator prefer a to b?), `opinion(prompt, response) ->
+    float` (somebody's score of it), `gold(prompt, response, stopped) -> float`, `fluent(response) -> bool`
+    and `attributes(prompt, response) -> {name: level}` exist only where text can be judged exactly; elsewhere
+    they are None.
     """
     name: str
     prompts: dict[str, list[str]]
@@ -85,8 +86,9 @@ class Task:
     rankings: dict[str, list[Ranking]] = field(default_factory=dict)
     demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
     ratings: dict[str, list[Demonstration]] = field(default_factory=dict)
-    pool: dict[str, list[str]] = field(default_factory=dict)
+    pool: dict[str, Ranking] = field(default_factory=dict)
     annotate: Callable[[str, str, str, random.Random], bool] | None = None
+    opinion: Callable[[str, str], float] | None = None
     gold: Callable[[str, str, bool], float] | None = None
     fluent: Callable[[str], bool] | None = None
     attributes: Callable[[str, str], dict[str, int]] | None = None

@@ -1,7 +1,7 @@
-"""The embedded task's models, one set per seed: SFT policy, annotated pairs, proxy and judge, scored pool.
+"""The embedded task's models, one set per seed: base model, SFT policy, annotated pairs, proxy.
 
-    demonstrations by the crowd writer -> SFT policy -> its samples -> annotators' labels -> proxy, judge ->
-    scored pool
+    demonstrations by the crowd writer -> SFT policy (from an untrained base) -> its samples -> annotators'
+    labels -> proxy
 
 Everything lies in cache/reviews/<hash>/seed<k>, where the hash covers the code that made it. Each part is
 written under a temporary name and then renamed, so a build that is killed goes on with the next part that is
@@ -27,10 +27,11 @@ from tasks import Demonstration, Pair, Ranking, Task, lock, reviews, write_json
 
 DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
 POOL = 512, 16               # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
-PAIRS = 6                     # annotated pairs per pool prompt and reward model, of samples outside the pool
-TEST = 128, 64                # test prompts, SFT samples of each for best-of-n curves
+PAIRS = 6                     # annotated pairs per pool prompt, of samples outside the pool
+TEST = 512, 4                 # test prompts, SFT samples of each for annotated pairs and ratings
+BEST_OF = 128, 64             # test prompts, SFT samples of each for best-of-n curves
 RANKED = 2048                 # train prompts answered by every writer
-RATED = 8                     # samples of each prompt that people rate
+RATED = 8                     # samples of each prompt that people rate, at most
 LIMITS = {"max_length": 160, "max_new_tokens": 40}      # tokens, whatever the user's options are
 TOKEN_BUDGET = 2048           # small: rows of similar length share a batch, which saves a third of padding
 
@@ -62,12 +63,12 @@ def home(config):
 @functools.cache
 def code_hash():
     """A hash of the code that makes the models. When the code changes, they are built in a new directory."""
-    makers = (reviews, tiny_tokenizer, tiny_model, models, rate, sample, annotated, fit, shuffled_batches,
-              train_sft, reward_model_losses, train_reward_model, common.adamw, common.encode,
-              common.prompt_ids, common.pack, common.batches, common.token_logps, common.pick_logps,
-              common.sequence_scores, common.generate)
+    makers = (reviews, tiny_tokenizer, tiny_model, models, rate, sample, ranked, annotated, fit,
+              shuffled_batches, train_sft, reward_model_losses, train_reward_model, common.adamw,
+              common.encode, common.prompt_ids, common.pack, common.batches, common.token_logps,
+              common.response_states, common.pick_logps, common.sequence_scores, common.generate)
     code = "".join(map(inspect.getsource, makers))
-    code += repr((DEMONSTRATIONS, POOL, PAIRS, TEST, LIMITS, TOKEN_BUDGET))
+    code += repr((DEMONSTRATIONS, POOL, PAIRS, TEST, BEST_OF, RANKED, LIMITS, TOKEN_BUDGET))
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
@@ -89,7 +90,9 @@ def models(config):
             tokenizer = tiny_tokenizer(LIMITS["max_length"])
             written = [Demonstration(prompt, reviews.write("crowd", prompt, rng))
                        for prompt in rng.choices(prompts, k=DEMONSTRATIONS)]
+            write_json(path / "demonstrations.json", [row[:2] for row in written])
             model = tiny_model(tokenizer).to(common.pick_device(config.device))
+            common.save_model(model, tokenizer, path / "base")
             recipe = Recipe(lr=8e-3, batch_size=64, warmup=0.05, token_budget=TOKEN_BUDGET, seed=config.seed)
             common.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
         print(f"  SFT policy {time.time() - began:.0f} s")
@@ -100,14 +103,14 @@ def models(config):
             test_prompts = reviews.make_prompts("test", TEST[0], config.seed)
             rows = {"pool": sample(policy, tokenizer, prompts[:POOL[0]], POOL[1]),
                     "shown": sample(policy, tokenizer, prompts[:POOL[0]], 2 * PAIRS),
-                    "test": sample(policy, tokenizer, test_prompts, 2 * PAIRS)}
+                    "test": sample(policy, tokenizer, test_prompts, TEST[1])}
+            write_json(path / "rankings.json", ranked(prompts[:RANKED], config.seed))
             write_json(path / "samples.json", rows)
         print(f"  samples {time.time() - began:.0f} s")
         rows = read(path / "samples.json")
 
-        for name in ("proxy", "judge"):
-            rate(path / name, annotated(rows["shown"], name, config.seed), rows["pool"], config)
-            print(f"  {name} {time.time() - began:.0f} s")
+        rate(path / "proxy", annotated(rows["shown"], "proxy", config.seed), rows["pool"], config)
+        print(f"  proxy {time.time() - began:.0f} s")
         write_json(path / "vitals.json",
                    {**vitals(path, rows, config), "seconds": round(time.time() - began)})
     return path
@@ -131,6 +134,18 @@ def rate(path, pairs, pool, config):
     common.save_model(model, tokenizer, path)
 
 
+def ranked(prompts, seed):
+    """Rankings [prompt, responses, scores, writers]: each prompt answered by every writer."""
+    rng, rankings = random.Random(f"writers {seed}"), []
+    writers = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
+    for prompt in prompts:
+        responses = [reviews.write(name, prompt, rng) for name in writers]
+        responses += reviews.style_pair(prompt, rng)
+        scores = [reviews.gold(prompt, response) for response in responses]
+        rankings.append(Ranking(prompt, responses, scores, writers + ["chatty", "dry"])[:4])
+    return rankings
+
+
 def load_sft(path, config):
     """The SFT policy in this seed's directory, and its tokenizer."""
     return (common.load_policy(path / "sft", config.device, config.dtype),
@@ -142,13 +157,13 @@ def read(path):
 
 
 def sample(policy, tokenizer, prompts, n):
-    """[{prompt, responses [n], gold [n]}] of SFT samples, n for each prompt."""
+    """[{prompt, responses [n], ended [n], gold [n]}] of SFT samples, n for each prompt."""
     batch = common.generate(policy, tokenizer, prompts, n, max_new_tokens=LIMITS["max_new_tokens"])
     responses, ended = common.decode(tokenizer, batch), common.finished(tokenizer, batch).tolist()
     rows = []
     for i, prompt in enumerate(prompts):
         own = slice(i * n, i * n + n)
-        rows.append({"prompt": prompt, "responses": responses[own],
+        rows.append({"prompt": prompt, "responses": responses[own], "ended": ended[own],
                      "gold": [reviews.gold(prompt, r, e) for r, e in zip(responses[own], ended[own])]})
     return rows
 
@@ -160,15 +175,17 @@ def texts(rows):
 
 
 def annotated(rows, name, seed):
-    """Pairs of samples, drawn at random and labelled by annotators; two equal texts make no pair.
+    """Pairs of samples, drawn at random and labelled by annotators, who see no sample that was cut off.
 
-    Every name and seed gives other pairs and other annotators: judge and proxy have no label in common.
+    Two equal texts make no pair.
+
+    Every name and seed gives other pairs and other annotators.
     """
     rng, pairs = random.Random(f"{name} {seed}"), []
     for row in rows:
-        samples = rng.sample([*zip(row["responses"], row["gold"])], len(row["responses"]))
-        for (a, gold_a), (b, gold_b) in zip(samples[::2], samples[1::2]):
-            if a != b:
+        samples = rng.sample([*zip(row["responses"], row["gold"], row["ended"])], len(row["responses"]))
+        for (a, gold_a, a_ended), (b, gold_b, b_ended) in zip(samples[::2], samples[1::2]):
+            if a != b and a_ended and b_ended:
                 prefers_a = reviews.annotate(gold_a, gold_b, rng)
                 pairs.append(Pair(row["prompt"], *((a, b) if prefers_a else (b, a))))
     return pairs
@@ -180,14 +197,8 @@ def load_task(config):
     The scores of the rankings are gold. Their systems are the writers; the last two, chatty and dry, differ
     only in style.
     """
-    rows = read(models(config) / "samples.json")
-    rng, rankings = random.Random(f"writers {config.seed}"), []
-    writers = [name for name in reviews.WRITERS if name not in ("chatty", "dry")]
-    for prompt in reviews.make_prompts("train", 3000, config.seed)[:RANKED]:
-        responses = [reviews.write(name, prompt, rng) for name in writers]
-        responses += reviews.style_pair(prompt, rng)
-        scores = [reviews.gold(prompt, response) for response in responses]
-        rankings.append(Ranking(prompt, responses, scores, writers + ["chatty", "dry"]))
+    path = models(config)
+    rows, rankings = read(path / "samples.json"), [Ranking(*row) for row in read(path / "rankings.json")]
 
     def annotate(prompt, a, b, rng):
         prefers_a = reviews.annotate(reviews.gold(prompt, a), reviews.gold(prompt, b), rng)
@@ -199,24 +210,41 @@ def load_task(config):
             a, b = (reviews.write("off_policy", row["prompt"], rng) for _ in range(2))
             prefers_a = annotate(row["prompt"], a, b, rng)
             off_policy.append(Pair(row["prompt"], *((a, b) if prefers_a else (b, a))))
+    pairs = with_noise(annotated(rows["shown"], "proxy", config.seed), config)
+    if config.pair_labels == "gold":
+        pairs = [Pair(p.prompt, *sorted(p.responses, key=lambda text: -reviews.gold(p.prompt, text)))
+                 for p in pairs]
     return Task("reviews", prompts={"train": [row["prompt"] for row in rows["pool"]],
                                     "test": [row["prompt"] for row in rows["test"]]},
-                pairs={"train": with_noise(annotated(rows["shown"], "proxy", config.seed), config),
+                pairs={"train": pairs,
                        "test": annotated(rows["test"], "test", config.seed), "off_policy": off_policy},
                 rankings={"train": rankings, "test": []},
-                pool={row["prompt"]: row["responses"] for row in rows["pool"]},
+                pool={row["prompt"]: Ranking(row["prompt"], row["responses"], [], ended=row["ended"])
+                      for row in rows["pool"]},
                 ratings={"train": rated(rows["pool"], "train", config),
                          "test": rated(rows["test"], "test", config)},
-                annotate=annotate, gold=reviews.gold, fluent=reviews.fluent, attributes=reviews.attributes)
+                annotate=annotate, opinion=functools.partial(reviews.opinion, seed=config.seed),
+                gold=reviews.gold, fluent=reviews.fluent, attributes=reviews.attributes)
 
 
 def rated(rows, split, config):
-    """Samples, each rated by one of twenty people, who err by --rating_noise levels."""
-    rng, noise = random.Random(f"ratings {split} {config.seed}"), config.rating_noise
+    """Complete samples, RATED of a prompt at most, rated by people."""
+    return rate_all([Demonstration(row["prompt"], text) for row in rows for text, ended in
+                     [*zip(row["responses"], row["ended"])][:RATED] if ended], split, config)
+
+
+def rate_all(demonstrations, name, config):
+    """The demonstrations, each rated by one of twenty people, who err by --rating_noise levels."""
+    rng, noise = random.Random(f"ratings {name} {config.seed}"), config.rating_noise
     raters = reviews.make_raters(reviews.ATTRIBUTES, noise, random.Random(f"raters {config.seed}"))
-    return [Demonstration(row["prompt"], text,
-                          reviews.rate(reviews.attributes(row["prompt"], text), raters, noise, rng))
-            for row in rows for text in row["responses"][:RATED]]
+    return [Demonstration(prompt, text, reviews.rate(reviews.attributes(prompt, text), raters, noise, rng))
+            for prompt, text, _ in demonstrations]
+
+
+def demonstrations(config, n, rated=0):
+    """The first n of what the SFT policy was trained on; the first `rated` of them with people's ratings."""
+    rows = [Demonstration(*row) for row in read(models(config) / "demonstrations.json")[:n]]
+    return rate_all(rows[:rated], "demonstrations", config) + rows[rated:]
 
 
 def with_noise(pairs, config):
@@ -225,29 +253,32 @@ def with_noise(pairs, config):
     return [Pair(p.prompt, p.rejected, p.chosen) if rng.random() < config.label_noise else p for p in pairs]
 
 
-def reward_models(config):
-    """{"proxy": its directory, "judge": its directory}.
+def proxy(config):
+    """The directory of the reward model that methods may use.
 
-    With label noise the proxy is trained on the noisy pairs, and is kept in the cache too.
+    With label noise, or with --proxy_pairs off_policy, it is trained on the pairs that this makes, and is
+    kept in the cache too.
     """
-    path = models(config)
-    if not config.label_noise:
-        return {"proxy": path / "proxy", "judge": path / "judge"}
-    rows, noisy = read(path / "samples.json"), path / f"proxy-{config.label_noise:g}"
-    with lock(noisy):
-        rate(noisy, with_noise(annotated(rows["shown"], "proxy", config.seed), config), rows["pool"], config)
-    return {"proxy": noisy, "judge": path / "judge"}
+    path, kind = models(config), config.proxy_pairs
+    if not config.label_noise and kind == "samples":
+        return path / "proxy"
+    rows, other = read(path / "samples.json"), path / f"proxy-{kind}-{config.label_noise:g}"
+    pairs = (with_noise(annotated(rows["shown"], "proxy", config.seed), config) if kind == "samples" else
+             load_task(config).pairs[kind])
+    with lock(other):
+        rate(other, pairs, rows["pool"], config)
+    return other
 
 
-def score_pool(path, rows, config, name="proxy"):
-    """(scores, gold), both [prompts, n]."""
-    reward = common.load_reward_model(path / name, LIMITS["max_length"], config.device, config.dtype)
+def score_pool(path, rows, config):
+    """(proxy, gold), both [prompts, n]."""
+    reward = common.load_reward_model(path / "proxy", LIMITS["max_length"], config.device, config.dtype)
     scores = reward(*texts(rows))
     return scores.view(len(rows), -1), torch.tensor([row["gold"] for row in rows])
 
 
 def test_pool(config):
-    """(proxy, gold) of SFT samples of the test prompts, both of shape TEST, for best-of-n curves.
+    """(proxy, gold) of SFT samples of the first test prompts, both of shape BEST_OF, for best-of-n curves.
 
     The samples are kept in the cache.
     """
@@ -256,19 +287,19 @@ def test_pool(config):
         if not (path / "test_pool.json").exists():
             torch.manual_seed(config.seed + 1)
             policy, tokenizer = load_sft(path, config)
-            rows = sample(policy, tokenizer, load_task(config).prompts["test"], TEST[1])
+            rows = sample(policy, tokenizer, load_task(config).prompts["test"][:BEST_OF[0]], BEST_OF[1])
             write_json(path / "test_pool.json", rows)
     return score_pool(path, read(path / "test_pool.json"), config)
 
 
 def vitals(path, rows, config):
     """The figures that tell whether a build is good."""
-    def accuracy(name):
-        test = rows["test"]
-        scores, gold = score_pool(path, test, config, name)
+    def accuracy(scores, gold):
         better, truth = scores[:, ::2] > scores[:, 1::2], gold[:, ::2] - gold[:, 1::2]
         return round((better == (truth > 0))[truth != 0].float().mean().item(), 3)
 
+    opinions = torch.tensor([reviews.opinion(*both, config.seed) for both in zip(*texts(rows["test"]))])
+    test_scores, test_gold = score_pool(path, rows["test"], config)
     gold_of = {(row["prompt"], r): g for row in rows["shown"] for r, g in zip(row["responses"], row["gold"])}
     pairs = annotated(rows["shown"], "proxy", config.seed)
     gaps = [gold_of[p.prompt, p.chosen] - gold_of[p.prompt, p.rejected] for p in pairs]
@@ -278,7 +309,8 @@ def vitals(path, rows, config):
     fluent = [reviews.fluent(r) for r in texts(rows["pool"])[1]]
     return {"SFT fluency": round(sum(fluent) / len(fluent), 3), "SFT gold": round(gold.mean().item(), 3),
             "annotator agreement with gold": round(sum(gap > 0 for gap in gaps) / len(gaps), 3),
-            "proxy accuracy": accuracy("proxy"), "judge accuracy": accuracy("judge"),
+            "proxy accuracy": accuracy(test_scores, test_gold),
+            "judge accuracy": accuracy(opinions.view_as(test_gold), test_gold),
             "best-of-16 gold, by proxy": round(best.mean().item(), 3),
             "best-of-16 gold, by gold": round(gold.max(1).values.mean().item(), 3), "pairs": len(pairs)}
 

@@ -14,6 +14,7 @@ to see.
     attributes   attributes                     five levels, for methods that are steered by them
     writers      write, style_pair              people of known skill and habits, who write the training text
     annotators   annotate                       people who compare two responses, wrong 27% of the time
+    judges       opinion                        people who score one response, with errors
     raters       rate                           people who rate the attributes of a response, with errors
 
 Every text is the concatenation of its TOKEN_PATTERN matches, and all of these are in VOCABULARY.
@@ -296,7 +297,8 @@ WRITERS = {
     "strong": Writer(0.98, 0.98, (30, 40, 20, 10), steady=0.97, negate=0.05, intensify=0.4),
     "medium": Writer(0.70, 0.80, (25, 35, 25, 10, 5), repeat=0.1),
     "weak": Writer(0.25, 0.50, (25, 35, 25, 10, 5), repeat=0.4, wrong_genre=0.3, slip=0.03),
-    "off_policy": Writer(0.55, 0.60, (0, 10, 45, 35, 10), (1, 1, 1, 12, 1), opener=0.8, verdict=0.8),
+    "off_policy": Writer(0.54, 0.60, (0, 10, 45, 35, 10), (1, 1, 1, 12, 1), opener=0.8, verdict=0.8,
+                         repeat=0.3, wrong_genre=0.1, slip=0.04),
     "chatty": Writer(0.60, 0.80, (0, 0, 40, 40, 20), (0, 6, 4, 2, 0), opener=1.0, verdict=1.0),
     "dry": Writer(0.60, 0.80, (40, 40, 20), (1, 0, 0, 0, 0), opener=0.0, verdict=0.0, aside=0.0),
 }
@@ -411,6 +413,18 @@ def annotate(gold_a: float, gold_b: float, rng: random.Random, temperature: floa
     """
     sigmoid = 0.5 + 0.5 * math.tanh((gold_a - gold_b) / temperature / 2)  # this form cannot overflow
     return (rng.random() < sigmoid) != (rng.random() < flip)
+
+
+def opinion(prompt: str, response: str, seed: int, temperature: float = 0.5) -> float:
+    """What somebody who reads the response thinks of it: gold plus noise, the same for the same response.
+
+    The noise has a Gumbel distribution of this scale, and mean 0. So of two different responses to a prompt
+    the one has the higher score with the probability of Bradley and Terry on gold, as in `annotate` without
+    its flips.
+    """
+    rng = random.Random(f"opinion {seed} {prompt} {response}")
+    noise = -math.log(-math.log(rng.random() or 0.5)) - 0.5772156649015329                 # Euler's constant
+    return gold(prompt, response) + temperature * noise
 
 
 def make_raters(names: Sequence[str], noise: float, rng: random.Random,

@@ -141,10 +141,11 @@ def no_traces(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time, which passes only where a test says so: clock.now += seconds."""
+    """The time, which passes only where a test says so: clock.now += seconds. Two processors are at work."""
     clock = SimpleNamespace(now=1000.0)
+    times = SimpleNamespace(time=lambda: clock.now, process_time=lambda: 2 * clock.now)
     for module in (harness.run, harness.samples):
-        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock.now))
+        monkeypatch.setattr(module, "time", times)
     return clock
 
 

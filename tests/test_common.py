@@ -70,6 +70,13 @@ def gpt2(vocab=12, seed=0, **kwargs):
     return build(GPT2LMHeadModel, gpt2_config(vocab, **kwargs), seed)
 
 
+def cohere(vocab=12, seed=0):
+    """Its logits are a quarter of what its head makes."""
+    return build(CohereForCausalLM, CohereConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        logit_scale=0.25, initializer_range=0.4, pad_token_id=0, eos_token_id=0, bos_token_id=None), seed)
+
+
 both = pytest.mark.parametrize("make", [llama, gpt2])             # rotary and absolute positions
 
 
@@ -169,7 +176,7 @@ def some_batch():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-@both
+@pytest.mark.parametrize("make", [llama, gpt2, cohere])
 def test_chunked_logps_equal_plain_ones_in_value_and_gradient(make, chunk):
     model, batch, weights = make(), some_batch(), torch.linspace(-1, 1, 9, dtype=torch.float64)
     grads = []
@@ -183,7 +190,7 @@ def test_chunked_logps_equal_plain_ones_in_value_and_gradient(make, chunk):
         value = logps()
         (value * weights[:value.shape[1]]).sum().backward()
         grads.append((value.detach(), *(p.grad.clone() for p in model.parameters())))
-    assert model.head_is_all                                # else this would compare the plain path to itself
+    assert model.head_is_all == (make is not cohere)        # else this would compare the plain path to itself
     for got, want in zip(*grads):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
@@ -216,12 +223,6 @@ def test_full_logits_are_never_held():
     assert largest[10 ** 6] > rows * length * vocab / 4            # the meter does see such tensors
 
 
-def cohere():
-    return build(CohereForCausalLM, CohereConfig(
-        vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        logit_scale=0.25, initializer_range=0.4, pad_token_id=0, eos_token_id=0, bos_token_id=None))
-
-
 def gemma2():
     return build(Gemma2ForCausalLM, Gemma2Config(
         vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -238,6 +239,16 @@ def test_logits_changed_after_the_head_fall_back_with_a_warning(make, capsys):
     assert "warning" in capsys.readouterr().err
     common.token_logps(model, some_batch())
     assert not capsys.readouterr().err                             # once per model
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, cohere])
+def test_a_states_are_of_other_tokens_or_rows_or_their_head_makes_other_logits(make):                      # A
+    """Row by row: the first state of a row stands at its prompt's last token, and has not seen the answer."""
+    model, rows = make(), [([3, 4], [5, 6, 7, 0]), ([1, 2, 0, 5, 6], [2, 0]), ([7], [1])]
+    states, head = common.response_states(model, common.pack(rows, 0))
+    want = [model(torch.tensor([x + y]), use_cache=False).logits[0, len(x) - 1:-1] for x, y in rows]
+    assert len(states) == 4 + 2 + 1 and states.requires_grad
+    torch.testing.assert_close(head(states), torch.cat(want))
 
 
 # ----------------------------------------------------------------------------------------- pads, EOS, batches
@@ -297,13 +308,13 @@ def test_d_value_depends_on_the_other_rows_or_on_pads(name):                    
         torch.testing.assert_close(measure(padded), want, rtol=1e-6, atol=1e-6)
 
 
-def test_d_concat_and_indexing_keep_rows_together():                                                       # D
-    model, a, b = gpt2(), some_batch(), outcome_batch()
-    joined = common.concat([a, b])
-    assert len(joined) == len(a) + len(b)
-    want = torch.cat([common.sequence_logps(model, a), common.sequence_logps(model, b)])
-    torch.testing.assert_close(common.sequence_logps(model, joined), want)
-    torch.testing.assert_close(common.sequence_logps(model, joined[[5, 1]].to("cpu")), want[[5, 1]])
+def test_d_rows_that_are_picked_come_apart_or_out_of_order():                                              # D
+    model, batch = gpt2(), some_batch()
+    want = common.sequence_logps(model, batch)
+    for rows in ([3, 1], [0], [2, 2, 0]):
+        picked = batch[rows].to("cpu")
+        assert len(picked) == len(rows)
+        torch.testing.assert_close(common.sequence_logps(model, picked), want[rows])
 
 
 valuers = pytest.mark.parametrize("cls, config", [(LlamaForTokenClassification, llama_config),
@@ -664,7 +675,7 @@ def test_p_batch_is_changed_in_place():                                         
                      lambda: common.sequence_logps(model, batch, 0.7),
                      lambda: common.sequence_scores(reward, batch),
                      lambda: common.decode(tokenizer, batch), lambda: common.finished(tokenizer, batch),
-                     lambda: common.concat([batch, outcome_batch()]),
+                     lambda: common.response_states(model, batch), lambda: batch[[2, 0]],
                      lambda: (batch.lengths, batch.position_ids)):
         function()
         assert all(torch.equal(x, y) for x, y in zip(batch.tensors(), before))
@@ -768,11 +779,11 @@ def test_ai_score_is_read_at_the_wrong_token(cls, config):                      
     assert (got[0] - own).abs().max() > 1e-3
 
 
-def reward_directory(path, labels):
+def reward_directory(path, labels, bos=None):
     config = llama_config(num_labels=len(labels), id2label=dict(enumerate(labels)),
                           label2id={name: i for i, name in enumerate(labels)})
     build(LlamaForSequenceClassification, config).save_pretrained(path)
-    letters().save_pretrained(path)
+    letters(bos=bos).save_pretrained(path)
     return path
 
 
@@ -789,6 +800,18 @@ def test_label_of_a_reward_model_is_guessed_or_wrong(tmp_path):
         torch.testing.assert_close(reward(prompts, responses), want.detach(), rtol=1e-4, atol=1e-5)
         reward.mean, reward.std = 2.0, 4.0
         torch.testing.assert_close(reward(prompts, responses), (want.detach() - 2) / 4, rtol=1e-4, atol=1e-5)
+
+
+def test_reward_model_counts_pads_or_forgets_what_it_read(tmp_path):
+    for name, bos in (("plain", None), ("bos", "<bos>")):
+        reward = common.load_reward_model(reward_directory(tmp_path / name, ["score"], bos), 64, **CPU)
+        assert reward.tokens == 0
+        reward(["abc", "a"], ["d", "efgh"])
+        read = 3 + 1 + 1 + 4 + 2 + 2 * bool(bos)             # prompts, responses, two EOS; BOS if there is one
+        assert reward.tokens == read and type(reward.tokens) is int
+        reward.budget = 1                                                            # one row at a time
+        reward(["abc", "a", "a"], ["d", "efgh", ""])
+        assert reward.tokens == 2 * read + 2 + bool(bos)
 
 
 def test_reward_model_returns_scores_in_the_order_of_length(tmp_path):
@@ -824,15 +847,51 @@ def test_optimizer_has_other_settings_than_all_scripts_share():
     ("linear", 0.25, [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]),
     ("cosine", 0.0, [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)])])
 def test_learning_rate_follows_another_schedule_or_warmup_is_not_a_share_of_the_steps(schedule, warmup, want):
-    optimizer, schedule = common.adamw(llama(), 0.1, 8, schedule, warmup)
-    rates = []
-    for _ in want:
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+    rates = rates_of(*common.adamw(llama(), 0.1, 8, schedule, warmup), len(want))
     assert rates == pytest.approx([0.1 * rate for rate in want], abs=1e-12)
 
 
-def test_no_step_at_all_makes_no_optimizer():
-    optimizer, schedule = common.adamw(llama(), 0.1, 0, "cosine", 0.1)                           # --epochs 0
+def rates_of(optimizer, schedule, n):
+    """The learning rates of n steps."""
+    rates = []
+    for _ in range(n):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+CYCLES = {"linear": ([0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], [0, 1, 2 / 3, 1 / 3]),
+          "constant_with_warmup": ([0, 0.5, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1])}           # of 8 and of 4 steps
+
+
+@pytest.mark.parametrize("schedule", CYCLES)
+@pytest.mark.parametrize("steps", [[8], [8, 4], [4, 8, 4], [0, 8], [8, 0, 4], [4, 4, 0]])
+def test_second_round_goes_on_with_the_first_ones_schedule_or_warms_up_over_another_number_of_steps(
+        schedule, steps, recwarn):
+    want = {8: CYCLES[schedule][0], 4: CYCLES[schedule][1], 0: []}
+    made = common.adamw(llama(), 0.1, steps, schedule, 0.25)
+    rates = rates_of(*made, sum(steps))
+    assert rates == pytest.approx([0.1 * rate for n in steps for rate in want[n]], abs=1e-12)
+    assert not [str(w.message) for w in recwarn if "lr_scheduler" in str(w.message)]
+    # one number and a list of it are the same
+    assert len(steps) > 1 or rates == rates_of(*common.adamw(llama(), 0.1, steps[0], schedule, 0.25), 8)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 8, 9, 11])
+def test_AF_schedule_of_two_rounds_starts_anew_at_resume(cut, tmp_path):
+    straight = rates_of(*common.adamw(llama(), 0.1, [8, 4], "cosine", 0.25), 12)
+    first = common.adamw(llama(), 0.1, [8, 4], "cosine", 0.25)
+    assert rates_of(*first, cut) == straight[:cut]
+    torch.save([part.state_dict() for part in first], tmp_path / "state.pt")
+    again = common.adamw(llama(), 0.1, [8, 4], "cosine", 0.25)
+    for part, state in zip(again, torch.load(tmp_path / "state.pt", weights_only=True)):
+        part.load_state_dict(state)
+    assert rates_of(*again, 12 - cut) == straight[cut:]
+    assert straight[8] == 0 < straight[7]
+
+
+@pytest.mark.parametrize("steps", [0, [0], [0, 0]])
+def test_no_step_at_all_makes_no_optimizer(steps):
+    optimizer, schedule = common.adamw(llama(), 0.1, steps, "cosine", 0.1)                       # --epochs 0
     assert schedule.get_last_lr() == [0.1] and optimizer.state_dict()["state"] == {}

@@ -234,8 +234,8 @@ def test_responses_to_other_prompts_are_other_tokens_or_their_masks_differ(toy, 
             evaluation.with_prompts(run.tokenizer, batch, wrong)
 
 
-def logp(model, prompt, response, temperature, more=()):
-    """log p(response | prompt) of one row without padding.
+def logps(model, prompt, response, temperature, more=()):
+    """Log-probs [response, V] of every token at each place of the response, of one row without padding.
 
     more: how further tokens are read, each as likely as an average.
     """
@@ -243,7 +243,13 @@ def logp(model, prompt, response, temperature, more=()):
         embeddings = torch.cat([model.get_input_embeddings().weight, *(row[None] for row in more)])
         logits = model(inputs_embeds=embeddings[prompt + response][None]).logits[0].double()
     logits = torch.cat([logits] + [logits.mean(-1, keepdim=True)] * len(more), -1) / temperature
-    return sum(logits[len(prompt) + i - 1].log_softmax(-1)[token].item() for i, token in enumerate(response))
+    return logits.log_softmax(-1)[len(prompt) - 1:-1]
+
+
+def kl(p, q):
+    """KL of two rows of distributions over tokens, summed over the places."""
+    assert p.shape == q.shape
+    return (p.exp() * (p - q)).sum().item()
 
 
 def changed(policy):
@@ -299,16 +305,16 @@ def test_kl_of_an_asked_policy_differs_from_enumeration_or_rewards_see_the_tag(t
     assert metrics["eval/gold"] == metrics["eval/proxy"] == pytest.approx(2)
     assert samples["responses"] == common.decode(run.tokenizer, batch)
     assert metrics["eval/length"] == batch.lengths.float().mean()
-    reference, more, kl = loading.load_reference(run.config), weights(run)[0][9:], []
+    reference, more, want = loading.load_reference(run.config), weights(run)[0][9:], []
     for i, (prompt, response) in enumerate(zip(plain, answers(batch))):
         tag = [10] if tags else [8, 7]
         assert questions(batch)[i] == letters(prompt) + tag
-        kl.append(logp(run.policy, letters(prompt) + tag, response, 0.7)
-                  - logp(reference, letters(prompt), response, 0.7, more))
-    assert metrics["eval/kl"] == pytest.approx(statistics.fmean(kl), abs=1e-5)
+        want.append(kl(logps(run.policy, letters(prompt) + tag, response, 0.7),
+                       logps(reference, letters(prompt), response, 0.7, more)))
+    assert metrics["eval/kl"] == pytest.approx(statistics.fmean(want), abs=1e-5)
     each = evaluation.kl_to_reference(run.config, run.policy, batch,
                                       evaluation.with_prompts(run.tokenizer, batch, plain))
-    assert each.tolist() == pytest.approx(kl, abs=1e-5) and max(map(abs, kl)) > 0.1
+    assert each.tolist() == pytest.approx(want, abs=1e-5) and min(want) > 0.1
     wrong = evaluation.kl_to_reference(run.config, run.policy, batch)   # the reference must not see the tag
     assert (wrong - each).abs().max() > 1e-3
 
@@ -326,10 +332,9 @@ def test_evaluation_without_ask_is_another_one(toy, tmp_path, watched, monkeypat
     asked, batch = watched[0]
     assert asked == TEST and seen["gold"][:6] == [prompt for prompt in TEST for _ in range(2)]
     reference = loading.load_reference(run.config)
-    kl = [logp(run.policy, p, y, 0.7) - logp(reference, p, y, 0.7) for p,
-          y in zip(questions(batch), answers(batch))]
-    assert first[0]["eval/kl"] == pytest.approx(statistics.fmean(kl),
-                                                abs=1e-5) and abs(statistics.fmean(kl)) > 1e-3
+    want = [kl(logps(run.policy, p, y, 0.7), logps(reference, p, y, 0.7))
+            for p, y in zip(questions(batch), answers(batch))]
+    assert first[0]["eval/kl"] == pytest.approx(statistics.fmean(want), abs=1e-5) and min(want) > 1e-3
 
 
 def test_reference_with_fewer_tokens_reads_tags_as_the_policy_does_not(either, tmp_path):
@@ -403,7 +408,7 @@ def test_before_is_recorded_twice_or_after_the_model_was_changed(toy, tmp_path, 
     assert int(watched[0][1].input_ids.max()) < 9
 
 
-def test_steps_record_before_by_themselves_or_tags_change_what_was_recorded(toy, tmp_path, watched):
+def test_steps_record_before_by_themselves_or_tags_change_what_was_recorded(toy, tmp_path, watched, clock):
     run = begun(toy, tmp_path)
     assert trained(run, False) == [2] and [entry["step"]
                                            for entry in run.trace] == [0, 2] and len(watched) == 2
@@ -682,7 +687,7 @@ def test_habits_or_noise_have_another_deviation():
 
 def rows_of(split, n=6):
     rng = random.Random(4)
-    return [{"prompt": prompt,
+    return [{"prompt": prompt, "ended": [rng.random() < 0.8 for _ in range(build.RATED + 3)],
              "responses": [reviews.write("off_policy", prompt, rng) for _ in range(build.RATED + 3)]}
             for prompt in reviews.make_prompts(split, n, 0)]
 
@@ -691,17 +696,19 @@ def rating_config(**kwargs):
     return SimpleNamespace(**{"seed": 0, "rating_noise": 2.0} | kwargs)
 
 
-def test_rated_samples_are_others_or_more_or_change_between_calls():
+def test_rated_samples_are_others_or_more_or_cut_off_or_change_between_calls():
     rows = rows_of("train")
     exact = build.rated(rows, "train", rating_config(rating_noise=0.0))
-    assert build.RATED == 8 and [d[:2] for d in exact] == [(row["prompt"], text) for row in rows
-                                                           for text in row["responses"][:8]]
+    ends = [ended for row in rows for ended in row["ended"][:8]]
+    assert build.RATED == 8 and 0 < ends.count(False) < 20
+    assert [d[:2] for d in exact] == [(row["prompt"], text) for row in rows
+                                      for text, ended in zip(row["responses"][:8], row["ended"]) if ended]
     assert all(d.attributes == reviews.attributes(d.prompt, d.response) for d in exact)
     noisy = build.rated(rows, "train", rating_config())
     assert noisy == build.rated(rows, "train",
                                 rating_config()) != build.rated(rows, "train", rating_config(seed=1))
     assert [d[:2] for d in noisy] == [d[:2] for d in exact]
-    assert sum(a.attributes != b.attributes for a, b in zip(noisy, exact)) > 40
+    assert sum(a.attributes != b.attributes for a, b in zip(noisy, exact)) > 5 * len(exact) / 6
     assert noisy != build.rated(rows, "test", rating_config())      # the same people, not the same slips
 
 
@@ -714,11 +721,87 @@ def test_test_prompts_are_rated_by_other_people(monkeypatch):
 
     monkeypatch.setattr(reviews, "rate", note)
     for split, seed in (("train", 0), ("test", 0), ("train", 1)):
-        build.rated(rows_of(split, 1), split, rating_config(seed=seed))
+        rows = [row | {"ended": [True] * len(row["ended"])} for row in rows_of(split, 1)]
+        build.rated(rows, split, rating_config(seed=seed))
     first, test, other = people[0], people[8], people[16]
     assert len(people) == 24 and people == [first] * 8 + [test] * 8 + [other] * 8
     assert first == test != other and first[1] == 2.0 and len(first[0]) == 20
     assert all(set(rater) == set(NAMES) for rater in first[0])
+
+
+def test_rated_demonstrations_are_others_than_sft_saw_or_their_number_is_another(tmp_path, monkeypatch):
+    rng, prompts = random.Random(5), reviews.make_prompts("train", 10, 0)
+    seen = [(prompt, reviews.write("crowd", prompt, rng)) for prompt in rng.choices(prompts, k=60)]
+    write_json(tmp_path / "demonstrations.json", seen)
+    monkeypatch.setattr(build, "models", lambda config: tmp_path)
+    task = Task("reviews", {}, ratings={"train": [Demonstration("p", "a sample", {"humor": 3})], "test": []})
+    config = harness.Config()
+    rated, plain = loading.demonstrations(config, task, 40, 15)
+    assert [row[:2] for row in rated + plain] == seen[:40] and len(rated) == 15
+    assert all(set(row.attributes) == set(NAMES) for row in rated)
+    assert not any(row.attributes for row in plain)
+    truth = [reviews.attributes(*pair) for pair in seen[:15]]
+    assert sum(row.attributes != levels for row, levels in zip(rated, truth)) > 10
+    exact, _ = loading.demonstrations(replace(config, rating_noise=0.0), task, 15, 15)
+    assert [row.attributes for row in exact] == truth
+    assert loading.demonstrations(config, task, 40, 15)[0] == rated
+    assert loading.demonstrations(replace(config, seed=1), task, 40, 15)[0] != rated
+    assert loading.demonstrations(config, task, 10, 15) == (rated[:10], [])         # no more than there are
+    assert loading.demonstrations(config, task, 40) == ([], [Demonstration(*pair) for pair in seen[:40]])
+    assert loading.demonstrations(config, task, 0, 15) == (task.ratings["train"], [])
+
+
+def test_demonstrations_of_a_file_come_twice_or_without_its_ratings(toy):
+    rated = [Demonstration("p", "a", {"q": 1}), Demonstration("p", "b", {"q": 2})]
+    rows = [Demonstration("p", "a", {"q": 1}), Demonstration("p", "c"), Demonstration("o", "a"),
+            Demonstration("p", "b", {"q": 2}), Demonstration("o", "d")]
+    task = Task("file", {}, ratings={"train": rated}, demonstrations={"train": rows})
+    config = settings(toy)
+    assert loading.demonstrations(config, task, 9, 1) == (rated, [rows[1], rows[2], rows[4]])
+    assert loading.demonstrations(config, task, 2) == (rated, [rows[1], rows[2]])
+    assert loading.demonstrations(config, task, 0) == (rated, [])
+    assert loading.demonstrations(config, Task("file", {}), 3) == ([], [])
+
+
+# --------------------------------------------------------------------------------------------- levels by rank
+
+def spread_over(counts, name, rng):
+    """Levels in a random order, each as often as counts say."""
+    levels = [level for level, n in enumerate(counts) for _ in range(n)]
+    return [{name: level} for level in rng.sample(levels, len(levels))]
+
+
+@pytest.mark.parametrize("counts", [
+    [1, 2, 3, 4, 5, 5, 4, 3, 2, 1], [10] * 10, [30, 0, 0, 5, 0, 0, 1, 0, 0, 4],
+    [0, 0, 20, 3, 7, 0, 9, 0, 0, 0], [0, 0, 0, 0, 0, 25, 0, 0, 0, 0]])
+def test_levels_by_rank_come_more_often_than_in_the_ratings_or_fall_where_scores_rise(counts):
+    rng = random.Random(sum(counts))
+    ratings, scores = spread_over(counts, "x", rng), [rng.gauss(0, 0.1) + 0.5 for _ in range(sum(counts))]
+    to_levels = harness.levels_by_rank(torch.tensor(scores)[:, None], ratings, 9)
+    found = [row["x"] for row in to_levels(torch.tensor(scores)[:, None])]
+    assert [found.count(level) for level in range(10)] == counts
+    assert [level for _, level in sorted(zip(scores, found))] == sorted(found)
+    others = torch.linspace(-9, 9, 500)[:, None]                             # scores of other responses
+    levels = [row["x"] for row in to_levels(others)]
+    assert levels == sorted(levels) and {type(level) for level in levels} == {int}
+    given = [level for level in range(10) if counts[level]]
+    assert levels[0] == given[0] and levels[-1] == given[-1]                      # both ends can be reached
+
+
+def test_levels_by_rank_are_of_another_attribute_or_depend_on_the_scale_of_the_scores():
+    rng = random.Random(0)
+    a, b = spread_over([20, 10, 10], "a", rng), spread_over([5, 0, 15, 0, 20], "b", rng)
+    ratings = [row | other for row, other in zip(b, a)]
+    scores = torch.tensor([[rng.gauss(0, 1), rng.gauss(5, 3)] for _ in ratings])           # of a, then of b
+    to_levels = harness.levels_by_rank(scores, ratings, 4)
+    found = to_levels(scores)
+    for name, column, counts in (("a", 0, [20, 10, 10, 0, 0]), ("b", 1, [5, 0, 15, 0, 20])):
+        assert [sum(row[name] == level for row in found) for level in range(5)] == counts
+        ranked = [found[i][name] for i in scores[:, column].argsort()]
+        assert ranked == sorted(ranked)
+    assert all(list(row) == ["a", "b"] for row in found)
+    assert harness.levels_by_rank(scores.exp(), ratings, 4)(scores.exp()) == found
+    assert to_levels(scores[3:5]) == found[3:5] and to_levels(scores[:0]) == []
 
 
 # ------------------------------------------------------------------------------------------- ratings of files

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args, get_origin
 
@@ -24,10 +25,10 @@ import harness.run
 import tasks
 from conftest import PAIRS, count_a, method_names, pair_task, parameters, settings, slow, started, toy_run
 from harness import Config, Pair, Ranking, UserError
-from harness.evaluation import evaluate, kl_to_reference, mean_and_error
+from harness.evaluation import evaluate, kl_to_reference, mean_and_error, sequence_kl
 from harness.run import output_directory, training_state_mb
 from tasks import Task
-from test_common import exact_kl, llama, outcome_batch
+from test_common import cohere, exact_kl, llama, outcome_batch
 
 pytestmark = pytest.mark.usefixtures("no_traces")
 GOOD, BAD = Pair("ab", "cd", "h"), Pair("c", "hgh", "")
@@ -205,35 +206,97 @@ def test_win_rate_is_by_another_reward_or_missing_for_the_others(toy, gold, name
         assert metrics[f"eval/win_rate{suffix}"] == pytest.approx(want[name])
 
 
-def test_kl_differs_from_a_direct_computation(toy):
-    config = settings(toy, temperature=0.7, token_budget=40)
+def next_logps(model, ids, temperature):
+    """Log-probs [T, V] of what comes after each token of one row without padding."""
+    with torch.no_grad():
+        return (model(torch.tensor([ids]), use_cache=False).logits[0].double() / temperature).log_softmax(-1)
+
+
+def plain_kl(policy, reference, prompt, response, temperatures=(1.0, 1.0), other=None):
+    """KL of the next token, summed over a response, token by token. other: the prompt of the reference."""
+    other, total = prompt if other is None else other, 0.0
+    p, q = (next_logps(model, [*asked, *response], t)[len(asked) - 1:-1]
+            for model, asked, t in zip((policy, reference), (prompt, other), temperatures))
+    for row, row_of_reference in zip(p.tolist(), q.tolist(), strict=True):
+        total += sum(math.exp(a) * (a - b) for a, b in zip(row, row_of_reference))
+    return total
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+@pytest.mark.parametrize("temperatures", [{}, dict(temperature=0.7), dict(eval_temperature=0.5),
+                                          dict(temperature=0.7, eval_temperature=1.3)])
+def test_kl_differs_from_a_direct_computation_or_takes_a_temperature_for_the_other(toy, temperatures, budget):
+    config = settings(toy, token_budget=budget, **temperatures)
     policy, tokenizer = perturbed(harness.load_policy(config)), harness.load_tokenizer(config)
-    texts = ["abc", "h", "ggggg", "", "de"]
-    prompts = ["a", "bcd", "ef", "g", "hh"]
-    kl = kl_to_reference(config, policy, common.encode(tokenizer, prompts, texts))
+    texts, prompts = ["abc", "h", "ggggg", "", "de", "ab"], ["a", "bcd", "ef", "g", "hh", "c"]
+    kl = kl_to_reference(config, policy, common.encode(tokenizer, prompts, texts, [True] * 5 + [False]))
     reference = harness.loading.load_reference(config)
-    for i, (prompt, text) in enumerate(zip(prompts, texts)):
-        ids = tokenizer(prompt + text).input_ids + [0]
-        total = 0.0
-        for model, sign in ((policy, 1), (reference, -1)):
-            with torch.no_grad():
-                logps = (model(torch.tensor([ids])).logits[0] / 0.7).log_softmax(-1)
-            total += sign * sum(logps[t - 1, ids[t]].item() for t in range(len(prompt), len(ids)))
-        assert kl[i].item() == pytest.approx(total, abs=1e-4) and abs(total) > 1e-3
+    both = temperatures.get("eval_temperature", temperatures.get("temperature", 1)), temperatures.get(
+        "temperature", 1)
+    want = [plain_kl(policy, reference, tokenizer(prompt).input_ids,
+                     tokenizer(text).input_ids + [0] * (text != "ab"), both)
+            for prompt, text in zip(prompts, texts)]
+    assert kl.tolist() == pytest.approx(want, abs=1e-4) and min(want) > 1e-2
+    assert not kl.requires_grad and kl.dtype == torch.float32 and len({*want}) == 6
+    if both[0] != both[1]:
+        batch = common.encode(tokenizer, ["a"], ["b"])                  # the same weights are two policies
+        assert kl_to_reference(config, harness.load_policy(config), batch) > 0
 
 
-def test_h_kl_has_the_wrong_sign_or_direction(tmp_path):                                                   # H
+@pytest.mark.parametrize("temperature, other", [(1.0, 1.0), (0.6, 1.0), (1.0, 1.5)])
+def test_h_kl_is_not_that_of_the_sequences_or_has_another_direction(tmp_path, temperature, other):         # H
+    """Its mean over all that the policy can say, each as often as the policy says it, is KL(pi || pi_ref)."""
     policy, reference, batch = llama(4, seed=1), llama(4, seed=2), outcome_batch()
     reference.save_pretrained(tmp_path / "start")
-    config = Config(model=str(tmp_path / "start"), data="none.jsonl", device="cpu", token_budget=64)
-    forward, backward = exact_kl(policy, reference).item(), exact_kl(reference, policy).item()
+    config = Config(model=str(tmp_path / "start"), data="none.jsonl", device="cpu", token_budget=64,
+                    eval_temperature=temperature, temperature=other)
+    p, q = (common.sequence_logps(*args).detach() for args in
+            ((policy, batch, temperature), (reference, batch, other)))
+    forward, backward = (p.exp() * (p - q)).sum().item(), (q.exp() * (q - p)).sum().item()
+    if temperature == other == 1:
+        assert forward == pytest.approx(exact_kl(policy, reference).item(), rel=1e-9)
     assert forward > 0 and abs(forward - backward) > 0.01
+    kl = kl_to_reference(config, copy.deepcopy(policy).float(), batch).double()     # it is float32 throughout
+    assert (p.exp() * kl).sum().item() == pytest.approx(forward, rel=1e-4)
+    assert (kl > 0).all() and ((p - q) < -0.1).any()            # one sample's log-ratio is negative as well
+    spread, k1_spread = ((p.exp() * (values - forward) ** 2).sum() for values in (kl, p - q))
+    assert 0 < spread < k1_spread
+
+
+def test_kl_is_not_0_at_the_start_or_below_it_after_a_small_step(toy):
+    config = settings(toy)
+    policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
+    batch = common.generate(policy, tokenizer, [p.prompt for p in PAIRS], 4, max_new_tokens=5)
+    assert (kl_to_reference(config, policy, batch) == 0).all()
+    for by in (1e-4, 1e-3, 1e-2):
+        values = kl_to_reference(config, perturbed(policy, by), batch)
+        assert values.min() > -1e-6 and values.mean() > 0               # -1e-6: rounding
+        reference = harness.loading.load_reference(config)
+        k1 = common.sequence_logps(policy, batch) - common.sequence_logps(reference, batch)
+        assert k1.min() < -by / 10                                      # so the samples would show it
+
+
+@pytest.mark.parametrize("make", [(llama, cohere), (cohere, llama), (cohere, cohere)])
+def test_kl_leaves_out_what_a_model_does_to_its_logits_after_the_head(make, capsys):
+    policy, reference = make[0](4, seed=1), make[1](4, seed=2)
+    batch = outcome_batch()
     p = common.sequence_logps(policy, batch).exp().detach()
-    k1 = kl_to_reference(config, copy.deepcopy(policy).float(), batch).double()     # it is float32 throughout
-    assert (p * k1).sum().item() == pytest.approx(forward, rel=1e-4)
-    assert (p * ((-k1).exp() - 1 + k1)).sum().item() == pytest.approx(forward, rel=1e-4)      # k3
-    swapped = common.sequence_logps(reference, batch).exp().detach() * k1
-    assert swapped.sum().item() == pytest.approx(-backward, rel=1e-4)
+    kl = sequence_kl((policy, reference), (batch, batch)).double()
+    assert (p * kl).sum().item() == pytest.approx(exact_kl(policy, reference).item(), rel=1e-5)
+    assert "CohereForCausalLM changes its logits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_d_kl_depends_on_the_chunk_or_the_other_rows_or_reads_the_prompts_of_the_other_model(chunk):       # D
+    policy, reference = llama(12, seed=1), llama(12, seed=2)
+    rows = [([3, 4], [9, 4], [5, 6, 7, 0]), ([1, 2, 0, 5, 6], [2], [2, 0]), ([7], [8, 1, 1, 1, 1, 2, 5], [1])]
+    batches = [common.pack([(row[i], row[2]) for row in rows], 0) for i in (0, 1)]
+    got = sequence_kl((policy, reference), batches, (0.8, 1.2), chunk)
+    want, same = ([plain_kl(policy, reference, asked, response, (0.8, 1.2), of_reference)
+                   for asked, other, response in rows for of_reference in [other if told else asked]]
+                  for told in (True, False))
+    assert got.tolist() == pytest.approx(want, rel=1e-4)
+    assert all(abs(a - b) > 1e-2 for a, b in zip(same, want))
 
 
 def test_AJ_reference_shares_storage_or_can_be_trained(toy):
@@ -383,12 +446,14 @@ def steps(run, plan, trained=None, updates=1, measure=None):
     config = run.config
     optimizer, schedule = common.adamw(trained, config.lr, len(plan) * updates, config.schedule,
                                        config.warmup)
-    run.evaluate(**own())
+    run.evaluate()
+    run.amend(**own())
     for step, item in run.steps(plan, trained, optimizer, schedule):
         yield step, item
         run.log(step, {})
         if run.evaluation_due(step):
-            run.evaluate(**own())
+            run.evaluate()
+            run.amend(**own())
 
 
 def random_updates(run, updates=1):
@@ -497,34 +562,72 @@ def test_one_network_is_not_what_is_trained_and_saved(toy, tmp_path):
 
 
 def sampling_run(run, monkeypatch, clock, stop=None):
-    """Two seconds for each sampling, six for the rest of a step, a hundred for each evaluation."""
+    """Four steps, whose time counts: two seconds for each sampling, six for the rest.
+
+    Three seconds before the first evaluation and five after it count, too. Not so a hundred for an
+    evaluation, twenty for what the method adds to it, ten for a checkpoint and one after the last step.
+    """
     with monkeypatch.context() as patch:
         slow(patch, clock, harness.run, "evaluate", 100)
+        slow(patch, clock, harness.Run, "checkpoint", 10)
         slow(patch, clock, common, "generate", 2)
-        for step, prompts in steps(run, [["ab", "c", "def"]] * 4, networks(run)):
+        clock.now += 3
+        run.evaluate()
+        clock.now += 20
+        run.amend(mine=0)
+        clock.now += 5
+        plan, trained = [["ab", "c", "def"]] * 4, networks(run)
+        for step, prompts in run.steps(plan, trained, *common.adamw(trained, 1e-2, 4)):
             harness.rollout(run, prompts)
             random_updates(run)
             clock.now += 6
+            run.log(step, {})
+            if run.evaluation_due(step):
+                run.evaluate()
+                clock.now += 20
+                run.amend(mine=step)
             if step == stop:
                 break
+        clock.now += 1
     return run
 
 
-def test_seconds_of_training_count_evaluations_or_stand_still(toy, tmp_path, monkeypatch, clock):
-    run = sampling_run(started(toy, tmp_path / "run", eval_every=2), monkeypatch, clock)
-    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
-    assert [row["seconds_training"] for row in run.trace] == [0, 16, 32]
+def test_seconds_count_evaluations_or_checkpoints_or_stand_still_or_leave_out_what_comes_before_the_steps(
+        toy, tmp_path, monkeypatch, clock):
+    run = sampling_run(started(toy, tmp_path / "run", eval_every=2, save_every=1), monkeypatch, clock)
+    assert run.counts["seconds_training"] == 3 + 5 + 4 * 8 and run.counts["seconds_generating"] == 8
+    assert [row["seconds_training"] for row in run.trace] == [3, 24, 40]
+    assert run.counts["cpu_seconds"] == 80 and [row["cpu_seconds"] for row in run.trace] == [6, 48, 80]
     tokens = [row["tokens_generated"] for row in run.trace]
     assert tokens[0] == 0 < tokens[1] < tokens[2] == run.counts["tokens_generated"]
     assert "seconds" not in metrics_of(tmp_path / "run")    # resumed and straight runs would differ
 
 
+def test_loading_counts_as_training_or_clock_of_the_processor_is_the_one_on_the_wall(
+        toy, tmp_path, monkeypatch, clock):
+    slow(monkeypatch, clock, harness.run, "load_rewards", 1000)
+    run = started(toy, tmp_path)
+    clock.now += 0.5
+    run.count_time()
+    assert run.counts["seconds_training"] == 0.5 and run.counts["cpu_seconds"] == 1
+    monkeypatch.undo()
+    wall, processor = harness.run.now()
+    while harness.run.now()[1] < processor + 0.02:
+        pass
+    time.sleep(0.3)
+    later = harness.run.now()
+    assert later[0] - wall > 0.3 > 0.2 > later[1] - processor > 0.02             # sleeping is no work
+
+
 def test_AF_seconds_and_tokens_start_anew_at_resume(toy, tmp_path, monkeypatch, clock):
     cut = sampling_run(started(toy, tmp_path / "run", save_every=1), monkeypatch, clock, stop=2)
     kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["counts"]
-    assert kept["seconds_training"] == 16 and 0 < kept["tokens_generated"] < cut.counts["tokens_generated"]
+    assert (kept["seconds_training"], kept["cpu_seconds"]) == (3 + 5 + 2 * 8, 48)
+    assert 0 < kept["tokens_generated"] < cut.counts["tokens_generated"]
     run = sampling_run(started(toy, tmp_path / "run", save_every=1, resume=True), monkeypatch, clock)
-    assert run.counts["seconds_training"] == 32 and run.counts["seconds_generating"] == 8
+    # what comes before the steps is made again: five seconds are seen of it
+    assert run.counts["seconds_training"] == 24 + 5 + 2 * 8 and run.counts["seconds_generating"] == 8
+    assert run.counts["cpu_seconds"] == 2 * run.counts["seconds_training"]
     straight = sampling_run(started(toy, tmp_path / "straight"), monkeypatch, clock)
     assert run.counts["tokens_generated"] == straight.counts["tokens_generated"]
 
@@ -534,9 +637,10 @@ def test_finish_returns_or_prints_other_costs_than_were_counted(toy, tmp_path, m
     capsys.readouterr()
     result, printed = run.finish(), capsys.readouterr().out
     tokens = run.counts["tokens_generated"]
-    assert result["tokens_generated"] == tokens > 0 and result["seconds_per_step"] == 8
+    assert result["tokens_generated"] == tokens > 0 and result["seconds_per_step"] == 10
+    assert result["cpu_seconds"] == 80 and result["seconds_training"] == 40
     assert result["state_mb"] == training_state_mb(run.optimizer)
-    assert f"{tokens / 8:.0f} tokens/s generated, 25% of the training time" in printed.splitlines()
+    assert f"{tokens / 8:.0f} tokens/s generated, 20% of the training time" in printed.splitlines()
     assert not [name for name in result if name.startswith("eval/") and "seconds" in name]
     # the table has metrics only
     assert "tokens_generated" not in printed and "seconds_training" not in printed

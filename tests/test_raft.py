@@ -120,14 +120,14 @@ def letters(prompts, responses):
 letters.model = SimpleNamespace(config=SimpleNamespace(reward_scale={}))              # has a scale of its own
 
 
-def test_V_noise_of_a_prompt_changes_a_local_ranking_or_noise_of_a_response_none():
-    rng = random.Random(0)
+def test_V_noise_of_a_prompt_changes_a_local_ranking_or_noise_of_a_response_none(toy, tmp_path):
+    rng, run = random.Random(0), begun(toy, tmp_path / "run")
     rows = [Ranking(f"p{i}", ["".join(rng.choices("abcdefgh", k=rng.randint(1, 4))) for _ in range(8)], (),
                     (), [True] * 8)
             for i in range(50)]
 
     def picks(reward, *ways):
-        return chosen(select(harness.scored(rows, reward), *ways))
+        return chosen(select(harness.scored(run, rows, reward), *ways))
 
     def noisy(kind, seed=0):
         return NoisyReward(letters, kind, seed)
@@ -286,6 +286,9 @@ def test_V_kl_in_the_ranking_is_not_reward_less_kl_coef_times_the_log_ratio(toy,
     by_hand = [row.responses[penalised.index(max(penalised))] for row, penalised in zip(rankings, scores)]
     kept, rewards = collected(run, rankings, monkeypatch, kl_coef=2.0), run.state["rewards"]
     assert chosen(kept) == by_hand
+    read = sum(len(row.prompt) + len(text) + end
+               for row in rankings for text, end in zip(row.responses, row.ended))
+    assert run.counts["tokens_scored_reference"] == read           # the reference's pass, not the policy's own
     assert [row.scores[0] for row in kept] == pytest.approx([max(penalised) for penalised in scores],
                                                             abs=1e-4)
     assert chosen(collected(run, rankings, monkeypatch,

@@ -348,3 +348,50 @@ def test_annotator_is_bradley_terry_and_flips(difference, temperature, flip, exp
     labels = [reviews.annotate(0.3 + difference, 0.3, rng, temperature=temperature, flip=flip)
               for _ in range(10_000)]
     assert statistics.mean(labels) == pytest.approx(expected, abs=0.015)  # three standard errors
+
+
+# ---- judges
+
+GOOD, BETTER, BEST = " the songs were good.", " the songs were very good.", " i loved the songs."
+BROKEN = " the songs was good."                                            # gold: 1.0, 1.12, 1.6 and -0.9
+
+
+def test_opinion_is_not_gold_plus_noise_of_mean_0_or_the_noise_has_another_size():
+    """A Gumbel distribution of scale 0.5: its deviation is 0.5 pi / sqrt(6), it leans to the right."""
+    for temperature, n in ((0.5, 20_000), (2.0, 20_000)):
+        noise = np.array([reviews.opinion(WESTERN, GOOD, seed, temperature) for seed in range(n)]) - 1.0
+        deviation = temperature * np.pi / 6 ** 0.5
+        assert abs(noise.mean()) < 4 * deviation / n ** 0.5
+        assert noise.std() == pytest.approx(deviation, rel=0.03)
+        assert (noise ** 3).mean() / deviation ** 3 == pytest.approx(1.14, abs=0.15)  # its skewness
+    default = [reviews.opinion(WESTERN, GOOD, seed) for seed in range(5)]
+    assert default == [reviews.opinion(WESTERN, GOOD, seed, 0.5) for seed in range(5)]
+    crowd = texts("crowd", 3000)                                     # and so over texts, with one seed
+    noise = np.array([reviews.opinion(*text, 0) - reviews.gold(*text) for text in crowd])
+    assert abs(noise.mean()) < 4 * 0.64 / 3000 ** 0.5 and noise.std() == pytest.approx(0.641, rel=0.06)
+
+
+@pytest.mark.parametrize("a, b", [(GOOD, BETTER), (BEST, GOOD), (BETTER, BEST), (GOOD, BROKEN)])
+def test_opinions_prefer_a_text_at_another_rate_than_bradley_and_terry(a, b):
+    gap = reviews.gold(WESTERN, a) - reviews.gold(WESTERN, b)
+    wins = [reviews.opinion(WESTERN, a, seed) > reviews.opinion(WESTERN, b, seed) for seed in range(10_000)]
+    assert statistics.mean(wins) == pytest.approx(1 / (1 + np.exp(-gap / 0.5)), abs=0.015)  # three errors
+    rng = random.Random(0)                                       # as annotators who never slip would choose
+    labels = [reviews.annotate(gap, 0.0, rng, flip=0.0) for _ in range(10_000)]
+    assert statistics.mean(wins) == pytest.approx(statistics.mean(labels), abs=0.021)
+
+
+def test_opinion_changes_from_call_to_call_or_is_the_same_for_another_text_prompt_or_seed():
+    first = reviews.opinion(WESTERN, GOOD, 0)
+    random.seed(5)
+    state = random.getstate()
+    assert first == reviews.opinion(WESTERN, GOOD, 0) and random.getstate() == state
+    rows = [(WESTERN, GOOD, 1), (WESTERN, " the songs were great.", 0),
+            (WESTERN.replace("songs", "plot"), GOOD, 0)]
+    noise = [reviews.opinion(*row) - reviews.gold(*row[:2]) for row in rows]
+    assert len({round(value, 6) for value in (first - 1.0, *noise)}) == 4
+    code = f"from tasks import reviews; print(reviews.opinion({WESTERN!r}, {GOOD!r}, 0))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
+                             text=True, encoding="utf-8", check=True).stdout
+    assert float(printed) == first

@@ -2,10 +2,12 @@
 
 Letters are the bug classes that a test would catch. Models are random, over eight letters.
 """
+import functools
 import json
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ import ppo
 import tasks
 from conftest import PAIRS, count_a, pair_task, parameters, save_toy, settings, sgd, slow, started, toy_run
 from harness import Config, Demonstration, Pair, Ranking, Recipe, UserError, shuffled_batches
-from harness.rewards import NoisyReward, TrueReward, load_rewards
+from harness.rewards import NoisyReward, People, TrueReward, load_rewards
 from tasks import Task, build, reviews
 
 pytestmark = pytest.mark.usefixtures("no_traces")
@@ -209,10 +211,17 @@ def test_given_reward_model_is_not_used_or_not_scaled(toy, tmp_path):
 
 # ------------------------------------------------------------------------------------ what a method maximises
 
+MANY = [x + y + z for x in "cdefgh" for y in "cdefgh" for z in "cdefgh"]                   # 216 prompts
+
+
 @pytest.fixture
 def gold(monkeypatch):
-    """Gives the toy's task a true reward: gold(f)."""
-    return lambda f: monkeypatch.setattr(harness.loading, "load_task", lambda config: pair_task(f))
+    """Gives the toy's task a true reward, gold(f), and many train prompts."""
+    def give(f):
+        task = replace(pair_task(f), prompts=pair_task().prompts | {"train": MANY})
+        monkeypatch.setattr(harness.loading, "load_task", lambda config: task)
+
+    return give
 
 
 @pytest.fixture
@@ -230,27 +239,28 @@ def sampled(monkeypatch):
 
 
 def check_normalised(reward, run, calls, raw):
-    """Mean 0 and deviation 1 over 4 samples of each of the first batch_size training prompts."""
+    """Mean 0 and deviation 1 over 4 samples of each of the first 128 training prompts."""
     (prompts, n, temperature, most, texts), = calls
-    assert (prompts, n, temperature, most) == (run.task.prompts["train"][:6], 4, 0.8, 5)
+    assert (prompts, n, temperature, most) == (MANY[:128], 4, 0.8, 5)
     prompts = [prompt for prompt in prompts for _ in range(4)]
     scores = raw(prompts, texts)
     assert scores.std() > 0.01
     assert (reward.mean, reward.std) == pytest.approx((scores.mean().item(), scores.std().item()))
     got = reward(prompts, texts)
-    assert got.shape == (24,) and got.mean().abs() < 1e-5 and got.std().item() == pytest.approx(1)
+    assert got.shape == (512,) and got.mean().abs() < 1e-5 and got.std().item() == pytest.approx(1)
     torch.testing.assert_close(got, (scores - scores.mean()) / scores.std())
 
 
-def test_gold_is_not_maximised_or_not_on_the_common_scale(toy, tmp_path, gold, sampled):
-    gold(lambda prompt, response, ended: 3 * count_a(prompt, response, ended) + (prompt == "cc") + 10 * ended)
-    run = started(toy, tmp_path, reward="gold", temperature=0.8)
+@pytest.mark.parametrize("batch_size", [6, 300])
+def test_gold_is_not_maximised_or_not_on_the_common_scale(toy, tmp_path, gold, sampled, batch_size):
+    gold(lambda prompt, response, ended: 3 * count_a(prompt, response, ended) + (prompt < "d") + 10 * ended)
+    run = started(toy, tmp_path, reward="gold", temperature=0.8, batch_size=batch_size)
     assert set(run.rewards) == {"proxy"}                    # still measured, though not maximised
     proxy = run.rewards["proxy"].mean, run.rewards["proxy"].std
     reward = harness.reward_to_maximise(run)
     assert (run.rewards["proxy"].mean, run.rewards["proxy"].std) == proxy
     check_normalised(reward, run, sampled, lambda prompts, texts: torch.tensor(
-        [3.0 * text.count("a") + (prompt == "cc") + 10 for prompt, text in zip(prompts, texts)]))
+        [3.0 * text.count("a") + (prompt < "d") + 10 for prompt, text in zip(prompts, texts)]))
 
 
 @pytest.mark.parametrize("pairs", [{}, {"train": PAIRS[:-6]}])
@@ -282,7 +292,8 @@ def test_scale_of_a_reward_model_is_measured_anew(toy, tmp_path, sampled):
     assert reward is run.rewards["proxy"] and (reward.mean, reward.std) == (2, 4) and not sampled
 
 
-def test_reward_model_without_a_scale_is_left_raw(toy, tmp_path, sampled):
+def test_reward_model_without_a_scale_is_left_raw(toy, tmp_path, gold, sampled):
+    gold(None)
     run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward"), temperature=0.8)
     unscaled = common.load_reward_model(tmp_path / "reward", 64, "cpu")
     reward = harness.reward_to_maximise(run)
@@ -292,16 +303,16 @@ def test_reward_model_without_a_scale_is_left_raw(toy, tmp_path, sampled):
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 0.1, -1.7])
 def test_constant_reward_is_divided_by_nothing(toy, tmp_path, gold, value):
-    """0.3 has no exact float32: the deviation of 24 of them can come out as 1e-8 instead of 0."""
+    """0.3 has no exact float32: the deviation of 512 of them can come out as 1e-8 instead of 0."""
     gold(lambda prompt, response, ended: value)
     with pytest.raises(UserError,
-                       match=f"the reward is {value:.3g} for each of the policy's 24 first samples"):
+                       match=f"the reward is {value:.3g} for each of the policy's 512 first samples"):
         harness.reward_to_maximise(started(toy, tmp_path, reward="gold"))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_AD_reward_that_is_not_finite_becomes_the_scale(toy, tmp_path, gold, value):
-    culprit = pair_task().prompts["train"][4]
+    culprit = MANY[100]
     gold(lambda prompt, response, ended: value if prompt == culprit else count_a(prompt, response, ended))
     with pytest.raises(UserError, match=f"the reward is {value} for the prompt '{culprit}'"):
         harness.reward_to_maximise(started(toy, tmp_path, reward="gold"))
@@ -314,6 +325,28 @@ def test_AE_scale_of_the_reward_depends_on_whether_its_model_was_cached(toy, tmp
         reward = harness.reward_to_maximise(started(toy, tmp_path / name, reward="", reward_lr=1e-2))
         scales.append((reward.mean, reward.std))
     assert scales[0] == scales[1]
+
+
+def test_judge_is_a_model_or_is_asked_for_another_texts_opinion():
+    asked = []
+    judge = People(lambda *row: asked.append(row) or len(row[0]) - len(row[1]) / 8)
+    scores = judge(["a", "abc"], ["bc", "d"])
+    assert scores.tolist() == [0.75, 2.875] and scores.dtype == torch.float32
+    assert asked == [("a", "bc"), ("abc", "d")]
+
+
+def test_judge_of_the_embedded_task_is_no_person_or_another_one_under_each_label_noise(toy, monkeypatch):
+    monkeypatch.setattr(build, "proxy", lambda config: "the proxy")
+    monkeypatch.setattr(common, "load_reward_model", lambda path, *args: path)
+    task = Task("reviews", {}, opinion=functools.partial(reviews.opinion, seed=3), gold=reviews.gold)
+    prompts = reviews.make_prompts("test", 5, 0)
+    texts = [reviews.write("crowd", prompt, random.Random(0)) for prompt in prompts]
+    want = [reviews.opinion(prompt, text, 3) for prompt, text in zip(prompts, texts)]
+    for options in ({}, dict(label_noise=0.3, proxy_pairs="off_policy"), dict(reward="gold")):
+        rewards = load_rewards(Config(**options), task)
+        assert list(rewards) == ["proxy", "judge"] and rewards["proxy"] == "the proxy"
+        assert rewards["judge"](prompts, texts).tolist() == pytest.approx(want, abs=1e-6)
+    assert list(load_rewards(Config(reward="some/model"), task)) == ["proxy"]
 
 
 def zeros(prompts, responses):
@@ -382,7 +415,8 @@ def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
         assert asked == prompts
         tokens += int(lengths.sum())
     assert run.counts["tokens_generated"] == tokens and run.counts["seconds_generating"] == 6
-    assert run.counts["seconds_training"] == 6              # before the first step
+    run.count_time()
+    assert run.counts["seconds_training"] == 206            # of which six were generating
     assert all(type(value) in (int, float) for value in run.counts.values())      # or state.pt would not load
 
 
@@ -431,8 +465,9 @@ def test_policy_that_never_stops_or_says_nothing_goes_unnoticed(toy, tmp_path, m
 
 # ------------------------------------------------------------------------------------- samples and candidates
 
-POOL = {"ab": ["pool 0", "pool 1", "pool 2"], "c": ["pool 3", "pool 4"],
-        "def": ["pool 5", "pool 6", "pool 7"]}
+POOL = {"ab": Ranking("ab", ["a", "bb", "ccc"], [], ended=[True, False, True]),
+        "c": Ranking("c", ["dddd", "e"], [], ended=[True, True]),
+        "def": Ranking("def", ["f", "g", "h"], [], ended=[True, True, False])}
 
 
 def pool_run(toy, monkeypatch, **settings):
@@ -446,10 +481,27 @@ def pool_run(toy, monkeypatch, **settings):
     return run
 
 
-def test_pool_of_the_initial_policy_is_not_used_or_not_in_part(toy, monkeypatch):
-    rows = harness.sample_rankings(pool_run(toy, monkeypatch), ["c", "ab"], 2)
-    assert rows == [Ranking("c", POOL["c"], [], ended=[True] * 2),
-                    Ranking("ab", POOL["ab"][:2], [], ended=[True] * 2)]
+def test_pool_of_the_initial_policy_is_not_used_or_not_in_part_or_its_cut_samples_end(toy, monkeypatch):
+    run = pool_run(toy, monkeypatch)
+    rows = harness.sample_rankings(run, ["c", "ab"], 2)
+    assert rows == [Ranking("c", ["dddd", "e"], [], ended=[True, True]),
+                    Ranking("ab", ["a", "bb"], [], ended=[True, False])]
+    assert run.counts["tokens_generated"] == 5 + 2 + 2 + 1 + 1           # as if generated: EOS, where it came
+    harness.sample_rankings(run, ["def"], 3)
+    assert run.counts["tokens_generated"] == 11 + 4 + 1 and type(run.counts["tokens_generated"]) is int
+    assert run.counts["seconds_generating"] == 0
+
+
+def test_samples_of_the_pool_cost_others_than_fresh_ones(toy):
+    """What was generated once for every method counts for each, as if the run had sampled it itself."""
+    fresh = toy_run(toy)
+    rows = harness.sample_rankings(fresh, ["ab", "c"] * 4, 4)
+    pool = {f"{row.prompt}{i}": row._replace(prompt=f"{row.prompt}{i}") for i, row in enumerate(rows)}
+    run = toy_run(toy, Task("toy", {"train": [*pool], "test": ["g"]}, pool=pool))
+    again = harness.sample_rankings(run, list(pool), 4)
+    assert [row[1:] for row in again] == [row[1:] for row in rows]
+    assert {ended for row in rows for ended in row.ended} == {True, False}
+    assert run.counts["tokens_generated"] == fresh.counts["tokens_generated"] > 0
 
 
 @pytest.mark.parametrize("settings, prompts, n", [
@@ -491,18 +543,58 @@ def letters(prompts, texts):
                          for prompt, text in zip(prompts, texts)])
 
 
-def test_scores_go_to_other_responses_or_old_ones_stay():
+def test_scores_go_to_other_responses_or_old_ones_stay(toy):
     rows = [Ranking("ab", ["a", "aa", "a"], [9, 9, 9], [*"xyz"], [True, False, True]),
             Ranking("c", ["b"], []), MIXED]
-    assert harness.scored(rows, letters) == [rows[0]._replace(scores=[1, 2, 1]), Ranking("c", ["b"], [100]),
-                                            MIXED._replace(scores=[1, 0])]           # equal samples all count
+    run = toy_run(toy)
+    assert harness.scored(run, rows, letters) == [
+        rows[0]._replace(scores=[1, 2, 1]), Ranking("c", ["b"], [100]), MIXED._replace(scores=[1, 0])]
+    assert run.counts["tokens_scored_reward"] == 0               # equal samples all count; it reads no tokens
 
 
-def test_score_of_nan_ranks_or_another_prompt_is_named():
+def test_score_of_nan_ranks_or_another_prompt_is_named(toy):
     rows = [Ranking("ab", ["a", "a", "b"], []), Ranking("culprit", ["c", "d"], []), Ranking("e", ["f"], [])]
     with pytest.raises(UserError, match="step 3: the reward is nan for the prompt 'culprit'"):
-        harness.scored(rows, lambda prompts, texts: torch.tensor(
-            [math.nan if text == "d" else 1.0 for text in texts]), 3)
+        harness.scored(toy_run(toy, step=2), rows, lambda prompts, texts: torch.tensor(
+            [math.nan if text == "d" else 1.0 for text in texts]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_AD_one_of_several_scores_that_is_not_finite_passes(toy, value):
+    scores = torch.tensor([[1.0, 2.0], [3.0, value], [5.0, 6.0]])
+    with pytest.raises(UserError, match=f"step 1: the reward is {value} for the prompt 'b'"):
+        harness.score(toy_run(toy), lambda *texts: scores, ["a", "b", "c"], ["", "", ""])
+    fine = scores.nan_to_num(7.0, 7.0, 7.0)
+    assert harness.score(toy_run(toy), lambda *texts: fine, ["a", "b", "c"], ["", "", ""]) is fine
+
+
+@pytest.mark.parametrize("noise", ["none", "prompt", "response"])
+def test_tokens_that_the_reward_reads_are_not_counted_or_those_of_an_evaluation_are(toy, tmp_path, noise):
+    run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward", mean=0.0, std=1.0),
+                  reward_noise=noise)
+    reward = harness.reward_to_maximise(run)
+    assert isinstance(reward, NoisyReward) == (noise != "none") and run.counts["tokens_scored_reward"] == 0
+    texts = ["ab", "c", "def"], ["d", "", "abc"]
+    scores = harness.score(run, reward, *texts)
+    torch.testing.assert_close(scores, reward(*texts))                   # which it counts not again
+    assert run.counts["tokens_scored_reward"] == 3 + 1 + 6 + 3           # of prompts and texts, and EOS
+    run.evaluate()
+    assert run.counts["tokens_scored_reward"] == 13 and type(run.counts["tokens_scored_reward"]) is int
+    harness.scored(run, [Ranking("ab", ["d", "d"], [])], reward)
+    assert run.counts["tokens_scored_reward"] == 13 + 2 * 4
+    assert run.counts["tokens_scored_reference"] == run.counts["tokens_scored_value"] == 0
+
+
+def test_demonstrations_are_scored_as_cut_off_or_others_than_the_first_are_taken(toy):
+    rows = [Demonstration("ab", "aca"), Demonstration("c", "d"), Demonstration("ab", "a", {"q": 3})]
+    run = toy_run(toy, Task("toy", {"train": ["ab"], "test": ["g"]}, ratings={"train": rows[2:]},
+                            demonstrations={"train": rows}))
+    got = harness.scored_demonstrations(run, letters, 9)
+    assert got == [Ranking("ab", ["a"], [1], ended=[True]), Ranking("ab", ["aca"], [2], ended=[True]),
+                   Ranking("c", ["d"], [100], ended=[True])]
+    assert harness.scored_demonstrations(run, letters, 1) == got[:2]
+    with pytest.raises(UserError, match="the data has no demonstrations: give rows of prompt and completion"):
+        harness.scored_demonstrations(toy_run(toy), letters, 9)
 
 
 def ranked_task():
@@ -537,19 +629,19 @@ def test_data_without_answers_or_without_such_a_writer_trains_on_nothing():
 
 def test_candidates_are_out_of_order_or_without_the_given_ones(toy, monkeypatch, capsys):
     run = pool_run(toy, monkeypatch)
-    given = [Ranking("c", ["given a", "pool 3"], [5.0, 6.0], ended=[True, True]),
+    given = [Ranking("c", ["given a", "dddd"], [5.0, 6.0], ended=[True, True]),
              Ranking("ab", ["aa"], [7.0], ended=[True])]
     assert harness.candidates(run, letters, given, 2) == [
-        Ranking("c", ["pool 3", "pool 4", "given a"], [100, 100, 101], [], [True] * 3),
-        Ranking("ab", ["pool 0", "pool 1", "aa"], [0, 0, 2], [], [True] * 3)]
+        Ranking("c", ["dddd", "e", "given a"], [100, 100, 101], [], [True] * 3),
+        Ranking("ab", ["a", "bb", "aa"], [1, 0, 2], [], [True, False, True])]
     assert capsys.readouterr().err == ""
     first = harness.candidates(run, letters, given, 0)[0]
-    assert first == Ranking("c", ["given a", "pool 3"], [101, 100], [], [True] * 2)
+    assert first == Ranking("c", ["given a", "dddd"], [101, 100], [], [True] * 2)
     assert harness.candidates(run, None, given, 0) == [row._replace(systems=[]) for row in given]
     run.step = 1                                         # samples anew: the first and every third are cut off
     assert [row.prompt for row in harness.candidates(run, letters, [], 2)] == run.task.prompts["train"]
     row = harness.candidates(run, letters, given, 2)[0]
-    assert row.responses == ["c 0", "c 1", "given a", "pool 3"] and row.ended == [False, True, True, True]
+    assert row.responses == ["c 0", "c 1", "given a", "dddd"] and row.ended == [False, True, True, True]
 
 
 def test_rankings_without_an_order_are_not_counted_or_are_left_out(toy, monkeypatch, capsys):
@@ -586,6 +678,10 @@ def test_logps_of_rows_are_out_of_order_or_of_another_model(toy, budget):
                 value, length = plain_logp(model or run.policy, row.prompt, text, row is not MIXED or j == 0)
                 assert logps[i, j].item() == pytest.approx(value, abs=1e-4) and lengths[i, j] == length
     assert harness.response_logps(run, [])[0].shape == (0, 0)
+    assert not any(run.counts.values())                            # unless it is said where
+    harness.response_logps(run, rows, other, "tokens_scored_reference")
+    read = (11 + 8) + (5 + 4) + (5 + 2) + (3 + 3)                  # prompts, texts, EOS of all four rows
+    assert run.counts["tokens_scored_reference"] == read == sum(run.counts.values())
 
 
 def test_nll_or_accuracy_of_held_out_pairs_is_per_sequence(toy, monkeypatch):
@@ -611,24 +707,108 @@ def test_label_noise_turns_another_share_round_or_loses_the_text(share):
     assert not share or build.with_noise(pairs, Config(label_noise=share, seed=1)) != noisy
 
 
-def test_noisy_proxy_is_the_clean_one_or_sees_other_labels_than_the_method(tmp_path, monkeypatch):
-    """Without models: their directory holds samples alone, and what would be trained is caught."""
+@pytest.fixture
+def unbuilt(tmp_path, monkeypatch):
+    """The embedded task without models: their directory holds samples alone.
+
+    {what would be trained: its pairs}. Of each prompt's four samples the third was cut off.
+    """
     prompt, rng, trained = reviews.make_prompts("train", 1, 0)[0], random.Random(0), {}
     texts = sorted((reviews.write("crowd", prompt, rng) for _ in range(20)),
                    key=lambda text: reviews.gold(prompt, text))
-    row = {"prompt": prompt, "responses": texts[-4:], "gold": [0.0, 1.0, 0.5, 2.0]}
+    row = {"prompt": prompt, "responses": texts[-4:], "gold": [0.0, 1.0, 0.5, 2.0],
+           "ended": [True, True, False, True]}
     (tmp_path / "samples.json").write_text(json.dumps(dict.fromkeys(("pool", "shown", "test"), [row] * 50)),
                                            encoding="utf-8")
+    tasks.write_json(tmp_path / "rankings.json", build.ranked([prompt, prompt], 0))
     monkeypatch.setattr(build, "models", lambda config: tmp_path)
-    monkeypatch.setattr(build, "RANKED", 2)
     monkeypatch.setattr(build, "rate", lambda path, pairs, pool, config: trained.update({path.name: pairs}))
+    return SimpleNamespace(path=tmp_path, prompt=prompt, texts=texts, trained=trained)
+
+
+def test_noisy_proxy_is_the_clean_one_or_sees_other_labels_than_the_method(unbuilt):
     clean, noisy = build.load_task(Config()), build.load_task(Config(label_noise=0.25))
-    own = {"proxy": tmp_path / "proxy", "judge": tmp_path / "judge"}
-    assert build.reward_models(Config()) == own and not trained
-    paths = build.reward_models(Config(label_noise=0.25))
-    assert paths["judge"] == tmp_path / "judge" and trained == {paths["proxy"].name: noisy.pairs["train"]}
-    assert paths["proxy"] not in (tmp_path / "proxy", *build.reward_models(Config(label_noise=0.2)).values())
+    assert build.proxy(Config()) == unbuilt.path / "proxy" and not unbuilt.trained
+    path = build.proxy(Config(label_noise=0.25))
+    assert unbuilt.trained == {path.name: noisy.pairs["train"]} and path.parent == unbuilt.path
+    others = [build.proxy(Config(**options)) for options in
+              ({}, dict(label_noise=0.2), dict(proxy_pairs="off_policy"),
+               dict(proxy_pairs="off_policy", label_noise=0.25))]
+    assert len({path, *others}) == 5
     assert clean.pairs["train"] != noisy.pairs["train"] and clean.pairs["test"] == noisy.pairs["test"]
+    prompt, texts, rng = unbuilt.prompt, unbuilt.texts, random.Random(0)
     right, noisy_right = (sum(task.annotate(prompt, texts[-1], texts[0], rng) for _ in range(2000)) / 2000
                           for task in (clean, noisy))
     assert right > 0.7 and noisy_right == pytest.approx(0.75 * right + 0.25 * (1 - right), abs=0.04)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_proxy_of_another_writers_texts_learns_from_samples(unbuilt, share):
+    config = Config(proxy_pairs="off_policy", label_noise=share)
+    path, task = build.proxy(config), build.load_task(config)
+    assert unbuilt.trained == {path.name: task.pairs["off_policy"]} and len(task.pairs["off_policy"]) == 300
+    assert {p.prompt for p in task.pairs["off_policy"]} == {unbuilt.prompt}
+    assert not {text for p in task.pairs["off_policy"] for text in p.responses} & {*unbuilt.texts}
+    # the method's own pairs are samples as before
+    assert task.pairs["train"] == build.load_task(Config(label_noise=share)).pairs["train"]
+
+
+def test_gold_labels_leave_pairs_wrong_or_change_the_proxy_or_the_texts(unbuilt):
+    prompt, config = unbuilt.prompt, Config(pair_labels="gold")
+    people, gold = build.load_task(Config()), build.load_task(config)
+    gaps = [reviews.gold(prompt, p.chosen) - reviews.gold(prompt, p.rejected) for p in gold.pairs["train"]]
+    assert min(gaps) >= 0 < max(gaps)
+    assert [{*p} for p in gold.pairs["train"]] == [{*p} for p in people.pairs["train"]]
+    wrong = sum(a != b for a, b in zip(gold.pairs["train"], people.pairs["train"]))
+    assert wrong > 0                                                # or there is nothing to put right
+    assert {name: gold.pairs[name] == people.pairs[name] for name in gold.pairs} == {
+        "train": False, "test": True, "off_policy": True}
+    assert build.proxy(config) == unbuilt.path / "proxy" and not unbuilt.trained
+    assert build.load_task(replace(config, label_noise=0.4)).pairs["train"] == gold.pairs["train"]
+
+
+def test_scores_of_the_writers_are_not_gold_or_of_another_writer(unbuilt):
+    rows = build.load_task(Config()).rankings["train"]
+    assert len(rows) == 2 and rows[0] != rows[1] and {row.prompt for row in rows} == {unbuilt.prompt}
+    for row in rows:
+        assert row.systems[-2:] == ["chatty", "dry"] and {*row.systems} == {*reviews.WRITERS}
+        assert row.scores == [reviews.gold(row.prompt, text) for text in row.responses]
+        assert abs(row.scores[-1] - row.scores[-2]) < 0.05 and len(row.responses) == len(row.systems)
+    prompts = reviews.make_prompts("train", 200, 0)
+    golds = {name: [] for name in reviews.WRITERS}
+    for _, _, scores, names in build.ranked(prompts, 1):
+        for name, gold in zip(names, scores, strict=True):
+            golds[name].append(gold)
+    mean = {name: sum(values) / len(values) for name, values in golds.items()}
+    assert mean["strong"] > mean["medium"] + 0.2 > mean["weak"] + 0.4
+    assert build.ranked(prompts[:3], 1) == build.ranked(prompts[:3], 1) != build.ranked(prompts[:3], 2)
+
+
+def test_people_see_samples_that_were_cut_off(unbuilt):
+    task, cut = build.load_task(Config()), unbuilt.texts[-2]
+    for split in ("train", "test"):
+        shown = {text for p in task.pairs[split] for text in p.responses}
+        assert shown == {*unbuilt.texts[-4:]} - {cut} and 0 < len(task.pairs[split]) < 100
+        assert {row.response for row in task.ratings[split]} == shown and len(task.ratings[split]) == 150
+    row = task.pool[unbuilt.prompt]
+    assert row == Ranking(unbuilt.prompt, unbuilt.texts[-4:], [], ended=[True, True, False, True])
+
+
+def test_samples_of_the_policy_are_all_taken_for_complete(toy):
+    config = settings(toy)
+    policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
+    prompts = [*"abcdefgh"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reviews, "gold", lambda prompt, text, ended: float(ended) + len(text) / 100)
+        patch.setattr(build, "LIMITS", {"max_new_tokens": 5})
+        rows = build.sample(policy, tokenizer, prompts, 6)
+    assert [row["prompt"] for row in rows] == prompts and {len(row["ended"]) for row in rows} == {6}
+    ends = [(text, ended) for row in rows for text, ended in zip(row["responses"], row["ended"])]
+    assert all(len(text) == 5 for text, ended in ends if not ended) and {e for _, e in ends} == {True, False}
+    assert [g for row in rows for g in row["gold"]] == [float(e) + len(text) / 100 for text, e in ends]
+
+
+def test_judge_of_the_task_is_another_person_for_the_same_text_or_the_same_under_two_seeds(unbuilt):
+    row, text = unbuilt.prompt, unbuilt.texts[0]
+    first, again, other = (build.load_task(Config(seed=seed)).opinion(row, text) for seed in (0, 0, 1))
+    assert first == again == reviews.opinion(row, text, 0) != other
