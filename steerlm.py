@@ -24,10 +24,9 @@ error (default here; paper: --predictor lm), levels 0 to 4, no bootstrapping. Th
 to the middle: here they become levels by rank, each as often as people gave it. Left out: top-k, checkpoints.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (none after a cut sample): common.py; AdamW's betas (0.9,
-    0.95), no decay, a schedule a round: common.adamw; clip norm 1: harness/config.py
-    demonstrations, people's ratings of some: tasks/build.py; tags as tokens, requests, levels by rank, the
-    steering matrix: harness/conditioning.py; --predictor lm: harness/stages.py
+    float32 log-probs, dropout off, EOS counted (none if cut), AdamW (0.9, 0.95, no decay): common.py
+    clip norm 1: harness/config.py; demonstrations, ratings: tasks/build.py; --predictor lm: harness/stages.py
+    tags as tokens, requests, levels by rank, the steering matrix: harness/conditioning.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import copy
@@ -79,7 +78,7 @@ class Config(harness.Config):
         if self.attributes is None:
             self.attributes = "sentiment,topicality,verbosity" if self.data == "reviews" else ""
         self.check(lambda v: v > 0, "be above 0", "predictor_epochs", "bootstrap_epochs", "predictor_lr")
-        self.check(lambda value: value >= 0, "not be negative", "rounds", "demonstrations")
+        self.check(lambda value: value >= 0, "not be negative", "rounds", "demonstrations", "rated")
         self.check(lambda value: 0 < value <= 1, "be in (0, 1]", "share")
         if self.labels != "predicted" and self.rounds:
             raise UserError("--rounds: bootstrapping needs predicted labels; give --rounds 0")
@@ -197,7 +196,7 @@ def train(run):
     errors = harness.label_errors(ratings, samples, held_out, predict, truth)
     keep = max(1, round(config.share * len(samples)))
     samples = sorted(samples, key=lambda row: -sum(row.levels[name] for name in quality))[:keep]
-    rows = samples if conditioned else ratings + unrated
+    rows = samples if conditioned or config.share < 1 else ratings + unrated
     observed, best = [row.levels for row in samples], best_of(samples, quality)
     wanted = tags_of(harness.complete_request(request, observed if request else best))
     combinations = sorted(set(map(format_attributes, best)))

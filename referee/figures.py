@@ -121,7 +121,7 @@ def draw_bars(ax, panel, arms, *_):
                         ha="right" if over else "left", va="center", annotation_clip=False,
                         bbox=dict(fc="white", ec="none", pad=1) if over or under else None)
     ax.axvline(0, color="black", linewidth=0.8)
-    start = min((bar.get_width() for bar in ax.patches), default=0) / 4 if log else None  # whiskers may reach 0
+    start = min((bar.get_width() for bar in ax.patches), default=0) / 4 if log else None    # whiskers reach 0
     ax.set(xscale="log" if start else "linear", xlim=panel.get("limit", (start, None)),
            yticks=range(len(arms)), yticklabels=[textwrap.fill(name, 28) for name in arms],
            ylim=(len(arms) - 0.5, -0.5), xlabel=panel.get("label", name_of(y, unit=True) if n == 1 else ""))

@@ -131,6 +131,16 @@ def toy_run(toy, task=None, step=0, rewards=(), out=None, **kwargs):
     return run
 
 
+class Counting:
+    """A reward that counts a token for each letter that it reads, and one for the end of each text."""
+    def __init__(self, reward):
+        self.reward_of, self.tokens = reward, 0
+
+    def __call__(self, prompts, responses):
+        self.tokens += len("".join(prompts)) + len("".join(responses)) + len(responses)
+        return self.reward_of(prompts, responses)
+
+
 @pytest.fixture
 def no_traces(tmp_path, monkeypatch):
     """Cache and runs/ lie in a temporary folder."""

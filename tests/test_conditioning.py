@@ -763,6 +763,17 @@ def test_demonstrations_of_a_file_come_twice_or_without_its_ratings(toy):
     assert loading.demonstrations(config, Task("file", {}), 3) == ([], [])
 
 
+def test_model_before_sft_is_the_policy(toy, tied, tmp_path, monkeypatch):
+    config = settings(toy, policy=str(tied))
+    assert torch.equal(parameters(loading.load_base(config)), parameters(harness.load_policy(settings(toy))))
+    assert not torch.equal(parameters(loading.load_base(config))[:9], parameters(harness.load_policy(config))[:9])
+    monkeypatch.setattr(build, "models", lambda config: tmp_path)
+    harness.load_policy(config).save_pretrained(tmp_path / "base")
+    base = loading.load_base(harness.Config(device="cpu", policy=str(toy)))
+    assert torch.equal(parameters(base), parameters(harness.load_policy(config)))
+    assert all(weight.requires_grad for weight in base.parameters())
+
+
 # --------------------------------------------------------------------------------------------- levels by rank
 
 def spread_over(counts, name, rng):

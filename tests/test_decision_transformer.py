@@ -19,11 +19,11 @@ import common
 import decision_transformer as dt
 import harness
 from common import UserError
-from conftest import cases, close, parameters, rand, sgd, tensor
+from conftest import Counting, cases, close, parameters, rand, sgd, tensor
 from decision_transformer import Sample, assign_bins, effective_share, reward_bins, rwr_weights, tag
 from harness import conditioning
 from harness.conditioning import spearman
-from tasks import Ranking, Task, write_json
+from tasks import Demonstration, Ranking, Task, write_json
 
 
 # ----------------------------------------------------------------------------------------- weights of a batch
@@ -178,8 +178,7 @@ def own(scores, **kwargs):
     """A run with answers and scores of the data alone: {prompt: scores}."""
     rows = [Ranking(p, ["abcdefgh"[i] for i in range(len(row))], row, (), [True] * len(row)) for p,
             row in scores.items()]
-    config = SimpleNamespace(**{**dict(sources="P", systems="", normalise="global", validation=0.25, seed=0,
-                                       candidates=0, bins=4,
+    config = SimpleNamespace(**{**dict(sources="P", systems="", validation=0.25, seed=0, candidates=0, bins=4,
                                        control="tokens", share=0.5, beta=0.1, objective="dt"), **kwargs})
     return SimpleNamespace(config=config, task=Task("own", {"train": list(scores), "test": []},
                                                     rankings={"train": rows}), step=0)
@@ -191,10 +190,8 @@ def drawn(seed, prompts=16, k=6):
 
 
 def test_rewards_are_not_normalised_over_what_is_trained_on_or_differ_from_a_fixture():
-    for normalise in ("global", "prompt"):
-        samples, _ = dt.offline_samples(own(drawn(0), normalise=normalise), None)
-        rewards = [sample.reward for sample in samples]
-        assert (statistics.fmean(rewards), statistics.pstdev(rewards)) == pytest.approx((0, 1), abs=1e-12)
+    rewards = [sample.reward for sample in dt.offline_samples(own(drawn(0)), None)[0]]
+    assert (statistics.fmean(rewards), statistics.pstdev(rewards)) == pytest.approx((0, 1), abs=1e-12)
     found = [case for case in cases("rwr") if case["inputs"]["kind"] == "reward_normalization"]
     for case in found:
         scores, expected = case["inputs"]["rewards"], case["expected"]["normalized"]
@@ -205,16 +202,17 @@ def test_rewards_are_not_normalised_over_what_is_trained_on_or_differ_from_a_fix
     assert found
 
 
-def test_a_shift_of_each_prompts_rewards_stays_under_prompt_normalisation_or_goes_under_global():
+def test_rewards_are_compared_within_a_prompt():
     scores = drawn(1)
     shifted = {prompt: [score + 5 * i for score in row] for i, (prompt, row) in enumerate(scores.items())}
-    for normalise, same in (("prompt", True), ("global", False)):
-        before, after = (dt.offline_samples(own(s, normalise=normalise), None)[0] for s in (scores, shifted))
-        assert [s.prompt for s in before] == [s.prompt for s in after]
-        assert ([s.reward for s in before] == pytest.approx([s.reward for s in after], abs=1e-9)) == same
-        means = [statistics.fmean(s.reward for s in after if s.prompt == prompt)
-                 for prompt in {s.prompt for s in after}]
-        assert len(means) == 12 and (max(map(abs, means)) < 1e-9) == same
+    before, after = (dt.offline_samples(own(rows), None)[0] for rows in (scores, shifted))
+    assert [s.prompt for s in before] == [s.prompt for s in after]
+    for samples, rows in ((before, scores), (after, shifted)):
+        raw = tensor([rows[s.prompt]["abcdefgh".index(s.responses[0])] for s in samples])
+        close(tensor([s.reward for s in samples]), (raw - raw.mean()) / raw.std(correction=0))
+    means = [statistics.fmean(s.reward for s in after if s.prompt == prompt)
+             for prompt in {s.prompt for s in after}]
+    assert len(means) == 12 and max(means) - min(means) > 1
 
 
 def test_validation_prompts_are_trained_on_or_have_the_wrong_share_or_are_the_same_under_two_seeds():
@@ -246,10 +244,9 @@ def test_rewards_of_validation_prompts_move_the_edges_or_the_normalisation():
 
 @pytest.mark.parametrize("objective", ["dt", "filter", "rwr", "sft"])
 def test_equal_rewards_pass(objective):
-    for normalise in ("global", "prompt"):
-        run = own({"p": [2.0, 2.0], "q": [2.0] * 3}, objective=objective, normalise=normalise, validation=0.0)
-        with pytest.raises(UserError, match="nothing to ask for"):
-            dt.offline_samples(run, None)
+    run = own({"p": [2.0, 2.0], "q": [2.0] * 3}, objective=objective, validation=0.0)
+    with pytest.raises(UserError, match="nothing to ask for"):
+        dt.offline_samples(run, None)
 
 
 def test_sources_mix_up_texts_scores_and_ends(toy, tmp_path, monkeypatch):
@@ -278,6 +275,29 @@ def test_sources_mix_up_texts_scores_and_ends(toy, tmp_path, monkeypatch):
         assert sources == "DP" or found == expected
         raw = letters(None, [s.responses[0] for s in samples]).double()
         close(tensor([s.reward for s in samples]), (raw - raw.mean()) / raw.std(correction=0), 1e-9)
+
+
+DEMONSTRATIONS = [Demonstration(prompt, text) for text in ("abc", "hd", "g", "bbbb") for prompt in PROMPTS]
+
+
+def test_demonstrations_are_scored_by_another_reward_or_others_than_the_first_are_taken(toy, tmp_path):
+    data = task(demonstrations={"train": DEMONSTRATIONS, "test": DEMONSTRATIONS[:1]})
+    reward = Counting(letters)
+    run = begun(toy, tmp_path / "run", data, sources="S", demonstrations=20, validation=0.25)
+    samples, apart = dt.offline_samples(run, reward)
+    assert len(apart) == 2 and len(samples) == 20 - sum(row.prompt in apart for row in DEMONSTRATIONS[:20])
+    assert [(s.prompt, *s.responses) for s in samples] == [row[:2] for row in DEMONSTRATIONS[:20]
+                                                           if row.prompt not in apart]
+    assert all(s.ended == [True] and s.weight == 1 for s in samples)
+    raw = letters(None, [s.responses[0] for s in samples]).double()
+    close(tensor([s.reward for s in samples]), (raw - raw.mean()) / raw.std(correction=0), 1e-9)
+    assert run.counts["tokens_generated"] == 0               # nobody sampled, all of them were scored
+    read = sum(len(row.prompt) + len(row.response) + 1 for row in DEMONSTRATIONS[:20])
+    assert run.counts["tokens_scored_reward"] == reward.tokens == read
+    more = begun(toy, tmp_path / "more", data, sources="S", demonstrations=99, validation=0.0)
+    assert len(dt.offline_samples(more, reward)[0]) == 32                        # no more than there are
+    with pytest.raises(UserError, match="the data has no demonstrations"):
+        dt.offline_samples(begun(toy, tmp_path / "none", sources="S"), reward)
 
 
 # ------------------------------------------------------------------------------------------------------- tags
@@ -574,7 +594,8 @@ def test_AB_what_is_asked_for_does_not_come(control, whole):
         return "".join(rng.sample("a" * (n := rng.randint(0, 4)) + "".join(rng.choices("bcdefgh", k=4 - n)),
                                   4))
 
-    pool = {prompt: [text() for _ in range(8)] for prompt in prompts[:25]}
+    pool = {prompt: Ranking(prompt, [text() for _ in range(8)], [], ended=[True] * 8)
+            for prompt in prompts[:25]}
     data = Task("letters", {"train": prompts[:25], "test": prompts[25:]}, pool=pool)
     result, *_ = whole("run", data, number_of_a, control=control, candidates=8, epochs=10.0, batch_size=16,
                        bins=5,
@@ -770,24 +791,28 @@ def test_policy_of_another_method_or_of_none_is_asked(toy, tmp_path):
     (dict(bins=1), "--bins"),
     (dict(share=0.0), "--share"), (dict(share=1.1), "--share"), (dict(validation=1.0), "--validation"),
     (dict(validation=-0.1), "--validation"), (dict(objective="best"), "--objective"),
-    (dict(normalise="row"), "--normalise"),
-    (dict(batch_size=0), "--batch_size")])
+    (dict(sources="demonstrations"), "--sources"), (dict(demonstrations=0), "--demonstrations"),
+    (dict(demonstrations=-1), "--demonstrations"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         dt.Config(**wrong)
 
 
-def test_defaults_of_a_file_are_those_of_the_embedded_task(toy):
+def test_defaults_of_a_file_are_those_of_the_embedded_task_or_not_those_of_sft(toy):
     tiny, real = dt.Config(), dt.Config(model=str(toy), data="toy.jsonl")
-    assert (tiny.sources, tiny.control, real.sources, real.control) == ("D", "tokens", "P", "text")
+    assert (tiny.sources, tiny.control, real.sources, real.control) == ("S", "tokens", "P", "text")
     assert dt.Config(sources="DP",
                      control="text").sources == "DP" and dt.Config(control="text").control == "text"
-    assert (tiny.lr, real.lr, tiny.epochs, real.epochs) == (6e-3, 5e-6, 5.0, 1.0)
+    assert (tiny.lr, real.lr, tiny.epochs, real.epochs) == (8e-3, 5e-6, 1.0, 1.0)
+    for config in (tiny, real):
+        assert (config.schedule, config.warmup, config.batch_size, config.share) == ("cosine", 0.05, 64, 0.1)
+    assert tiny.demonstrations == 23000
 
 
-@pytest.mark.parametrize("options", [{}, dict(objective="rwr", normalise="prompt"), dict(control="text")])
+@pytest.mark.parametrize("options", [{}, dict(objective="rwr"), dict(control="text"), dict(sources="S")])
 def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options):
-    options, log = dict(options, save_every=2, eval_every=3, epochs=2.0), harness.Run.log
+    options = dict(options, save_every=2, eval_every=3, epochs=2.0)
+    options["data"], log = task(demonstrations={"train": DEMONSTRATIONS}), harness.Run.log
     straight, metrics, weights = whole("straight", **options)
     attributes, steps = whole.out / "attributes.json", len(whole.steps)
 
@@ -804,7 +829,8 @@ def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options)
     resumed = whole("killed", resume=True, **options)
     assert steps > 6 and len(whole.steps) == steps - 4
     assert resumed[1] == metrics and f'"step": {steps}' in metrics and torch.equal(resumed[2], weights)
-    assert resumed[0]["tokens_generated"] == straight["tokens_generated"] > 0
+    assert resumed[0]["tokens_generated"] == straight["tokens_generated"]
+    assert (straight["tokens_generated"] == 0) == (options.get("sources") == "S")
     assert resumed[0].get("calibration") == straight.get("calibration")
     assert not attributes.exists() or attributes_of(attributes.parent) == attributes_of(whole.out)
 
@@ -851,16 +877,11 @@ def test_tags_of_a_model_with_spare_embeddings_start_in_other_rows(toy, tmp_path
     assert torch.equal(rows[:9], before[:9]) and len({tuple(row.tolist()) for row in rows[ids]}) == 3
 
 
-def test_rounding_tells_equal_rewards_apart():
-    scores = {f"p{i}": [c] * 3 for i, c in enumerate([0.1, 0.7, 0.3, 0.9, 0.45, 0.85, 0.77])}
-    run = own(scores, normalise="prompt", validation=0.0)
-    with pytest.raises(UserError, match="all 21 rewards"):
-        dt.offline_samples(run, None)
+def test_mean_of_a_level_lies_in_another_level():
     rng = random.Random(0)
     for _ in range(100):
-        run = own({f"p{i}": [float(rng.randint(0, 3)) for _ in range(rng.randint(2, 8))]
-                   for i in range(rng.randint(4, 20))},
-                  normalise="prompt", validation=0.0, bins=10)
+        run = own({f"p{i}": [rng.randint(0, 3) / 10 for _ in range(rng.randint(2, 8))]
+                   for i in range(rng.randint(4, 20))}, validation=0.0, bins=10)
         known = dt.levels_of(run.config, dt.offline_samples(run, None)[0])
         assert assign_bins(known["means"], known["edges"]).tolist() == list(range(len(known["means"])))
 
@@ -868,5 +889,5 @@ def test_rounding_tells_equal_rewards_apart():
 def test_misspelled_choice_passes():
     with pytest.raises(UserError, match="--control must be one of tokens, text"):
         dt.Config(control="words")
-    with pytest.raises(UserError, match="--sources must be one of P, D, DP"):
+    with pytest.raises(UserError, match="--sources must be one of S, P, D, DP"):
         dt.Config(sources="PD")

@@ -440,6 +440,13 @@ def test_O_step_is_not_on_the_mean_over_pairs_or_counts_other_tokens(toy, tmp_pa
     assert row["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
     # prompts and EOS included, no padding
     assert run.counts["tokens_trained"] == 13 + 6 + 19 + 15 + 10 + 10 + 11
+    assert run.counts["tokens_scored_reference"] == run.counts["tokens_trained"]
+
+
+def test_reference_reads_pairs_again_in_each_epoch_or_held_out_ones_count(toy, tmp_path):
+    run, rows = trained(toy, tmp_path / "run", epochs=3.0, eval_every=1)
+    assert run.counts["tokens_trained"] == 3 * 84 and run.counts["tokens_scored_reference"] == 84
+    assert run.counts["tokens_scored_reward"] == run.counts["tokens_generated"] == 0 and len(rows) == 6
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -496,6 +503,32 @@ def test_sft_learns_from_the_rejected_answer(toy, tmp_path):
     assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"], abs=1e-4)
     c, _ = trained(toy, tmp_path / "c", pairs=[pair._replace(chosen="bdfh") for pair in PAIRS], loss="sft")
     assert (parameters(a.policy) - parameters(c.policy)).abs().max() > 1e-3
+
+
+def test_unlikelihood_is_not_the_chosen_answers_likelihood_less_alpha_times_the_rejected_ones():
+    logps, ref = torch.tensor([[-2.0, -3.0], [-0.5, -4.0]], requires_grad=True), torch.zeros(2, 2)
+    for alpha in (0.0, 0.1, 1.0):
+        config = dpo.Config(loss="unlikelihood", alpha=alpha, beta=0.5)
+        losses, metrics = dpo.losses_and_metrics(config, logps, ref)
+        assert losses.tolist() == pytest.approx([2 - 3 * alpha, 0.5 - 4 * alpha])
+        gradient, = torch.autograd.grad(losses.sum(), logps)
+        assert gradient.tolist() == [pytest.approx([-1, alpha])] * 2
+        assert metrics["loss"] is losses and metrics["rewards/margins"].tolist() == pytest.approx([0.5, 1.75])
+    assert dpo.Config(loss="unlikelihood").alpha == 0.1
+
+
+def test_unlikelihood_does_not_learn_away_from_the_rejected_answer(toy, tmp_path):
+    def of_rejected(name, **options):
+        run, rows = trained(toy, tmp_path / name, epochs=5.0, **options)
+        return harness.response_logps(run, PAIRS)[0][:, 1].mean().item(), rows, parameters(run.policy)
+
+    sft, rows, weights = of_rejected("sft", loss="sft")
+    none, same_rows, same = of_rejected("none", loss="unlikelihood", alpha=0.0)
+    pushed = [of_rejected(f"{alpha}", loss="unlikelihood", alpha=alpha)[0] for alpha in (0.1, 0.5)]
+    assert torch.equal(weights, same) and rows == same_rows and none == sft
+    assert sft > pushed[0] + 0.1 > pushed[1] + 0.2
+    _, (first, *_), _ = of_rejected("other", loss="unlikelihood", alpha=0.5)
+    assert first["loss"] == pytest.approx(-first["logps/chosen"] + 0.5 * first["logps/rejected"], abs=1e-4)
 
 
 def test_run_without_held_out_pairs_crashes(toy, tmp_path):

@@ -152,7 +152,7 @@ def test_numbers_touch_their_bars_or_each_other_or_names_do(draw):
     lines = dict(x="step", y=[GOLD], arms=list(arms)[:1])
     for ax in (*draw(bars(GOLD), arms=arms), *draw(lines, bars(GOLD, KL, GOLD), arms=arms)[1:]):
         numbers = [text.get_window_extent().get_points() for text in ax.texts]
-        names = [text.get_window_extent().get_points() for text in ax.get_yticklabels()]
+        names = [text.get_window_extent().padded(3).get_points() for text in ax.get_yticklabels()]
         for found in (numbers, names):
             assert not any(overlap(a, b) for a, b in itertools.combinations(found, 2))
         for text, number in zip(ax.texts, numbers):

@@ -19,7 +19,7 @@ import common
 import harness
 import ppo
 from common import UserError, pack
-from conftest import cases, close, parameters, tensor
+from conftest import Counting, cases, close, parameters, tensor
 from harness import loading
 from ppo import (adapted_kl_coef, gae, kl_penalised_rewards, masked_mean, masked_whiten, policy_loss,
                  value_loss)
@@ -559,6 +559,18 @@ def test_logged_numbers_differ_from_their_definitions(toy, tmp_path, monkeypatch
     metrics = ppo.update(run, old, rows, run.trained, NO_STEP, NO_STEP, first=False)
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5) and abs(value) > 0.01
+
+
+def test_costs_are_not_what_reward_reference_and_value_model_read(toy, tmp_path, monkeypatch):
+    batches, reward = [], Counting(count_a)
+    spy(monkeypatch, harness, "rollout", lambda found, *_: batches.append(found))
+    run, _ = trained(toy, tmp_path, [PROMPTS[:4]] * 3, reward, token_budget=20)       # twice over each sample
+    read = sum(int(batch.attention_mask.sum()) for batch, *_ in batches)
+    texts = sum(len(text) + 1 for _, texts, _ in batches for text in texts) + 3 * sum(map(len, PROMPTS[:4]))
+    assert len(batches) == 3 and texts > read               # the reward reads a cut text with an EOS
+    assert run.counts["tokens_scored_reference"] == run.counts["tokens_scored_value"] == read
+    assert run.counts["tokens_scored_reward"] == reward.tokens == texts
+    assert run.counts["tokens_trained"] == 2 * read
 
 
 def test_kl_coef_does_not_adapt_from_step_to_step(toy, tmp_path, monkeypatch):

@@ -288,7 +288,7 @@ def test_V_kl_in_the_ranking_is_not_reward_less_kl_coef_times_the_log_ratio(toy,
     assert chosen(kept) == by_hand
     read = sum(len(row.prompt) + len(text) + end
                for row in rankings for text, end in zip(row.responses, row.ended))
-    assert run.counts["tokens_scored_reference"] == read           # the reference's pass, not the policy's own
+    assert run.counts["tokens_scored_reference"] == read            # not the policy's own pass
     assert [row.scores[0] for row in kept] == pytest.approx([max(penalised) for penalised in scores],
                                                             abs=1e-4)
     assert chosen(collected(run, rankings, monkeypatch,

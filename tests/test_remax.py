@@ -18,7 +18,7 @@ import harness
 import remax
 import tasks
 from common import UserError
-from conftest import cases, close, parameters, sgd, tensor
+from conftest import Counting, cases, close, parameters, sgd, tensor
 from harness import loading
 from remax import gradient_variance, remax_loss, remax_returns
 from tasks import Pair, Task
@@ -394,6 +394,8 @@ def test_W_I_O_AH_step_or_metrics_differ_from_the_papers_formula(toy, tmp_path, 
                    want in zip(metrics, expected))
         assert other.counts["tokens_generated"] == counted
         assert other.counts["tokens_trained"] == run.counts["tokens_trained"]
+        assert other.counts["tokens_scored_reference"] == sum(int(b.attention_mask.sum()) for b in calls[::2])
+        assert other.counts["tokens_scored_value"] == 0
 
 
 @pytest.mark.parametrize("bound", [1e-3, 1e9])
@@ -402,6 +404,17 @@ def test_gradient_is_not_clipped_or_the_clipped_norm_is_logged(toy, tmp_path, mo
     run, [row] = trained(toy, tmp_path / "run", batch_size=7, max_grad_norm=bound)
     moved = (parameters(run.policy) - parameters(harness.load_policy(run.config))).norm().item()
     assert row["grad_norm"] > 0.1 and moved == near(0.01 * min(bound, row["grad_norm"]), 1e-6)
+
+
+def test_rewards_of_greedy_responses_cost_nothing_or_those_of_evaluations_something(toy, tmp_path, generated):
+    reward = Counting(gold)
+    run, rows = trained(toy, tmp_path / "run", reward, variance_prompts=3, eval_every=1)
+    asked = [prompt for step in plan(run.config) for prompt in step * 2]
+    # an evaluation generates thrice, a step twice
+    texts = [text for i in range(len(rows)) for batch in generated[3 + 5 * i:5 + 5 * i]
+             for text in common.decode(run.tokenizer, batch)]
+    read = sum(len(prompt) + len(text) + 1 for prompt, text in zip(asked, texts, strict=True))
+    assert run.counts["tokens_scored_reward"] == read < reward.tokens
 
 
 def argmax_text(run, prompt):
@@ -443,8 +456,8 @@ def test_easy_reward_is_not_learned(toy, tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("call, whose", [(2, "the reward is"), (3, "the greedy response's reward is")])
-def test_AD_reward_that_is_not_finite_is_trained_on(toy, tmp_path, value, call, whose):
+@pytest.mark.parametrize("call", [2, 3], ids=["of the sample", "of the greedy response"])
+def test_AD_reward_that_is_not_finite_is_trained_on(toy, tmp_path, value, call):
     calls = []
 
     def reward(prompts, responses):
@@ -453,7 +466,7 @@ def test_AD_reward_that_is_not_finite_is_trained_on(toy, tmp_path, value, call, 
         scores[1] = value if len(calls) == call + 1 else scores[1]                       # in the second step
         return scores
 
-    with pytest.raises(UserError, match=f"step 2: {whose} {value}") as error:
+    with pytest.raises(UserError, match=f"step 2: the reward is {value}") as error:
         trained(toy, tmp_path / "run", reward, reward_clip=1.0)
     assert repr(calls[-1][1]) in str(error.value)
     assert json.loads((tmp_path / "run"

@@ -393,7 +393,8 @@ def test_candidates_of_round_2_come_from_the_pool_or_the_first_policy(trained, m
 
     monkeypatch.setattr(harness.Run, "microbatches", spy)
     pool = {prompt: ["aceg", "bdfh", "aabb"] for prompt in TASK.prompts["train"]}
-    run = trained("run", replace(TASK, pool=pool), sources="D", candidates=3, rounds=2, epochs=2.0)
+    rows_of_pool = {prompt: Ranking(prompt, texts, [], ended=[True] * 3) for prompt, texts in pool.items()}
+    run = trained("run", replace(TASK, pool=rows_of_pool), sources="D", candidates=3, rounds=2, epochs=2.0)
     assert all(row.responses == pool[row.prompt] for step in rows[:4] for row in step)
     assert all(row in run.state["rankings"] and row.responses != pool[row.prompt] for step in rows[4:]
                for row in step)

@@ -266,6 +266,11 @@ POOL = {p: ["".join(random.Random(f"{p} {i}").choices("abcdefgh", k=3 + i % 3)) 
         for p in PROMPTS}
 
 
+def cut(text):
+    """Was this text of the pool cut off?"""
+    return text[0] in "aceg"
+
+
 def begun(toy, out, pool=POOL, reward=score, prompts=PROMPTS, **kwargs):
     config = rso.Config(**{**dict(model=str(toy), data="toy.jsonl", reward="none", max_length=64,
                                   max_new_tokens=4, lr=1e-2,
@@ -273,7 +278,9 @@ def begun(toy, out, pool=POOL, reward=score, prompts=PROMPTS, **kwargs):
                                   eval_samples=1,
                                   save_every=0, device="cpu", quiet=True, gamma=0.1), **kwargs})
     out.mkdir()
-    task = Task("toy", {"train": list(prompts), "test": ["d", "ee"]}, pool=pool or {})
+    pool = {p: Ranking(p, texts, [], ended=[not cut(text) for text in texts])
+            for p, texts in (pool or {}).items()}
+    task = Task("toy", {"train": list(prompts), "test": ["d", "ee"]}, pool=pool)
     config.reward = ""
     torch.manual_seed(config.seed)
     return harness.Run(config, out, task, common.load_tokenizer(toy, config.max_length),
@@ -295,6 +302,8 @@ def test_pairs_are_not_of_the_kept_candidates_or_the_loser_comes_first(toy, tmp_
     for row in pairs:
         assert row.scores == pytest.approx(score(None,
                                                  row.responses).tolist()) and row.scores[0] > row.scores[1]
+        assert row.ended == tuple(not cut(text) for text in row.responses)
+    assert len({row.ended for row in pairs}) > 1
     for prompt in PROMPTS:                                          # at beta 0 the top four
         texts = [text for row in pairs if row.prompt == prompt for text in row.responses]
         assert sorted(texts) == sorted(sorted(set(POOL[prompt]), key=lambda text: -score(None, [text]))[:4])
@@ -379,6 +388,11 @@ def test_equal_rewards_train_on_ties(toy, tmp_path):
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         rso.Config(**wrong)
+
+
+def test_gamma_of_short_texts_is_the_papers_or_overrides_what_is_given():
+    tiny, real = rso.Config(), rso.Config(model="some/model", data="x.jsonl")
+    assert (tiny.gamma, real.gamma, rso.Config(gamma=0.3).gamma) == (0.5, 0.05, 0.3)
 
 
 # --------------------------------------------------------------------------------------------------- training

@@ -19,7 +19,7 @@ from conftest import parameters, sgd, tensor
 from harness import conditioning
 from harness.conditioning import rated_rows, rating_error
 from harness.evaluation import extend_vocabulary
-from steerlm import Sample, best_of, format_attributes, parse_attributes, quality_of, rate_anew
+from steerlm import Sample, best_of, format_attributes, parse_attributes, rate_anew
 from tasks import Demonstration, Task
 
 PROMPTS = ["ef", "g", "hh", "fge", "eh", "gf"]
@@ -49,8 +49,7 @@ def settings(toy, **kwargs):
     return steerlm.Config(**{**dict(policy=str(toy), data="toy.jsonl", max_length=64, max_new_tokens=4,
                                     lr=1e-2, batch_size=4,
                                     epochs=1.0, predictor_lr=1e-2, predictor_epochs=1.0, bootstrap_epochs=1.0,
-                                    rounds=1,
-                                    quality="as", eval_prompts=2, eval_samples=1, save_every=0, device="cpu",
+                                    rounds=1, start="policy", quality="as", eval_prompts=2, eval_samples=1, save_every=0, device="cpu",
                                     quiet=True), **kwargs})
 
 
@@ -147,7 +146,7 @@ def test_ratings_do_not_become_samples_that_end_or_missing_ones_pass(whole):
 
 def test_other_attributes_than_the_known_or_named_ones_stand_for_quality(toy):
     def quality(names, flag=""):
-        return quality_of(settings(toy, quality=flag), names.split())
+        return harness.quality_of(settings(toy, quality=flag), names.split())
 
     assert quality("humor quality score") == ["quality"] and quality("length score") == ["score"]
     assert quality("sentiment topicality verbosity") == ["sentiment", "topicality"]
@@ -253,14 +252,33 @@ def test_regression_is_not_trained_as_its_options_say(toy, tmp_path, monkeypatch
     monkeypatch.setattr(common, "batches", note_batch)
     steerlm.train_regression(run,
                              [Sample(row.prompt, [row.response], [True], row.attributes) for row in rows])
-    assert seen[0] == (3e-3, 3, "cosine", 0.1) and [len(step) for step in seen[1:]] == [32, 32, 8]
+    assert seen[0] == (3e-3, 3, "cosine", 0.1) and [len(step) for step in seen[1:]] == [32, 32, 8, 48]
     order = sum(harness.shuffled_batches(48, 1.5, 32, 4), [])
-    assert sum(seen[1:], []) == [rows[i][:2] for i in order]
+    assert sum(seen[1:4], []) == [rows[i][:2] for i in order]
+    assert seen[4] == [row[:2] for row in rows]             # scored once more, to rank what is rated later
 
 
-def test_regression_predicts_levels_that_are_no_whole_numbers_from_0_to_9_or_of_another_attribute(
+SCORES = {"a": (0.3, 0.5), "b": (0.1, 0.6), "c": (0.4, 0.1), "d": (0.2, 0.9), "e": (-5.0, 9.0),
+          "f": (0.31, 0.65), "g": (0.39, 0.3)}
+
+
+class Fake:
+    """Stands in for a regression head on two attributes; it reads a token for each text."""
+    tokens = 0
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts, responses):
+        self.tokens += len(responses)
+        return torch.tensor([SCORES[text] for text in responses])
+
+
+def test_regression_predicts_levels_that_are_no_ranks_or_of_another_attribute_or_costs_nothing(
         toy, tmp_path, monkeypatch):
-    run, samples = begun(toy, tmp_path / "run"), [Sample("g", ["a"], [True], {"bs": 1, "as": 2})]
+    levels = [{"bs": 1, "as": 2}, {"as": 0, "bs": 1}, {"as": 9, "bs": 0}, {"bs": 5, "as": 2}]
+    run = begun(toy, tmp_path / "run")
+    samples = [Sample("g", [text], [True], row) for text, row in zip("abcd", levels)]
     seen, plain = [], torch.tensor
 
     def note(values, **kwargs):
@@ -271,17 +289,17 @@ def test_regression_predicts_levels_that_are_no_whole_numbers_from_0_to_9_or_of_
     with monkeypatch.context() as patch:
         patch.setattr(torch, "tensor", note)
         predict = train_predictor(run, samples)
-    came = predict(["g", "h"], ["a", "b"])
-    assert came == [{"as": 0, "bs": 9}, {"as": 4, "bs": 5}] and [[2 / 9, 1 / 9]] in seen   # as first, then bs
+    assert [[2 / 9, 1 / 9], [0, 1 / 9], [1, 0], [2 / 9, 5 / 9]] in seen                # as first, then bs
+    assert run.counts["tokens_scored_reward"] == 0
+    came = predict([*"ggggggg"], [*"abcdefg"])
+    # by as: b, d, a, c have the levels 0, 2, 2, 9; by bs: c, a, b, d have 0, 1, 1, 5
+    assert came[:4] == [{"as": 2, "bs": 1}, {"as": 0, "bs": 1}, {"as": 9, "bs": 0}, {"as": 2, "bs": 5}]
+    assert came[4:] == [{"as": 0, "bs": 5}, {"as": 2, "bs": 1}, {"as": 9, "bs": 1}]
     assert {type(level) for levels in came for level in levels.values()} == {int}
-
-
-class Fake:
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, prompts, responses):
-        return torch.tensor([[-0.2, 1.3], [0.49, 0.51]])
+    assert run.counts["tokens_scored_reward"] == 7
+    monkeypatch.setitem(SCORES, "a", (math.nan, 0.0))
+    with pytest.raises(UserError, match="the reward is nan for the prompt 'culprit'"):
+        predict(["g", "culprit"], ["b", "a"])
 
 
 def test_writer_is_trained_on_more_than_the_tags_after_prompt_and_response(toy, tmp_path, monkeypatch):
@@ -362,7 +380,8 @@ def whole(toy, tmp_path, monkeypatch):
         return None, texts, ended
 
     def note_step(run_, rows):                                      # called once a step
-        event = SimpleNamespace(kind="step", weights=parameters(run_.policy), rows=rows, batches=[], run=run_)
+        event = SimpleNamespace(kind="step", weights=parameters(run_.policy), rows=rows, batches=[], run=run_,
+                                rate=run_.optimizer.param_groups[0]["lr"])
         run.events.append(event)
         for part, batch in microbatches(run_, rows):
             event.batches.append(([rows[i] for i in part], batch))
@@ -413,6 +432,70 @@ def test_rows_are_trained_with_other_tags_than_their_labels(whole):
                                             for row in rows)
     whole("none", labels="none", rounds=0)
     assert trained_on(whole) == Counter((row.prompt, row.response) for row in rows)
+
+
+UNRATED = [Demonstration("fe", "aab"), Demonstration("e", "b"), Demonstration("ff", "cd"),
+           Demonstration("gg", "aaaa"), Demonstration("h", "bdb")]
+
+
+def test_demonstrations_without_ratings_are_left_out_or_too_many_or_trained_without_their_labels(whole):
+    rated_rows = task().ratings["train"]
+    every = task(demonstrations={"train": rated_rows + UNRATED})
+    guessed = {row.response: {"as": 9 - counts(row.response)["as"], "bs": 3} for row in rated_rows + UNRATED}
+
+    def predict(prompts, texts):
+        return [guessed.get(text, counts(text)) for text in texts]
+
+    for n in (0, 3, 5, 99):
+        whole(f"{n}", every, predict, rounds=0, demonstrations=n, batch_size=1)
+        assert trained_on(whole) == Counter((row.prompt + format_attributes(guessed[row.response]), row.response)
+                                            for row in rated_rows + UNRATED[:n])
+    whole("human", every, predict, batch_size=1, **HUMAN)               # people have rated the others only
+    assert trained_on(whole) == Counter((row.prompt + format_attributes(row.attributes), row.response)
+                                        for row in rated_rows)
+    whole("none", every, predict, labels="none", rounds=0, batch_size=1)
+    assert trained_on(whole) == Counter(row[:2] for row in rated_rows + UNRATED)
+    best = sorted(rated_rows, key=lambda row: -row.attributes["as"])[:6]
+    whole("best", every, predict, labels="none", rounds=0, batch_size=1, share=0.25)
+    assert trained_on(whole) == Counter(row[:2] for row in best)
+
+
+def test_step_3_starts_from_another_model_or_before_is_that_of_the_base(whole, toy, monkeypatch):
+    def fresh(config):
+        model = harness.load_policy(settings(toy))
+        torch.manual_seed(7)
+        for weight in model.parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+        return model
+
+    monkeypatch.setattr(harness, "load_base", fresh)
+    tags = {name: {f"<{name}:{level}>": [row.response for row in task().ratings["train"]
+                                         if row.attributes[name] == level] for level in range(10)}
+            for name in ("as", "bs")}
+    rows = {}
+    for start, load in (("base", fresh), ("policy", lambda config: harness.load_policy(settings(toy)))):
+        result = whole(start, start=start, **HUMAN).result
+        rows[start] = [{name: value for name, value in row.items() if "seconds" not in name}
+                       for row in result["trace"]]
+        plain = SimpleNamespace(policy=load(None), tokenizer=harness.load_tokenizer(settings(toy)), task=task())
+        harness.add_tags(plain, tags)
+        assert torch.equal(steps_of(whole)[0].weights, parameters(plain.policy))
+    assert rows["base"][0] == rows["policy"][0] and rows["base"][0]["eval/kl"] == 0     # of the policy, both
+    assert rows["base"][1]["eval/kl"] > 0 != rows["policy"][1]["eval/kl"] != rows["base"][1]["eval/kl"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+def test_learning_rate_of_a_round_goes_on_with_that_of_the_one_before(whole, schedule):
+    whole("run", rounds=2, schedule=schedule, warmup=0.4)
+    steps, want = steps_between(whole.events), []
+    for n in steps:
+        optimizer, alone = common.adamw(torch.nn.Linear(1, 1), 1e-2, n, schedule, 0.4)
+        for _ in range(n):
+            want.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            alone.step()
+    assert steps == [6, 3, 3] and [step.rate for step in steps_of(whole)] == pytest.approx(want)
+    assert want[0] == want[6] == want[9] == 0 and max(want) == 1e-2
 
 
 def test_loss_falls_on_tags_or_a_step_is_no_mean_over_its_rows(whole, toy, monkeypatch):
@@ -718,6 +801,12 @@ def test_errors_of_ratings_are_not_measured_against_the_truth_and_held_out_peopl
     error = statistics.fmean(abs(row["as"] - 2) + row["bs"] for row in test) / 2
     assert result["eval/predictor_error"] == pytest.approx(error)
     assert set(result["matrix"]) == set(result["steering"]) == {"as", "bs"} and len(result["followed"]) == 4
+    data.demonstrations = {"train": UNRATED}                        # their labels are guesses as well
+    more = whole("more", data, predict=lambda prompts, texts: [{"as": 2, "bs": 0} for _ in texts],
+                 rounds=0).result
+    assert more["eval/label_error"] == pytest.approx((2 + statistics.fmean(
+        [row["bs"] for row in train] + [counts(row.response)["bs"] for row in UNRATED])) / 2)
+    assert more["eval/human_error"] == result["eval/human_error"]
     result = whole("human", data, **HUMAN).result
     assert result["eval/label_error"] == result["eval/human_error"] and "eval/predictor_error" not in result
     result = whole("blind", **HUMAN).result                         # nobody to judge what comes
@@ -844,8 +933,9 @@ def test_tokenizer_of_a_real_model_is_given_tokens_for_tags(whole, toy, tmp_path
 # ---------------------------------------------------------------------------------------------------- options
 
 @pytest.mark.parametrize("wrong, flag", [
-    (dict(labels="human"), "--rounds"), (dict(labels="none", rounds=2), "--rounds"),
-    (dict(rounds=-1), "--rounds"),
+    (dict(labels="human", rounds=1), "--rounds"), (dict(labels="none", rounds=2), "--rounds"),
+    (dict(rounds=-1), "--rounds"), (dict(start="sft"), "--start"), (dict(rated=-1), "--rated"),
+    (dict(demonstrations=-1), "--demonstrations"),
     (dict(share=0.0), "--share"), (dict(share=1.1), "--share"), (dict(share=math.nan), "--share"),
     (dict(predictor_epochs=0.0), "--predictor_epochs"), (dict(bootstrap_epochs=0.0), "--bootstrap_epochs"),
     (dict(predictor_lr=-1e-3), "--predictor_lr"), (dict(labels="people"), "--labels"),
@@ -856,6 +946,15 @@ def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         steerlm.Config(**wrong)
     assert steerlm.Config(labels="human", rounds=0).rounds == 0
+
+
+def test_defaults_do_not_follow_the_model_or_bootstrap_or_are_not_those_of_sft():
+    tiny, real = steerlm.Config(), steerlm.Config(model="some/model", data="x.jsonl")
+    assert (tiny.start, real.start, steerlm.Config(start="policy").start) == ("base", "policy", "policy")
+    assert (tiny.predictor_lr, real.predictor_lr, real.lr) == (4e-3, 5e-6, 5e-6)
+    for config in (tiny, real):
+        assert (config.schedule, config.warmup, config.batch_size, config.rounds) == ("cosine", 0.05, 64, 0)
+    assert (tiny.demonstrations, tiny.rated) == (23000, 4096)
 
 
 # ---------------------------------------------------------------------------- what has gone wrong here before
