@@ -128,7 +128,8 @@ class Run:
             self.count_time()                                        # of what was made before training
             self.open()
         check_policy(self.policy, self.tokenizer, self.task, self.step)
-        key = None if self.trace or self.known is None else what_initial_evaluation_needs(self.config)
+        first = not self.trace and self.known is not None
+        key = what_initial_evaluation_needs(self.config, self.rewards) if first else None
         metrics, samples = (self.known or {}).get(key) or evaluate(
             self.config, self.task, self.policy, self.tokenizer, self.rewards, self.samples.get("before"),
             self.ask if self.trace else str)
@@ -289,10 +290,14 @@ def start(config):
     return Run(config, out, task, tokenizer, policy, rewards, began=began)
 
 
-def what_initial_evaluation_needs(config):
-    """The options that can change the evaluation of the initial policy, as a text."""
+def what_initial_evaluation_needs(config, rewards):
+    """As a text, the options that can change the evaluation of the initial policy, and the rewards' scales.
+
+    A method that maximises a reward without a scale gives it one; others leave it as it is.
+    """
     names = sorted({option.name for option in fields(Config)} - OF_TRAINING)
-    return json.dumps([(name, getattr(config, name)) for name in names])
+    scales = [(name, getattr(model, "mean", 0), getattr(model, "std", 1)) for name, model in rewards.items()]
+    return json.dumps([(name, getattr(config, name)) for name in names] + scales)
 
 
 def launch(train, config, known=None):

@@ -58,7 +58,7 @@ class Work:
         panels = [panel for e in experiments.values() for panel in e.get("panels", [])]
         self.wants_curve = any(panel.get("best_of_n") for panel in panels)
         self.builds = {}                                 # of each seed, where it is known
-        self.known = {}                                  # evaluations of initial policies, of the present seed
+        self.known = {}                                  # evaluations of initial policies of this seed
 
     def config(self, seed):
         return self.config_class(**self.given | {"seed": seed, "quiet": True})
@@ -148,7 +148,8 @@ class Work:
         if arm.start:
             overrides["start"] = arm.start.name
         # The build is the seed's, even where the run began from the policy of another arm.
-        return {"arm": arm.name, "seed": seed, "key": arm.key, "config": overrides, "build": self.builds[seed]}
+        return {"arm": arm.name, "seed": seed, "key": arm.key, "config": overrides,
+                "build": self.builds[seed]}
 
     def elsewhere(self, arm, seed):
         """The same run, where it is stored among the results of another method (PPO is an arm of many)."""

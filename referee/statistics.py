@@ -2,8 +2,8 @@
 
 A seed draws everything: data, annotators, SFT policy, reward models, training order. All arms of a seed share
 these draws. So every comparison is the difference of two arms within a seed, and the seeds are the sample.
-A comparison may also be made at equal KL (the other arm's value is taken where its trace first reaches this
-arm's final KL), and between the spreads (standard deviations over arms) of two groups of arms.
+A comparison may also be made at equal KL: the other arm's value is taken where its trace first reaches this
+arm's final KL.
 ("a", "=", "b", 0.1) claims that the two differ by less than the margin 0.1. It holds when the whole interval
 lies between -0.1 and 0.1, that is, when two one-sided t-tests each reject a difference of 0.1 or more.
 
@@ -92,16 +92,6 @@ def when_reached(run, at, level, metric):
     return None
 
 
-def spreads(arms, groups, metric):
-    """{group: {seed: {metric: standard deviation over the arms of the group}}}, for seeds that all have."""
-    derived = {}
-    for name, members in groups.items():
-        seeds = set.intersection(*(set(arms.get(member, {})) for member in members))
-        values = {s: [value(arms[member][s], metric) for member in members] for s in seeds}
-        derived[name] = {s: {metric: None if None in v else stdev(v)} for s, v in values.items()}
-    return derived
-
-
 # --------------------------------------------------------------------------------------- comparisons, claims
 
 class Comparison(NamedTuple):
@@ -156,9 +146,8 @@ def compare_arms(arms, metric, left, op, right, offset=0.0, k=1, at=None):
     return Comparison(text, status, mean + boundary, half, len(seeds), (ratio, inside), settles)
 
 
-def verdict(claim, arms, groups={}):
-    """(word, comparisons) of one claim, by the rule above. `groups` names arms whose spread is compared."""
-    arms = arms | spreads(arms, groups, claim["metric"])
+def verdict(claim, arms):
+    """(word, comparisons) of one claim, by the rule above."""
     comparisons = [compare_arms(arms, claim["metric"], *part, k=len(claim["holds"]), at=claim.get("at"))
                    for part in claim["holds"]]
     statuses = {c.status for c in comparisons}

@@ -66,7 +66,7 @@ def claim_rows(method_name, results, collected):
     rows = [["claim", "paper", "measured", "verdict"]]
     for title, experiment in experiments_of(method_name).items():
         for claim in experiment["claims"]:
-            word, comparisons = verdict(claim, collected[title], experiment.get("spreads", {}))
+            word, comparisons = verdict(claim, collected[title])
             found = measured(word, comparisons, len(results["seeds"]))
             rows.append([claim["claim"], origin(claim), found, word])
     return rows

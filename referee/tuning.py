@@ -3,7 +3,8 @@
 experiments/<method>.py says what is tried, in the form of docs/protocol.md:
     TUNING = {title: dict(arm={options}, grid={option: (values)}, method="dpo", start={options})}
 The settings are all combinations of the grid's values, laid over `arm`; or settings=[{options}, ...] lists
-them. With `start` they begin from the policy that these options make. Each runs on the validation seeds, which no report uses, and is stored in results/tuning/<method>.json.
+them. With `start` they begin from the policy that these options make. Each runs on the validation seeds,
+which no report uses, and is stored in results/tuning/<method>.json.
 The proxy is what a method may maximise, so it is no judge of the method, and gold must not choose. The judge
 chooses: people's scores, which no method sees. Fluency keeps out policies that break the language.
 """
@@ -23,7 +24,7 @@ from referee.tables import (arm_rows, collect, markdown_table, provenance, said_
                             stored, text_table)
 
 SEEDS = 100, 101, 102
-START = "start"                                 # the arm that the settings of an entry with `start` begin from
+START = "start"                                 # the arm that settings of an entry with `start` begin from
 EVALUATION = {"eval_prompts": 128, "eval_samples": 8}
 FLUENCY_LOST, DIFFERENCE = 0.03, 0.1            # allowed in a chosen setting; for which seeds are counted
 COLUMNS = {"eval/win_rate_judge": "win rate by judge", "eval/judge": "judge", "eval/fluency": "fluency",

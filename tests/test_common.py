@@ -807,7 +807,7 @@ def test_reward_model_counts_pads_or_forgets_what_it_read(tmp_path):
         reward = common.load_reward_model(reward_directory(tmp_path / name, ["score"], bos), 64, **CPU)
         assert reward.tokens == 0
         reward(["abc", "a"], ["d", "efgh"])
-        read = 3 + 1 + 1 + 4 + 2 + 2 * bool(bos)             # prompts, responses, two EOS; BOS if there is one
+        read = 3 + 1 + 1 + 4 + 2 + 2 * bool(bos)            # prompts, responses, two EOS; BOS if there is one
         assert reward.tokens == read and type(reward.tokens) is int
         reward.budget = 1                                                            # one row at a time
         reward(["abc", "a", "a"], ["d", "efgh", ""])

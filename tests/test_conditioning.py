@@ -766,7 +766,7 @@ def test_demonstrations_of_a_file_come_twice_or_without_its_ratings(toy):
 def test_model_before_sft_is_the_policy(toy, tied, tmp_path, monkeypatch):
     config = settings(toy, policy=str(tied))
     assert torch.equal(parameters(loading.load_base(config)), parameters(harness.load_policy(settings(toy))))
-    assert not torch.equal(parameters(loading.load_base(config))[:9], parameters(harness.load_policy(config))[:9])
+    assert not loading.load_base(config).config.tie_word_embeddings
     monkeypatch.setattr(build, "models", lambda config: tmp_path)
     harness.load_policy(config).save_pretrained(tmp_path / "base")
     base = loading.load_base(harness.Config(device="cpu", policy=str(toy)))

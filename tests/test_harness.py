@@ -26,6 +26,7 @@ import tasks
 from conftest import PAIRS, count_a, method_names, pair_task, parameters, settings, slow, started, toy_run
 from harness import Config, Pair, Ranking, UserError
 from harness.evaluation import evaluate, kl_to_reference, mean_and_error, sequence_kl
+from harness.rewards import TrueReward
 from harness.run import output_directory, training_state_mb
 from tasks import Task
 from test_common import cohere, exact_kl, llama, outcome_batch
@@ -39,8 +40,8 @@ MIXED = Ranking("d", ["a", "bb"], [1.0, 2.0], ["A", "B"], [True, False])
 
 @pytest.mark.parametrize("wrong, message", [
     *[({name: 0}, f"--{name} must be above 0") for name in
-      ("lr", "batch_size", "token_budget", "temperature", "max_new_tokens", "eval_prompts", "eval_samples",
-       "seeds")],
+      ("lr", "batch_size", "token_budget", "temperature", "eval_temperature", "max_new_tokens",
+       "eval_prompts", "eval_samples", "seeds")],
     *[({name: -1}, f"--{name} must not be negative") for name in
       ("epochs", "limit", "seed", "eval_every", "save_every", "warmup")],
     (dict(lr=math.nan), "--lr"),
@@ -57,6 +58,7 @@ def test_defaults_do_not_follow_the_model_or_override_what_is_given():
     assert (tiny.lr, tiny.max_new_tokens, tiny.max_length) == (5e-4, 40, 160)
     assert (real.lr, real.max_new_tokens, real.max_length) == (1e-6, 128, 512)
     assert Config(lr=0.5).lr == 0.5 and Config(max_new_tokens=7).max_new_tokens == 7
+    assert (tiny.pair_labels, tiny.proxy_pairs, tiny.seeds) == ("annotators", "samples", 10)
 
 
 def choices_of(cls):
@@ -75,7 +77,10 @@ def test_option_outside_its_choices_is_taken(module):
 
 
 def test_choices_of_an_option_are_not_found():
-    assert dict(choices_of(Config))["reward_noise"] == ("none", "prompt", "response")
+    found = dict(choices_of(Config))
+    assert found["reward_noise"] == ("none", "prompt", "response")
+    assert found["pair_labels"] == ("annotators", "gold")
+    assert found["proxy_pairs"] == ("samples", "off_policy")
     assert dict(choices_of(dpo.Config)).keys() == {"loss", "curriculum"}
 
 
@@ -315,6 +320,89 @@ def test_reference_of_a_run_is_its_policy_or_moves_with_it(toy):
     before = parameters(run.policy)
     perturbed(run.policy)
     assert torch.equal(parameters(run.load_reference()), before) and run.load_reference() is not run.policy
+
+
+@pytest.mark.parametrize("hot, cold", [("temperature", "eval_temperature"),
+                                       ("eval_temperature", "temperature")])
+def test_evaluation_samples_at_the_temperature_of_training_or_training_at_the_evaluations(toy, hot, cold):
+    run = toy_run(toy, **{hot: 1.0, cold: 1e-4}, eval_samples=8)
+    greedy = common.generate(run.policy, run.tokenizer, ["g", "hh"], 8, greedy=True, max_new_tokens=5)
+    same = common.decode(run.tokenizer, greedy)
+    evaluation = evaluate(run.config, run.task, run.policy, run.tokenizer, {})[1]["responses"]
+    prompts = ["g"] * 8 + ["hh"] * 8
+    rollout, probed = harness.rollout(run, prompts)[1], harness.probe(run, prompts)[0]
+    assert (evaluation == same) == (probed == same) == (cold == "eval_temperature") != (rollout == same)
+
+
+def test_temperature_of_the_evaluation_does_not_follow_that_of_training_or_may_be_0():
+    assert Config().eval_temperature == 1 and Config(temperature=0.7).eval_temperature == 0.7
+    assert Config(temperature=0.7, eval_temperature=0.5).eval_temperature == 0.5
+    assert Config(temperature=0.7, eval_temperature=0.5).temperature == 0.7
+
+
+# -------------------------------------------------------------------------- evaluations of the initial policy
+
+def started_with(toy, out, known, **kwargs):
+    run = started(toy, out, **kwargs)
+    run.known = known
+    return run
+
+
+def test_initial_policy_is_evaluated_again_or_what_was_measured_changes(toy, tmp_path, monkeypatch):
+    calls, known, lines = [], {}, {}
+    slowly = harness.run.evaluate
+    monkeypatch.setattr(harness.run, "evaluate", lambda *args: calls.append(args) or slowly(*args))
+    for name, cache, options in (("alone", None, {}), ("first", known, {}), ("again", known, dict(lr=0.5)),
+                                 ("other", known, dict(seed=1)), ("fewer", known, dict(eval_prompts=2))):
+        run = started_with(toy, tmp_path / name, cache, **options)
+        for _ in steps(run, range(2)):
+            random_updates(run)
+        lines[name] = [json.loads(line) for line in metrics_of(tmp_path / name).splitlines()]
+    assert len(calls) == 5 * 2 - 1 and len(known) == 3
+    assert lines["alone"] == lines["first"] and lines["again"][0] == lines["alone"][0]
+    assert lines["again"][-1]["eval/kl"] != lines["alone"][-1]["eval/kl"]          # never of what was trained
+    assert lines["other"][0] != lines["alone"][0] != lines["fewer"][0]
+    assert harness.run.Run.known is None
+
+
+def test_method_adds_its_own_numbers_to_what_is_kept_for_others(toy, tmp_path):
+    known, runs = {}, []
+    for name in ("a", "b"):
+        runs.append(started_with(toy, tmp_path / name, known))
+        runs[-1].evaluate(mine=name)
+        runs[-1].amend(other=name)
+    assert [(run.trace[0]["mine"], run.trace[0]["other"]) for run in runs] == [("a", "a"), ("b", "b")]
+    (metrics, samples), = known.values()
+    assert not {"mine", "other", "step"} & {*metrics} and runs[0].samples["before"] == samples
+
+
+def test_win_rate_compares_scores_on_two_scales(toy, tmp_path):
+    """One method maximises a reward that has no scale, and so gives it one; another evaluates it as it is."""
+    known = {}
+    for name, mean, std in (("raw", 0.0, 1.0), ("scaled", 3.0, 2.0), ("scaled again", 3.0, 2.0)):
+        run = started_with(toy, tmp_path / name, known)
+        run.rewards = {"proxy": TrueReward(count_a, mean, std)}
+        run.evaluate()
+        run.evaluate()
+        before, after = run.trace
+        assert after["eval/win_rate"] == 0.5 and before["eval/proxy"] == after["eval/proxy"]
+    assert len(known) == 2
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=0.5), dict(eval_temperature=0.5), dict(max_new_tokens=3), dict(eval_samples=2),
+    dict(policy="x"), dict(reward="x"), dict(reward_label="x"), dict(reward_lr=0.1), dict(label_noise=0.1),
+    dict(proxy_pairs="off_policy"), dict(max_length=200), dict(limit=3), dict(dtype="bfloat16"), dict(seed=2),
+    dict(token_budget=9)])
+def test_option_that_changes_the_initial_evaluation_is_taken_for_one_of_training(options):
+    needs = harness.run.what_initial_evaluation_needs
+    assert needs(Config(**options), {}) != needs(Config(), {})
+    training = dict(lr=0.1, epochs=3.0, batch_size=7, schedule="linear", pair_labels="gold", rating_noise=0.5,
+                    reward_noise="prompt", eval_every=3, out="x", quiet=True, seeds=3)
+    assert needs(Config(**training), {}) == needs(Config(), {})
+    assert harness.run.OF_TRAINING < {option.name for option in fields(Config)}
+    method = dpo.Config(**options)
+    assert needs(method, {}) == needs(Config(**options), {})           # the method's own options do not count
 
 
 # ------------------------------------------------------------------------------------------------------- runs

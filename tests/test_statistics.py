@@ -230,17 +230,6 @@ def test_equality_without_a_margin_and_an_unknown_operator_are_user_errors(part)
         word(arms(a=UP, b=DOWN), part)
 
 
-def test_spread_of_a_group_is_the_standard_deviation_over_its_arms():
-    table = arms(a=[0.0, 0.0, 0.0], b=[2.0, 2.1, 1.9], c=[1.0] * 3, d=[1.1] * 3)
-    groups = {"wide": ["a", "b"], "narrow": ["c", "d"]}
-    claim = {"metric": "m", "holds": [("wide", ">", "narrow")]}
-    said, (comparison,) = statistics.verdict(claim, table, groups)
-    assert said == "reproduced" and comparison.mean == pytest.approx((2.0 - 0.1) / 2 ** 0.5)
-    del table["b"][0]
-    assert statistics.verdict(claim, table, groups)[1][0].n == 2                    # seeds that all arms have
-    assert statistics.verdict(claim, {k: v for k, v in table.items() if k != "a"}, groups)[0] == "not run"
-
-
 # --------------------------------------------------------------------------------------------- how many seeds
 
 # One-sample t-test, two-sided 5%, power 80%: Cohen's d and n as G*Power and R's power.t.test give it.
