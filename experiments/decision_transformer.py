@@ -20,11 +20,12 @@ def more_gold(claim, source, paper, *holds):
 
 
 TUNING = {
-    "DT": dict(arm={}, settings=[{"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 4e-3, "epochs": 2.0}]),
-    "filter": dict(arm=FILTER, settings=[{"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3},
-                                         {"lr": 4e-3, "epochs": 4.0}]),
-    "RWR": dict(arm=RWR, settings=[{"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3},
-                                   {"lr": 4e-3, "beta": 0.3}]),
+    "DT": dict(arm={}, settings=[{"lr": 2e-3, "epochs": 1.0}, {"lr": 4e-3, "epochs": 1.0},
+                                 {"lr": 8e-3, "epochs": 1.0}, {"lr": 4e-3, "epochs": 2.0}]),
+    "filter": dict(arm=FILTER, settings=[{"lr": 2e-3, "epochs": 2.0}, {"lr": 4e-3, "epochs": 2.0},
+                                         {"lr": 8e-3, "epochs": 2.0}, {"lr": 4e-3, "epochs": 4.0}]),
+    "RWR": dict(arm=RWR, settings=[{"lr": 2e-3, "epochs": 1.0}, {"lr": 4e-3, "epochs": 1.0},
+                                   {"lr": 4e-3, "epochs": 2.0}, {"lr": 4e-3, "epochs": 2.0, "beta": 0.3}]),
 }
 
 EXPERIMENTS = {
@@ -54,7 +55,7 @@ EXPERIMENTS = {
     ),
     "data": dict(
         question="How much data does conditioning need, against filtering?",
-        arms={"DT, 2,875": SMALL, "DT, 2,875 eight times": SMALL | {"epochs": 8}, "DT, 23,000": {},
+        arms={"DT, 2,875": SMALL, "DT, 2,875, as many steps": SMALL | {"epochs": 16}, "DT, 23,000": {},
               "DT, 46,000": {"demonstrations": 46000},
               "filter, 2,875": FILTER | SMALL, "filter, 23,000": FILTER,
               "filter, 46,000": FILTER | {"demonstrations": 46000}},
@@ -63,12 +64,12 @@ EXPERIMENTS = {
             more_gold("it needs more data than filtering: behind with 2,875 rows", "2305.14550",
                       "reported in", ("filter, 2,875", ">", "DT, 2,875")),
             more_gold("new rows help it more than more passes over few (equal steps)", "2305.14550",
-                      "reported in", ("DT, 23,000", ">", "DT, 2,875 eight times")),
+                      "reported in", ("DT, 23,000", ">", "DT, 2,875, as many steps")),
         ],
         panels=[dict(kind="line", x="demonstrations", y=["eval/gold"], log=True, series={
                      "DT": {2875: "DT, 2,875", 23000: "DT, 23,000", 46000: "DT, 46,000"},
                      "filter": {2875: "filter, 2,875", 23000: "filter, 23,000", 46000: "filter, 46,000"}},
-                     title="gold reward, one pass"),
+                     title="gold reward, two passes"),
                 dict(kind="bars", y=["eval/gold"], title="gold reward")],
     ),
 }
