@@ -803,7 +803,8 @@ def test_defaults_of_a_file_are_those_of_the_embedded_task_or_not_those_of_sft(t
     assert (tiny.sources, tiny.control, real.sources, real.control) == ("S", "tokens", "P", "text")
     assert dt.Config(sources="DP",
                      control="text").sources == "DP" and dt.Config(control="text").control == "text"
-    assert (tiny.lr, real.lr, tiny.epochs, real.epochs) == (8e-3, 5e-6, 1.0, 1.0)
+    assert (real.lr, real.epochs) == (5e-6, 1.0)                             # the tiny model's are tuned
+    assert (tiny.lr, tiny.epochs) == (dt.Config.LR["tiny"], dt.Config.EPOCHS["tiny"]) != (5e-6, 1.0)
     for config in (tiny, real):
         assert (config.schedule, config.warmup, config.batch_size, config.share) == ("cosine", 0.05, 64, 0.1)
     assert tiny.demonstrations == 23000

@@ -16,12 +16,13 @@ from transformers import HfArgumentParser
 
 from conftest import ROOT, method_names
 from harness import UserError
+from referee.__main__ import OWN_FLAGS
 from referee.docs import BEGIN, END
 
 SKELETON = ["Quick facts", "Idea", "Key equations", "What is elsewhere", "Commands and expected numbers",
             "Metrics",
-            "Differences from the paper and the official code", "Results", "What wrong looks like",
-            "Exercises"]
+            "Differences from the paper and the official code", "Results", "Tuning",
+            "What wrong looks like", "Exercises"]
 DOCUMENTS = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 every_method = pytest.mark.parametrize("name", method_names())
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -128,7 +129,7 @@ def command_faults(command):
             return []
         name, *flags = words or [""]
         faults = [] if name in method_names() else [f"the referee knows no method {name!r}"]
-        return faults or ([] if flags == ["--report"] else flag_faults(name, flags))
+        return faults or flag_faults(name, [flag for flag in flags if flag not in OWN_FLAGS])
     if module:
         file, flags = ROOT / f"{module.replace('.', '/')}.py", words
         if module in ("pip", "pytest", "venv"):
@@ -148,7 +149,8 @@ def option_faults(text):
     known = {field for name in method_names() for field in vars(parser_of(name).parse_args([]))}
     flags = [flag for code in spans(unfenced(text)) if code.startswith("--")
              for flag in re.findall(r"--(\w+)", code)]
-    return [f"no method has --{flag}" for flag in flags if flag not in known | {"help", "report", "docs"}]
+    known |= {"help", "report", "tune", "docs"}
+    return [f"no method has --{flag}" for flag in flags if flag not in known]
 
 
 def anchors(text):

@@ -390,7 +390,8 @@ def test_win_rate_compares_scores_on_two_scales(toy, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    dict(temperature=0.5), dict(eval_temperature=0.5), dict(max_new_tokens=3), dict(eval_samples=2),
+    dict(temperature=0.5, eval_temperature=1.0), dict(eval_temperature=0.5), dict(max_new_tokens=3),
+    dict(eval_samples=2),
     dict(policy="x"), dict(reward="x"), dict(reward_label="x"), dict(reward_lr=0.1), dict(label_noise=0.1),
     dict(proxy_pairs="off_policy"), dict(max_length=200), dict(limit=3), dict(dtype="bfloat16"), dict(seed=2),
     dict(token_budget=9)])

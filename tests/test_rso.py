@@ -392,7 +392,8 @@ def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
 
 def test_gamma_of_short_texts_is_the_papers_or_overrides_what_is_given():
     tiny, real = rso.Config(), rso.Config(model="some/model", data="x.jsonl")
-    assert (tiny.gamma, real.gamma, rso.Config(gamma=0.3).gamma) == (0.5, 0.05, 0.3)
+    assert (real.gamma, rso.Config(gamma=0.3).gamma) == (0.05, 0.3)
+    assert tiny.gamma == rso.Config.GAMMA["tiny"] > 0.05                         # tuned
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -473,6 +474,7 @@ def test_reference_moves_with_the_policy(toy, tmp_path, monkeypatch):
         close(logps[2:, 0].double(), expected, 1e-5)
     close(seen[0][:2, 0].double(), expected, 1e-5)
     assert (seen[-1][:2, 0] - expected).abs().min() > 0.1
+    assert run.counts["tokens_scored_reference"] == 12 and run.counts["tokens_trained"] == 3 * 12
 
 
 def test_AJ_first_step_is_not_at_the_sft_policy_or_training_prefers_the_loser(toy, tmp_path):

@@ -61,8 +61,8 @@ def toy(monkeypatch, tmp_path):
     experiments.EXPERIMENTS = {"x": dict(question="?", claims=[], arms={"plain": {}})}
     for name, m in {"toy": module, "other": other, "experiments.toy": experiments}.items():
         monkeypatch.setitem(sys.modules, name, m)
-    for name, stand_in in {"launch": lambda train, config: train(config), "load_task": lambda config: None,
-                           "fingerprint": lambda config: "b"}.items():
+    for name, stand_in in {"launch": lambda train, config, known: train(config),
+                           "load_task": lambda config: None, "fingerprint": lambda config: "b"}.items():
         monkeypatch.setattr(harness, name, stand_in)
     for holder in (arms, docs):
         monkeypatch.setattr(holder, "method_names", lambda: ["toy"])
@@ -178,7 +178,7 @@ def train(config):
 TUNING = {"beta": dict(grid={"beta": (0.1, 0.2)})}
 EXPERIMENTS = {}
 sys.modules["experiments.tuned"] = sys.modules[__name__]
-harness.launch = lambda train, config: train(config)
+harness.launch = lambda train, config, known: train(config)
 harness.load_task = lambda config: None
 harness.fingerprint = lambda config: f"build{config.seed}"
 ''', encoding="utf-8")
