@@ -152,9 +152,13 @@ class Work:
                 "build": self.builds[seed]}
 
     def elsewhere(self, arm, seed):
-        """The same run, where it is stored among the results of another method (PPO is an arm of many)."""
+        """The same run, where another file of results has it (PPO is an arm of many methods).
+
+        Not of an arm that starts from another one, or that another one starts from: that needs a policy.
+        """
         wanted = arm.key, seed, self.builds[seed]
-        others = self.store.path.parent.glob("*.json") if not arm.start else ()
+        alone = not arm.start and arm.key not in {a.start.key for a in self.arms.values() if a.start}
+        others = self.store.path.parent.glob("*.json") if alone else ()
         for stored in (load(path) for path in sorted(others) if path != self.store.path):
             # Equal keys mean equal settings only if the defaults that they rest on are equal.
             if stored.get("defaults", {}).get(arm.method) == self.store.defaults[arm.method]:
