@@ -18,7 +18,7 @@ from referee.tuning import tuning_block
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->")}
-SFT = "SFT"
+SFT, CONTROL = "SFT", "SFT, temperature 0.5"      # the policy that all start from; what sampling alone gains
 FIGURE = Path("results/methods.png")
 OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/fluency": "fluency",
             "cpu_seconds": "CPU s", "state_mb": "MB trained"}
@@ -61,13 +61,15 @@ def overview(results_dir="results"):
     Returns: {method: (name of its default arm, runs)}, first SFT where it is stored; methods of another build
         of the task's models than most; {provenance: methods}.
     """
-    trained, untrained, sources = {}, {}, {}
+    trained, untrained, controls, sources = {}, {}, {}, {}
     for name in method_names():
         if not (Path(results_dir) / f"{name}.json").exists():
             continue
         results = stored(name, results_dir)
         collected, flags = collect(name, results), results["config"]
         sources.setdefault(provenance(shown(name, results)), []).append(name)
+        for runs in (arms[CONTROL] for arms in collected.values() if arms.get(CONTROL)):
+            controls[name] = CONTROL, runs
         for rows in (trained, untrained):
             found = default_arm(name, flags, untrained=rows is untrained)
             if found:
@@ -77,20 +79,23 @@ def overview(results_dir="results"):
     for name, (_, runs) in trained.items():
         builds.setdefault(before_training(runs), []).append(name)
     *others, most = sorted(builds.values(), key=len) or [[]]
-    sft = [(f"{arm} of {name}", runs) for name, (arm, runs) in untrained.items() if name in most]
-    rows = {SFT: sft[0]} | trained if sft else trained
+    sft = [(f"{arm} of {name}", runs) for name, (arm, runs) in untrained.items() if name in most and runs]
+    control = [row for name, row in controls.items() if name in most]
+    rows = dict(zip([SFT], sft)) | dict(zip([CONTROL], control)) | trained
     return rows, sorted(itertools.chain(*others)), sources
 
 
 def overview_block(results_dir="results"):
-    """README: a row for each method's default run; before them, where it is stored, SFT's."""
+    """README: a row for each method's default run; before them, where stored, SFT's and its control's."""
     rows, others, sources = overview(results_dir)
     header, *body = arm_rows({name: runs for name, (_, runs) in rows.items()}, OVERVIEW, "method")
     table = [header]
     for name, *cells in body:
-        table.append([name if name == SFT else f"[{name}](docs/{name}.md)", *cells])
-    text = " ".join(["SFT is the policy that every method starts from. ± is half a 95% confidence interval "
-                     "over seeds.", *(MEANINGS[word] for word in header if word in MEANINGS)])
+        table.append([name if name in (SFT, CONTROL) else f"[{name}](docs/{name}.md)", *cells])
+    text = " ".join([f"{SFT} is the policy that every method starts from."
+                     + f" {CONTROL}: the same, sampled otherwise." * (CONTROL in rows),
+                     "± is half a 95% confidence interval over seeds.",
+                     *(MEANINGS[word] for word in header if word in MEANINGS)])
     if others:
         text += (f" From other seeds or an older build of the task's models: {', '.join(others)}. Compare "
                  "with the other rows only roughly.")

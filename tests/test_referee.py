@@ -454,7 +454,7 @@ def test_flags_that_make_another_experiment_have_a_file_of_their_own(toy, capsys
     reproduce(toy, seeds=1)
     plain = RESULTS.read_bytes()
     ran = [name for name, _ in reproduce(toy, seeds=1, beta=0.3)]
-    assert ran == ["sft", "beta-0.1", "strong", "then"] and RESULTS.read_bytes() == plain     # the rest is there
+    assert ran == ["sft", "beta-0.1", "strong", "then"] and RESULTS.read_bytes() == plain    # the rest is known
     assert all(Path(c.out).is_relative_to("runs/referee/toy@beta=0.3") for c in toy.calls)
     assert reproduce(toy, seeds=1, beta=0.3, device="cuda") == []                    # no other experiment
     assert [path.name for path in sorted(Path("results").glob("*.json"))] == ["toy.json", "toy@beta=0.3.json"]
@@ -1006,7 +1006,7 @@ def test_packaging_finds_files_by_pattern(monkeypatch):
 
 @pytest.mark.parametrize("method", STORED)
 def test_committed_runs_are_those_of_the_experiments(method):
-    """Runs take hours, so arms may still be missing. But an arm has all seeds or none, and no run is stale."""
+    """Runs take hours: arms may still be missing. But an arm has all seeds or none, and no run is stale."""
     results = tables.stored(method, ROOT / "results")
     seeds = set(results["seeds"])
     found = tables.collect(method, results)
