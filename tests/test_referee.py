@@ -454,7 +454,7 @@ def test_flags_that_make_another_experiment_have_a_file_of_their_own(toy, capsys
     reproduce(toy, seeds=1)
     plain = RESULTS.read_bytes()
     ran = [name for name, _ in reproduce(toy, seeds=1, beta=0.3)]
-    assert ran == ["sft", "beta-0.1", "strong", "then"] and RESULTS.read_bytes() == plain    # the rest is known
+    assert ran == ["sft", "beta-0.1", "strong", "then"] and RESULTS.read_bytes() == plain  # known: the rest
     assert all(Path(c.out).is_relative_to("runs/referee/toy@beta=0.3") for c in toy.calls)
     assert reproduce(toy, seeds=1, beta=0.3, device="cuda") == []                    # no other experiment
     assert [path.name for path in sorted(Path("results").glob("*.json"))] == ["toy.json", "toy@beta=0.3.json"]
