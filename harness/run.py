@@ -58,8 +58,9 @@ class Run:
     trace: list[dict] = field(default_factory=list)   # evaluations: before, on the way, after
     samples: dict[str, dict] = field(default_factory=dict)     # "before" and "after"
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(
-        ("tokens_generated", "tokens_trained", "tokens_scored_reference", "tokens_scored_reward",
-         "tokens_scored_value", "seconds_generating", "seconds_training", "cpu_seconds"), 0))
+        ("tokens_generated", "tokens_of_pool", "tokens_trained", "tokens_scored_reference",
+         "tokens_scored_reward", "tokens_scored_value", "seconds_generating", "seconds_training",
+         "cpu_seconds"), 0))
     warned: bool = False
     began: float = field(default_factory=time.time)
     clock: tuple = field(default_factory=now)         # what training took until then is counted
@@ -203,7 +204,8 @@ class Run:
             where = os.path.relpath(self.out)
             print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {where}")
             if counts["seconds_generating"]:
-                print(f"{counts['tokens_generated'] / counts['seconds_generating']:.0f} tokens/s generated, "
+                sampled = counts["tokens_generated"] - counts["tokens_of_pool"]
+                print(f"{sampled / counts['seconds_generating']:.0f} tokens/s generated, "
                       f"{counts['seconds_generating'] / counts['seconds_training']:.0%} of the training time")
             for note in self.notes:
                 print(note)

@@ -46,7 +46,8 @@ def sample_rankings(run, prompts, n):
                 for prompt in prompts]
         texts = [text for row in rows for text in row.responses]
         ids = run.tokenizer(texts, add_special_tokens=False).input_ids
-        run.counts["tokens_generated"] += sum(map(len, ids)) + sum(sum(row.ended) for row in rows)     # EOS
+        for name in ("tokens_generated", "tokens_of_pool"):
+            run.counts[name] += sum(map(len, ids)) + sum(sum(row.ended) for row in rows)               # EOS
         return rows
     _, texts, ended = rollout(run, [prompt for prompt in prompts for _ in range(n)])
     rows = [slice(i * n, i * n + n) for i in range(len(prompts))]

@@ -723,10 +723,12 @@ def test_AF_seconds_and_tokens_start_anew_at_resume(toy, tmp_path, monkeypatch, 
 
 def test_finish_returns_or_prints_other_costs_than_were_counted(toy, tmp_path, monkeypatch, capsys, clock):
     run = sampling_run(started(toy, tmp_path / "run", quiet=False), monkeypatch, clock)
+    tokens = run.counts["tokens_generated"]
+    for name in ("tokens_generated", "tokens_of_pool"):
+        run.counts[name] += 1000                                         # as if a pool had been used
     capsys.readouterr()
     result, printed = run.finish(), capsys.readouterr().out
-    tokens = run.counts["tokens_generated"]
-    assert result["tokens_generated"] == tokens > 0 and result["seconds_per_step"] == 10
+    assert result["tokens_generated"] == tokens + 1000 > 1000 and result["seconds_per_step"] == 10
     assert result["cpu_seconds"] == 80 and result["seconds_training"] == 40
     assert result["state_mb"] == training_state_mb(run.optimizer)
     assert f"{tokens / 8:.0f} tokens/s generated, 20% of the training time" in printed.splitlines()

@@ -415,6 +415,7 @@ def test_rollout_miscounts_tokens_or_seconds(toy, tmp_path, monkeypatch, clock):
         assert asked == prompts
         tokens += int(lengths.sum())
     assert run.counts["tokens_generated"] == tokens and run.counts["seconds_generating"] == 6
+    assert run.counts["tokens_of_pool"] == 0
     run.count_time()
     assert run.counts["seconds_training"] == 206            # of which six were generating
     assert all(type(value) in (int, float) for value in run.counts.values())      # or state.pt would not load
@@ -489,6 +490,7 @@ def test_pool_of_the_initial_policy_is_not_used_or_not_in_part_or_its_cut_sample
     assert run.counts["tokens_generated"] == 5 + 2 + 2 + 1 + 1           # as if generated: EOS, where it came
     harness.sample_rankings(run, ["def"], 3)
     assert run.counts["tokens_generated"] == 11 + 4 + 1 and type(run.counts["tokens_generated"]) is int
+    assert run.counts["tokens_of_pool"] == run.counts["tokens_generated"]             # none was sampled here
     assert run.counts["seconds_generating"] == 0
 
 
