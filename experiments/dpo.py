@@ -6,6 +6,7 @@ QUICK = []                       # flags of the short run that the tests make
 
 BETAS = [0.05, 0.1, 0.3, 1.0]
 STRONG = {"pairs": "strong>weak", "loss": "sft", "lr": 5e-4}
+# The learning rate is from trial runs on seeds 0 to 2. Before these arms are run, --tune must choose it.
 CONTRASTIVE = {"start": "SFT on strong", "pairs": "strong>weak", "lr": 2e-4}
 GOLD_LABELS = {"pair_labels": "gold"}
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
