@@ -224,7 +224,7 @@ def train(run):
         schedule.step()
         optimizer.zero_grad()
         if step + 1 == len(plan) and conditioned and judge and held_out and not config.steer:
-            found = calibration(run, levels, levels["means"], held_out * 4, judge)     # 4 samples a prompt
+            found = calibration(run, levels, levels["means"], (held_out * 4)[:512], judge)
             run.state["level"] = max(range(top + 1), key=lambda level: found[level]["reward"])
         run.log(step, means.result() | {"grad_norm": norm})
         if run.evaluation_due(step):                            # every --eval_every steps, and after the last

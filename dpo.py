@@ -167,7 +167,8 @@ def train(run):
     pairs = list(dict.fromkeys(pair for step in plan for pair in step))
     ref = harness.response_logps(run, pairs, counted="tokens_scored_reference")[0]   # [N, 2], torch.no_grad
     ref_logps = dict(zip(pairs, ref))
-    held_out_ref_logps, _ = harness.response_logps(run, held_out)                            # [N, 2]
+    run.evaluate()                                                                          # before training
+    held_out_ref_logps, _ = harness.response_logps(run, held_out)                           # [N, 2]
 
     def held_out_metrics():
         if not held_out:
@@ -176,7 +177,7 @@ def train(run):
         return {f"eval/{name}": values.float().mean().item() for name, values in metrics.items()}
 
     optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
-    run.evaluate(**held_out_metrics())                                                       # before training
+    run.amend(**held_out_metrics())
     for step, pairs in run.steps(plan, policy, optimizer, schedule):
         means = harness.Means()
         for rows, batch in run.microbatches(pairs):              # rows [n] of the step's pairs; batch [2n, T]
@@ -193,7 +194,8 @@ def train(run):
         optimizer.zero_grad()
         run.log(step, means.result() | {"grad_norm": norm})
         if run.evaluation_due(step):                            # every --eval_every steps, and after the last
-            run.evaluate(**held_out_metrics())
+            run.evaluate()
+            run.amend(**held_out_metrics())
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ def train(run):
     plan = [[rankings[i] for i in indices] for indices in steps]
 
     optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
-    run.evaluate(**harness.score_metrics(run, held_out))                                    # before training
+    run.evaluate()                                                                          # before training
+    run.amend(**harness.score_metrics(run, held_out))
     for step, rankings in run.steps(plan, policy, optimizer, schedule):
         means = harness.Means()
         for rows, batch in run.microbatches(rankings):      # rows: n of the step's prompts; batch [n*K, T]
@@ -144,7 +145,8 @@ def train(run):
         optimizer.zero_grad()
         run.log(step, means.result() | {"grad_norm": norm})
         if run.evaluation_due(step):                            # every --eval_every steps, and after the last
-            run.evaluate(**harness.score_metrics(run, held_out))
+            run.evaluate()
+            run.amend(**harness.score_metrics(run, held_out))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def train(run):
 
     # One schedule for all rounds. Warm-up starts at a learning rate of 0: the first step changes nothing.
     optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
-    run.evaluate(**harness.score_metrics(run, held_out))                                    # before training
+    run.evaluate()                                                                          # before training
+    run.amend(**harness.score_metrics(run, held_out))
     for step, (new_round, indices) in run.steps(plan, policy, optimizer, schedule):
         if new_round:                            # here new candidates are sampled, from the current policy
             run.state["rankings"] = harness.candidates(run, reward, given, samples)
@@ -175,8 +176,8 @@ def train(run):
         optimizer.zero_grad()
         run.log(step, means.result() | {"grad_norm": norm})
         if run.evaluation_due(step):                            # every --eval_every steps, and after the last
-            run.evaluate(**harness.score_metrics(run, held_out))
-            run.amend(**best_of_n_learner(run, reward))         # these numbers need the evaluation's samples
+            run.evaluate()
+            run.amend(**harness.score_metrics(run, held_out), **best_of_n_learner(run, reward))
 
 
 if __name__ == "__main__":
