@@ -64,6 +64,10 @@ class Batch:
             return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self.tensors()))
         return Batch(*(t.to(device) for t in self.tensors()))
 
+    def trimmed(self):
+        """Without the columns in which every row has padding."""
+        return Batch(*(t[:, self.attention_mask.any(0)] for t in self.tensors()))
+
     @property
     def lengths(self):
         """Response tokens of each row [B], EOS included."""
@@ -384,35 +388,39 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
     """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
 
     Returns a Batch of len(prompts) * n rows on the CPU, the n rows of a prompt together, prompts in the given
-    order. Prompts of like length are sampled together, as many rows at a time as the budget of padded tokens
-    allows. The model's mode and its own generation settings are left as they were.
+    order. Rows of like length are sampled together, as many at a time as the budget of padded tokens allows.
+    After as many new tokens as a row was long, only those without EOS are read again and go on, so that few
+    long responses do not keep all others waiting. The model's mode and its own generation settings are left
+    as they were.
     """
-    ids = prompt_ids(tokenizer, prompts)
-    order = sorted((i for i in range(len(prompts)) for _ in range(n)), key=lambda i: -len(ids[i]))
+    rows = [(ids, []) for ids in prompt_ids(tokenizer, prompts) for _ in range(n)]
+    eos, pad, todo, left = tokenizer.eos_token_id, tokenizer.pad_token_id, [*range(len(rows))], max_new_tokens
     mode, settings = model.training, model.generation_config
-    # generate() takes what is not given from model.generation_config, where many models keep a top-k
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=not greedy, temperature=None if greedy else temperature,
-        top_k=None if greedy else 0, top_p=None if greedy else 1.0, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
     model.eval()
-    rows, places = [], {i: [] for i in range(len(prompts))}
     try:
-        while len(rows) < len(order):
-            width = len(ids[order[len(rows)]]) + max_new_tokens
-            part = order[len(rows):len(rows) + max(1, budget // width)]
-            prompt = pack([(ids[i], []) for i in part], tokenizer.pad_token_id).to(model.device)
-            with compute(model):
-                texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
-            for i, response in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
-                if tokenizer.eos_token_id in response:
-                    response = response[:response.index(tokenizer.eos_token_id) + 1]
-                places[i].append(len(rows))
-                rows.append((ids[i], response))
+        while todo and left:
+            read = {i: rows[i][0] + rows[i][1] for i in todo}
+            todo.sort(key=lambda i: -len(read[i]))
+            new = min(left, max(16, len(read[todo[0]])))
+            # generate() takes what is not given from model.generation_config, where many models keep a top-k
+            model.generation_config = GenerationConfig(
+                max_new_tokens=new, do_sample=not greedy, temperature=None if greedy else temperature,
+                top_k=None if greedy else 0, top_p=None if greedy else 1.0, eos_token_id=eos,
+                pad_token_id=pad)
+            waiting = todo
+            while waiting:
+                count = max(1, budget // (len(read[waiting[0]]) + new))
+                part, waiting = waiting[:count], waiting[count:]
+                prompt = pack([(read[i], []) for i in part], pad).to(model.device)
+                with compute(model):
+                    texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
+                for i, text in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
+                    rows[i][1].extend(text[:text.index(eos) + 1] if eos in text else text)
+            todo, left = [i for i in todo if rows[i][1][-1] != eos], left - new
     finally:
         model.train(mode)
         model.generation_config = settings
-    return pack([rows[place] for i in range(len(prompts)) for place in places[i]], tokenizer.pad_token_id)
+    return pack(rows, pad)
 
 
 # ------------------------------------------------------------------------------------------- optimizer, files

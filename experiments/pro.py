@@ -12,8 +12,7 @@ LENGTHS |= {f"{n} writers": {"sources": "P", "systems": names} for n, names in W
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
            "eval/fluency": "fluency", "eval/nll": "NLL of good text, nats a token", "cpu_seconds": "CPU s"}
 ON_FIVE = {"method": "rrhf", "sources": "D", "candidates": 5}
-DPO = {"method": "rso", "source": "sft", "candidates": 5, "num_samples": 5, "pairs": "tournament",
-       "lr": 3e-4}
+DPO = {"method": "rso", "source": "sft", "candidates": 5, "num_samples": 5, "pairs": "tournament"}
 
 TUNING = {
     name: dict(arm=arm, settings=[{"lr": lr / 2}, {"lr": lr}, {"lr": 2 * lr}, {"lr": lr, "epochs": 6.0}])
@@ -66,7 +65,8 @@ EXPERIMENTS = {
     ),
     "against others": dict(
         question="On the same samples, is the list worth more than its pairs or its best?",
-        arms={"PRO": {}, "RRHF": ON_FIVE, "DPO": DPO, "SFT on the best": ON_FIVE | {"rank_weight": 0.0},
+        arms={"PRO": {}, "RRHF": ON_FIVE, "DPO": DPO | {"lr": 3e-4},
+              "SFT on the best": ON_FIVE | {"rank_weight": 0.0, "epochs": 6.0},
               "SFT, temperature 0.5": {"epochs": 0, "eval_temperature": 0.5}},
         columns=COLUMNS,
         claims=[

@@ -17,6 +17,7 @@ class Config:
     MAX_NEW_TOKENS: ClassVar = {"tiny": 40, "real": 128}
     MAX_LENGTH: ClassVar = {"tiny": 160, "real": 512}
     EPOCHS: ClassVar = {"tiny": 1.0, "real": 1.0}
+    TOKEN_BUDGET: ClassVar = {"tiny": 2048, "real": 16384}   # small: less padding, see common.batches
 
     model: str = option("tiny", "'tiny' (built here, no download) or any causal LM: a directory or a hub id")
     policy: str = option("", "start from this saved policy, which is then the reference too")
@@ -37,7 +38,8 @@ class Config:
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
     batch_size: int = option(64, "prompts per optimizer step")
     epochs: Optional[float] = option(None, "passes over the training rows; the default depends on the model")
-    token_budget: int = option(16384, "padded tokens per forward pass; a step is split to fit, same effect")
+    token_budget: Optional[int] = option(
+        None, "padded tokens per forward pass; a step is split to fit, same effect (tiny 2048, else 16384)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     eval_prompts: int = option(128, "test prompts sampled for evaluation")
     eval_samples: int = option(4, "samples per test prompt")
@@ -70,7 +72,7 @@ class Config:
                     choices = get_args(kind)
                     self.check(lambda value: value in choices, f"be one of {', '.join(choices)}", f.name)
         kind = "tiny" if self.model == "tiny" else "real"
-        for name in ("lr", "epochs", "max_new_tokens", "max_length"):
+        for name in ("lr", "epochs", "max_new_tokens", "max_length", "token_budget"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
         if self.eval_temperature is None:

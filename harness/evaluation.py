@@ -105,8 +105,11 @@ def kl_to_reference(config, policy, batch, plain=None):
     if len(embeddings) > known:                                     # tags, see conditioning.add_tags
         extend_vocabulary(reference, embeddings[known:])
     temperatures, plain = (config.eval_temperature, config.temperature), plain or batch
-    parts = [[b[rows].to(policy.device) for b in (batch, plain)] for rows in batch.split(config.token_budget)]
-    return torch.cat([sequence_kl((policy, reference), both, temperatures) for both in parts]).cpu()
+    order, kls = batch.lengths.argsort(), torch.zeros(len(batch))            # rows of like length together
+    for rows in (order[part] for part in batch.split(config.token_budget)):
+        both = [b[rows].trimmed().to(policy.device) for b in (batch, plain)]
+        kls[rows] = sequence_kl((policy, reference), both, temperatures).cpu()
+    return kls
 
 
 def extend_vocabulary(model, rows):

@@ -19,7 +19,7 @@ from harness import UserError
 from referee.arms import given_flags
 from referee.runs import complete
 from referee.statistics import seeds_needed
-from referee.store import results_path, shown
+from referee.store import results_path, run_id, shown
 from referee.tables import (arm_rows, collect, markdown_table, provenance, said_of_file, seeds_in_words,
                             stored, text_table)
 
@@ -93,10 +93,15 @@ def choose(what, arms):
 def power(chosen):
     """How many seeds find a difference in gold, as {seed: run} of the chosen settings say; "" for just one.
 
+    Only settings of the same builds of the models are paired; where there are several groups, the largest.
     The variances of the paired differences are averaged over all pairs of settings. The pairs share settings:
     the mean is twice the residual variance of the table of settings by seeds, and has its degrees of freedom.
     """
-    gold = [[runs[seed].get("eval/gold") for seed in SEEDS] for runs in chosen]
+    groups = {}
+    for runs in chosen:
+        groups.setdefault(tuple(runs[seed].get("build") for seed in SEEDS), []).append(runs)
+    largest = max(groups.values(), key=len, default=[])
+    gold = [[runs[seed].get("eval/gold") for seed in SEEDS] for runs in largest]
     if len(gold) < 2 or any(None in row for row in gold):
         return ""
     pairs = itertools.combinations(gold, 2)
@@ -111,21 +116,33 @@ def tables_of(method_name, results):
     """[(heading, rows of the table, what is chosen and why)] of the titles, and the line about power."""
     experiments = experiments_to_tune(method_name)
     found, chosen = [], []
-    for title, arms in collect(method_name, results, experiments).items():
+    for title, experiment in experiments.items():
+        arms = collect(method_name, results, {title: experiment})[title]
         arms = {name: runs for name, runs in arms.items() if name != START}
         choice, why = choose(f"{method_name}, {title}", arms)
         marked = {f"{name} (chosen)" if name == choice else name: runs for name, runs in arms.items()}
-        found.append((experiments[title]["question"], arm_rows(marked, COLUMNS, "setting"), why))
+        found.append((experiment["question"], arm_rows(marked, COLUMNS, "setting"), why))
         if choice and arms[choice] not in chosen:                      # two titles may choose the same runs
             chosen.append(arms[choice])
     return found, power(chosen)
 
 
+def view_of(method_name, results):
+    """What a report shows of a file. Each title is a table of its own: of the builds that most of it has."""
+    views = [shown(method_name, results, {title: experiment})
+             for title, experiment in experiments_to_tune(method_name).items()]
+    runs = {run_id(run): run for view in views for run in view["runs"]}
+    machines = [machine for view in views for machine in view["machines"]]
+    return results | {"runs": [*runs.values()], "seeds": sorted({run["seed"] for run in runs.values()}),
+                      "machines": [m for i, m in enumerate(machines) if m not in machines[:i]],
+                      "kept": {"other arms or builds": len(results["runs"]) - len(runs)}}
+
+
 def report(method_name, given={}, results_dir="results"):
     """Print a table for each title."""
-    experiments, folder = experiments_to_tune(method_name), Path(results_dir) / "tuning"
+    folder = Path(results_dir) / "tuning"
     results = stored(method_name, folder, given, "--tune")
-    view = shown(method_name, results, experiments)
+    view = view_of(method_name, results)
     found, line = tables_of(method_name, results)
     print(textwrap.fill(said_of_file(results_path(method_name, given, folder), view), 110))
     for heading, rows, why in found:
@@ -146,11 +163,11 @@ def tune(method_name, config, results_dir="results", runs_dir="runs/tuning"):
 
 def tuning_block(method_name, results_dir="results"):
     """The same tables in Markdown, for the page of a method."""
-    experiments, folder = experiments_to_tune(method_name), Path(results_dir) / "tuning"
+    folder = Path(results_dir) / "tuning"
     if not results_path(method_name, {}, folder).exists():
         return f"Not tuned yet: `python -m referee {method_name} --tune`."
     results = stored(method_name, folder)
     found, line = tables_of(method_name, results)
     parts = [part for heading, rows, why in found for part in (f"**{heading}**", markdown_table(rows), why)]
-    parts += [RULES, line, provenance(shown(method_name, results, experiments))]
+    parts += [RULES, line, provenance(view_of(method_name, results))]
     return "\n\n".join(part for part in parts if part)
