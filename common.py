@@ -14,9 +14,9 @@ has the same ids before every response. Log-probabilities are in nats and are re
 """
 import contextlib
 import inspect
-import shutil
 import sys
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,6 @@ class Batch:
             return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self.tensors()))
         return Batch(*(t.to(device) for t in self.tensors()))
 
-    def trimmed(self):
-        """Without the columns in which every row has padding."""
-        return Batch(*(t[:, self.attention_mask.any(0)] for t in self.tensors()))
-
     @property
     def lengths(self):
         """Response tokens of each row [B], EOS included."""
@@ -96,20 +92,34 @@ def prompt_ids(tokenizer, prompts):
     return rows
 
 
-def encode(tokenizer, prompts, responses, ended=None):
-    """Tokenise prompts and responses [B] into a Batch. A response ends with one EOS unless it is cut.
+class Sampled(str):
+    """A response as a policy sampled it: a text with its token `ids`, EOS included unless it was cut off."""
 
-    A response that is cut (to tokenizer.model_max_length less its prompt, never less than a quarter) has no
-    EOS; nor has one that was sampled and cut off, where `ended` [B] says so.
+    def __new__(cls, text, ids=()):
+        sampled = super().__new__(cls, text)
+        sampled.ids = list(ids)
+        return sampled
+
+
+def response_ids(tokenizer, responses, ended=None):
+    """Token ids of each response: those that were sampled, or else its text's and one EOS.
+
+    No EOS stands after a response that was cut off, where `ended` [B] says so.
     """
-    eos, rows = tokenizer.eos_token_id, []
-    answers = tokenizer(list(responses), add_special_tokens=False).input_ids
-    ended = [True] * len(answers) if ended is None else ended
-    for prompt, answer, whole in zip(prompt_ids(tokenizer, prompts), answers, ended, strict=True):
-        if (whole or not answer) and answer[-1:] != [eos]:
-            answer = answer + [eos]
-        rows.append((prompt, answer[:tokenizer.model_max_length - len(prompt)]))
-    return pack(rows, tokenizer.pad_token_id)
+    eos, ended = tokenizer.eos_token_id, [True] * len(responses) if ended is None else ended
+    tokenised = tokenizer([str(response) for response in responses], add_special_tokens=False).input_ids
+    return [response.ids if isinstance(response, Sampled) and response.ids else
+            ids + [eos] if (whole or not ids) and ids[-1:] != [eos] else ids
+            for response, ids, whole in zip(responses, tokenised, ended, strict=True)]
+
+
+def encode(tokenizer, prompts, responses, ended=None):
+    """Prompts and responses [B] as a Batch, see response_ids; no EOS where a response does not fit and is cut.
+
+    It is cut to tokenizer.model_max_length less its prompt, which is never less than a quarter.
+    """
+    rows = zip(prompt_ids(tokenizer, prompts), response_ids(tokenizer, responses, ended), strict=True)
+    return pack([(p, ids[:tokenizer.model_max_length - len(p)]) for p, ids in rows], tokenizer.pad_token_id)
 
 
 def pack(rows, pad):
@@ -125,14 +135,21 @@ def pack(rows, pad):
 
 
 def decode(tokenizer, batch):
-    """The text of each response, without prompt, EOS or padding."""
+    """Each response as a Sampled text, without prompt, EOS or padding."""
     rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [Sampled(text, ids) for text, ids in zip(texts, rows)]
+
+
+def stop_ids(tokenizer):
+    """Token ids that end a response: EOS, and those of the policy's generation_config (harness/run.py)."""
+    return [tokenizer.eos_token_id, *getattr(tokenizer, "more_stop_ids", [])]
 
 
 def finished(tokenizer, batch):
-    """bool [B]: did the response end with EOS, or was it cut off?"""
-    return batch.input_ids[torch.arange(len(batch)), batch.last] == tokenizer.eos_token_id
+    """bool [B]: did the response end by itself, or was it cut off?"""
+    last = batch.input_ids[torch.arange(len(batch)), batch.last]
+    return torch.isin(last, torch.tensor(stop_ids(tokenizer), device=last.device))
 
 
 def batches(tokenizer, prompts, responses, budget, device="cpu", ended=None):
@@ -143,22 +160,21 @@ def batches(tokenizer, prompts, responses, budget, device="cpu", ended=None):
     """
     if not prompts:
         return
-    answers = iter(tokenizer([r for group in responses for r in group], add_special_tokens=False).input_ids)
-    room = tokenizer.model_max_length
-    sizes = [(len(texts), len(p), min(max(len(next(answers)) + 1 for _ in texts), room - len(p)))
-             for texts, p in zip(responses, prompt_ids(tokenizer, prompts))]
     ended = ended or [()] * len(prompts)
+    flags = [whole for texts, flags in zip(responses, ended) for whole in flags or [True] * len(texts)]
+    answers = iter(response_ids(tokenizer, [text for texts in responses for text in texts], flags))
+    room = tokenizer.model_max_length
+    rows = [[(p, next(answers)[:room - len(p)]) for _ in texts]
+            for texts, p in zip(responses, prompt_ids(tokenizer, prompts))]
+    sizes = [(len(group), len(group[0][0]), max(len(ids) for _, ids in group)) for group in rows]
     group, before, after = [], 0, 0                               # columns for the group's prompts, responses
     for i in sorted(range(len(prompts)), key=lambda i: (sizes[i][0], sum(sizes[i]))) + [None]:
         if i is not None:
             k, *columns = sizes[i]
             before, after = max(before, columns[0]), max(after, columns[1])
         full = i is None or (len(group) + 1) * k * (before + after) > budget
-        if group and (full or k != len(responses[group[0]])):
-            batch = encode(tokenizer, [prompts[j] for j in group for _ in responses[j]],
-                           [text for j in group for text in responses[j]],
-                           [whole for j in group for whole in ended[j] or [True] * len(responses[j])])
-            yield group, batch.to(device)
+        if group and (full or k != sizes[group[0]][0]):
+            yield group, pack([row for j in group for row in rows[j]], tokenizer.pad_token_id).to(device)
             group, (before, after) = [], columns
         if i is not None:
             group.append(i)
@@ -339,24 +355,32 @@ class RewardModel:
     mean: float = 0.0
     std: float = 1.0
     budget: int = 16384
+    render: Callable[[list], list] = list                      # prompts in the form that this model reads
     tokens: int = 0                                            # read so far, without padding
 
     @torch.no_grad()
     def __call__(self, prompts, responses):
         """Scores [N] of N prompts and responses, float32 on the CPU; [N, labels] where `label` is a slice."""
         columns = (self.label.stop,) if isinstance(self.label, slice) else ()
-        scores = torch.empty(len(prompts), *columns)
-        singles, device = [[response] for response in responses], self.model.device
-        for rows, batch in batches(self.tokenizer, prompts, singles, self.budget, device):
+        scores, decoder = torch.empty(len(prompts), *columns), hasattr(self.model, "score")
+        prompts, responses = self.render(prompts), [str(response) for response in responses]
+        parts = batches(self.tokenizer, prompts, [[y] for y in responses], self.budget, self.model.device)
+        for rows, batch in parts if decoder else self.two_texts(prompts, responses):
             self.tokens += int(batch.attention_mask.sum())
-            if hasattr(self.model, "score"):
-                logits = sequence_scores(self.model, batch)
-            else:                      # an encoder reads the text in its own way: [CLS], right padding, [SEP]
-                joined = [prompts[i] + responses[i] for i in rows]
-                texts = self.tokenizer(joined, padding=True, truncation=True, return_tensors="pt").to(device)
-                logits = self.model(**texts).logits
+            logits = sequence_scores(self.model, batch) if decoder else self.model(**batch).logits
             scores[rows] = logits[:, self.label].float().cpu()
         return (scores - self.mean) / self.std
+
+    def two_texts(self, prompts, responses):
+        """As `batches`, for an encoder: [CLS] prompt [SEP] response [SEP]; the prompt is cut, from the left."""
+        length, self.tokenizer.truncation_side = self.tokenizer.model_max_length, "left"
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+        for rows in torch.tensor(order).split(max(1, self.budget // length)):
+            first, second = [prompts[i] for i in rows], [responses[i] for i in rows]
+            cut = self.tokenizer(second, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            second = [text[:ends[:length // 2][-1][1]] if ends else text for text, ends in zip(second, cut)]
+            yield rows, self.tokenizer(first, second, padding=True, truncation="only_first",
+                                       return_tensors="pt").to(self.model.device)
 
 
 def sequence_scores(model, batch):
@@ -388,13 +412,12 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
     """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
 
     Returns a Batch of len(prompts) * n rows on the CPU, the n rows of a prompt together, prompts in the given
-    order. Rows of like length are sampled together, as many at a time as the budget of padded tokens allows.
-    After as many new tokens as a row was long, only those without EOS are read again and go on, so that few
-    long responses do not keep all others waiting. The model's mode and its own generation settings are left
-    as they were.
+    order. Rows of like length are sampled together, as many as the budget of padded tokens allows. After as
+    many new tokens as a row was long, only rows that have not ended are read again and go on. The model's
+    mode and its own generation settings are left as they were.
     """
     rows = [(ids, []) for ids in prompt_ids(tokenizer, prompts) for _ in range(n)]
-    eos, pad, todo, left = tokenizer.eos_token_id, tokenizer.pad_token_id, [*range(len(rows))], max_new_tokens
+    stops, pad, todo, left = stop_ids(tokenizer), tokenizer.pad_token_id, [*range(len(rows))], max_new_tokens
     mode, settings = model.training, model.generation_config
     model.eval()
     try:
@@ -405,7 +428,7 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
             # generate() takes what is not given from model.generation_config, where many models keep a top-k
             model.generation_config = GenerationConfig(
                 max_new_tokens=new, do_sample=not greedy, temperature=None if greedy else temperature,
-                top_k=None if greedy else 0, top_p=None if greedy else 1.0, eos_token_id=eos,
+                top_k=None if greedy else 0, top_p=None if greedy else 1.0, eos_token_id=stops,
                 pad_token_id=pad)
             waiting = todo
             while waiting:
@@ -414,9 +437,10 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
                 prompt = pack([(read[i], []) for i in part], pad).to(model.device)
                 with compute(model):
                     texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
-                for i, text in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
-                    rows[i][1].extend(text[:text.index(eos) + 1] if eos in text else text)
-            todo, left = [i for i in todo if rows[i][1][-1] != eos], left - new
+                for i, ids in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
+                    end = next((t for t, token in enumerate(ids) if token in stops), len(ids))
+                    rows[i][1].extend(ids[:end + 1])
+            todo, left = [i for i in todo if rows[i][1][-1] not in stops], left - new
     finally:
         model.train(mode)
         model.generation_config = settings
@@ -438,12 +462,3 @@ def adamw(model, lr, steps, schedule="constant_with_warmup", warmup=0.1):
         return optimizer, parts[0]
     ends = [sum(cycles[:i]) for i in range(1, len(cycles))]
     return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, ends)
-
-
-def save_model(model, tokenizer, path):
-    """save_pretrained of both, under a temporary name first."""
-    part = path.with_name(path.name + ".part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)

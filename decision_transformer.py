@@ -234,7 +234,7 @@ def train(run):
                          {"eval/effective_share": statistics.fmean(shares)}))
     if conditioned:
         harness.write_json(run.out / "attributes.json", levels | {
-            "method": "decision_transformer", "chat": config.chat, "levels": {"reward": top},
+            "method": "decision_transformer", "chat": run.task.chat, "levels": {"reward": top},
             "asked": run.state["level"]})
         rows = run.results["calibration"] = run.state.get("calibration", [])
         run.notes += [harness.table([list(rows[0]), *(row.values() for row in rows)])] if rows else []

@@ -233,7 +233,7 @@ def train(run):
     harness.report_steering(run, wanted)
     if conditioned:
         harness.write_json(run.out / "attributes.json", {
-            "method": "steerlm", "chat": config.chat, "levels": dict.fromkeys(names, TOP),
+            "method": "steerlm", "chat": run.task.chat, "levels": dict.fromkeys(names, TOP),
             "asked": wanted, "observed": Counter(map(format_attributes, observed))})
 
 

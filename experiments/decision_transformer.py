@@ -25,7 +25,9 @@ TUNING = {
     "filter": dict(arm=FILTER, settings=[{"lr": 2e-3, "epochs": 2.0}, {"lr": 4e-3, "epochs": 2.0},
                                          {"lr": 8e-3, "epochs": 2.0}, {"lr": 4e-3, "epochs": 4.0}]),
     "RWR": dict(arm=RWR, settings=[{"lr": 2e-3, "epochs": 1.0}, {"lr": 4e-3, "epochs": 1.0},
-                                   {"lr": 4e-3, "epochs": 2.0}, {"lr": 4e-3, "epochs": 2.0, "beta": 0.3}]),
+                                   {"lr": 4e-3, "epochs": 2.0}, {"lr": 4e-3, "epochs": 2.0, "beta": 0.3},
+                                   {"lr": 2e-3, "epochs": 2.0, "beta": 0.3},
+                                   {"lr": 4e-3, "epochs": 2.0, "beta": 1.0}]),
 }
 
 EXPERIMENTS = {

@@ -12,10 +12,13 @@ GOLD_LABELS = {"pair_labels": "gold"}
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
            "eval/fluency": "fluency", "eval/win_rate_judge": "win rate, judge", "cpu_seconds": "CPU s"}
 
+SETTINGS = [{"lr": 2.5e-4}, {"lr": 5e-4}, {"lr": 1e-3}, {"lr": 5e-4, "epochs": 1.0}]
+BOLDER = [{"lr": 2e-3}, {"lr": 4e-3}]                    # likelihoods bear more than a contrast
 TUNING = {
-    name: dict(arm=arm, settings=[{"lr": 2.5e-4}, {"lr": 5e-4}, {"lr": 1e-3}, {"lr": 5e-4, "epochs": 1.0}])
-    for name, arm in (("DPO", {}), ("DPO, gold labels", GOLD_LABELS), ("Preferred-FT", {"loss": "sft"}),
-                      ("unlikelihood", {"loss": "unlikelihood"}))} | {
+    name: dict(arm=arm, settings=SETTINGS + more)
+    for name, arm, more in (("DPO", {}, []), ("DPO, gold labels", GOLD_LABELS, []),
+                            ("Preferred-FT", {"loss": "sft"}, BOLDER),
+                            ("unlikelihood", {"loss": "unlikelihood"}, BOLDER))} | {
     "strong>weak, after SFT on strong": dict(
         start=STRONG | {"epochs": 4}, arm={"pairs": "strong>weak"},
         settings=[{"lr": 5e-5}, {"lr": 1e-4}, {"lr": 2e-4}, {"lr": 5e-4}]),

@@ -26,8 +26,9 @@ def on_every_loss(left, right):
 
 SETTINGS = [{"lr": 5e-4, "gamma": 0.5}, {"lr": 1e-3, "gamma": 0.5}, {"lr": 2e-3, "gamma": 0.5},
             {"lr": 1e-3, "gamma": 0.2}]
+MILDER = [{"lr": 2.5e-4, "gamma": 0.5}, {"lr": 5e-4, "gamma": 0.2}]   # the others left little fluency
 TUNING = {
-    name: dict(arm=PAPER | arm, settings=SETTINGS)
+    name: dict(arm=PAPER | arm, settings=SETTINGS + MILDER)
     for name, arm in (("direct", {"source": "direct"}), ("sft", {"source": "sft"}), ("rso", {}),
                       ("hinge, rso", {"loss": "hinge"}))} | {
     "proxy of SFT samples": dict(arm={}, settings=SETTINGS)}

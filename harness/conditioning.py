@@ -17,8 +17,8 @@ import torch
 import common
 from common import UserError, warn
 from harness.evaluation import extend_vocabulary, probe
-from harness.loading import load_policy, load_tokenizer
-from tasks import ROOT
+from harness.loading import load_policy, load_tokenizer, more_stop_ids
+from tasks import ROOT, chat
 
 
 def add_tags(run, attributes):
@@ -325,8 +325,9 @@ def complete_prompt(config, method, tags_of):
     tags = tags_of(saved, parse_request(config.steer, saved["levels"]))
     policy, tokenizer, prompt = load_policy(config), load_tokenizer(config), config.prompt
     if saved["chat"]:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                               add_generation_prompt=True)
+        chat.end_turns(tokenizer)
+        prompt = chat.render(tokenizer, [{"role": "user", "content": prompt}])
+    tokenizer.more_stop_ids = more_stop_ids(policy, tokenizer)
     torch.manual_seed(config.seed)
     batch = common.generate(policy, tokenizer, [prompt + tags], config.eval_samples, config.temperature,
                             max_new_tokens=config.max_new_tokens)

@@ -25,6 +25,7 @@ class Config:
     reward: str = option("", "reward model (directory, hub id), 'gold' or 'none'; default: trained on pairs")
     reward_label: str = option("", "which label of a reward model with several labels is the reward")
     reward_lr: float = option(1e-5, "learning rate of a reward model trained from the pairs of --data")
+    columns: str = option("", "'prompt=question,chosen=answer_a': other names of the data's fields")
     limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
     skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows, do not stop")
     chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")

@@ -73,6 +73,11 @@ def with_prompts(tokenizer, batch, prompts):
     return common.pack([*rows], tokenizer.pad_token_id)
 
 
+def trimmed(batch):
+    """The batch without the columns in which every row has padding."""
+    return common.Batch(*(t[:, batch.attention_mask.any(0)] for t in batch.tensors()))
+
+
 @torch.no_grad()
 def sequence_kl(models, batches, temperatures=(1.0, 1.0), chunk=256):
     """KL(first model || second) of the next token, summed over each row's response tokens: [B], float32.
@@ -107,7 +112,7 @@ def kl_to_reference(config, policy, batch, plain=None):
     temperatures, plain = (config.eval_temperature, config.temperature), plain or batch
     order, kls = batch.lengths.argsort(), torch.zeros(len(batch))            # rows of like length together
     for rows in (order[part] for part in batch.split(config.token_budget)):
-        both = [b[rows].trimmed().to(policy.device) for b in (batch, plain)]
+        both = [trimmed(b[rows]).to(policy.device) for b in (batch, plain)]
         kls[rows] = sequence_kl((policy, reference), both, temperatures).cpu()
     return kls
 

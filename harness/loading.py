@@ -43,7 +43,41 @@ def load_task(config):
         return build.load_task(config)
     from tasks import preferences
     tokenizer = load_tokenizer(config)
-    return preferences.load(config.data, tokenizer, config.limit, config.chat, config.skip_bad_rows)
+    return preferences.load(config.data, tokenizer, config.limit, config.chat, config.skip_bad_rows,
+                            config.columns)
+
+
+def fit_task(tokenizer, task):
+    """Say what the length limit cuts. Rankings and pairs whose responses are equal after it are left out."""
+    room = tokenizer.model_max_length
+    prompts = [p for rows in task.prompts.values() for p in rows]
+    long = sum(len(ids) > room * 3 // 4 for ids in tokenizer(prompts, add_special_tokens=False).input_ids)
+    if long:
+        common.warn(f"{long} of {len(prompts)} prompts are longer than {room * 3 // 4} tokens: cut from the "
+                    "left (--max_length sets the limit)")
+    rows = [row for splits in (task.rankings, task.pairs) for split in splits.values() for row in split]
+    texts = dict.fromkeys((row.prompt, text) for row in rows for text in row.responses)
+    texts |= dict.fromkeys(row[:2] for split in task.demonstrations.values() for row in split)
+    if not texts:
+        return
+    whole = common.response_ids(tokenizer, [text for _, text in texts])
+    kept = dict(zip(texts, (tuple(ids[:room - len(p)]) for p, ids in zip(
+        common.prompt_ids(tokenizer, [prompt for prompt, _ in texts]), whole))))
+    cut = sum(len(ids) < len(before) for ids, before in zip(kept.values(), whole))
+    if not cut:
+        return
+    common.warn(f"{cut} of {len(texts)} answers do not fit into {room} tokens with their prompts: cut, and "
+                "not taught to end there (--max_length sets the limit)")
+    before = sum(map(len, task.pairs.values()))
+    task.pairs = {split: [pair for pair in pairs
+                          if kept[pair.prompt, pair.chosen] != kept[pair.prompt, pair.rejected]]
+                  for split, pairs in task.pairs.items()}
+    task.rankings = {split: [row for row in rankings
+                             if len({kept[row.prompt, text] for text in row.responses}) > 1]
+                     for split, rankings in task.rankings.items()}
+    equal = before - sum(map(len, task.pairs.values()))
+    if equal:
+        common.warn(f"{equal} of {before} pairs are equal after that: left out")
 
 
 def load_tokenizer(config):
@@ -52,6 +86,13 @@ def load_tokenizer(config):
 
 def load_policy(config):
     return common.load_policy(policy_path(config), config.device, config.dtype)
+
+
+def more_stop_ids(policy, tokenizer):
+    """Token ids that end a response by the policy's own generation_config, besides the tokenizer's EOS."""
+    ids = policy.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    return sorted({*ids} - {tokenizer.eos_token_id})
 
 
 def load_reference(config):

@@ -13,6 +13,7 @@ import tasks
 from common import UserError, warn
 from harness.loading import policy_path
 from harness.stages import Recipe, check_finite, train_reward_model
+from tasks import chat
 
 
 def load_rewards(config, task):
@@ -22,8 +23,13 @@ def load_rewards(config, task):
     cache.
     """
     def load(path, label=""):
-        return common.load_reward_model(path, config.max_length, config.device, config.dtype, label,
-                                        config.token_budget)
+        reward = common.load_reward_model(path, config.max_length, config.device, config.dtype, label,
+                                          config.token_budget)
+        if task.chat:
+            reward.render = lambda prompts: chat.as_read_by(reward.tokenizer, prompts)
+            if reward.tokenizer.chat_template:
+                chat.end_turns(reward.tokenizer)
+        return reward
 
     if config.reward == "none":
         return {}
@@ -50,7 +56,7 @@ def load_rewards(config, task):
                                 num_labels=1)
             recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear",
                             token_budget=config.token_budget, seed=config.seed)
-            common.save_model(train_reward_model(model, tokenizer, pairs, recipe), tokenizer, path)
+            tasks.save_model(train_reward_model(model, tokenizer, pairs, recipe), tokenizer, path)
     return {"proxy": load(path, config.reward_label)}
 
 

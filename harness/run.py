@@ -21,7 +21,8 @@ from harness import loading
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
 from harness.rewards import load_rewards
-from tasks import ROOT, Pair, Ranking, Task, write_json, write_text
+from tasks import ROOT, Pair, Ranking, Task, chat, write_json, write_text
+from tasks.chat import Prompt
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
@@ -180,7 +181,7 @@ class Run:
         part.replace(self.out / "state.pt")
 
     def restore(self):
-        with torch.serialization.safe_globals([Pair, Ranking]):
+        with torch.serialization.safe_globals([Pair, Ranking, Prompt, common.Sampled]):
             state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu")
         for name in ("trained", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
@@ -268,16 +269,6 @@ def output_directory(config):
     return out
 
 
-def count_cut_prompts(tokenizer, task):
-    """Say once how many prompts are longer than the context allows."""
-    room = tokenizer.model_max_length
-    prompts = [p for rows in task.prompts.values() for p in rows]
-    long = sum(len(ids) > room * 3 // 4 for ids in tokenizer(prompts, add_special_tokens=False).input_ids)
-    if long:
-        warn(f"{long} of {len(prompts)} prompts are longer than {room * 3 // 4} tokens: cut from the left "
-             "(--max_length sets the limit)")
-
-
 def start(config):
     """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
     torch.manual_seed(config.seed)
@@ -286,7 +277,11 @@ def start(config):
     began = time.time()
     rewards = load_rewards(config, task)
     policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)
-    count_cut_prompts(tokenizer, task)
+    if task.chat:
+        chat.end_turns(tokenizer)
+    tokenizer.more_stop_ids = loading.more_stop_ids(policy, tokenizer)
+    if config.data != "reviews":
+        loading.fit_task(tokenizer, task)
     check_policy(policy, tokenizer, task, 0)
     torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
     return Run(config, out, task, tokenizer, policy, rewards, began=began)

@@ -5,6 +5,7 @@
 import json
 import os
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -26,6 +27,15 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_model(model, tokenizer, path):
+    """save_pretrained of both, under a temporary name first."""
+    part = path.with_name(path.name + ".part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
 
 
 def lock(path):
@@ -87,6 +97,7 @@ class Task:
     demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
     ratings: dict[str, list[Demonstration]] = field(default_factory=dict)
     pool: dict[str, Ranking] = field(default_factory=dict)
+    chat: bool = False                      # are the prompts conversations in a chat template (chat.Prompt)?
     annotate: Callable[[str, str, str, random.Random], bool] | None = None
     opinion: Callable[[str, str], float] | None = None
     gold: Callable[[str, str, bool], float] | None = None

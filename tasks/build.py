@@ -92,9 +92,9 @@ def models(config):
                        for prompt in rng.choices(prompts, k=DEMONSTRATIONS)]
             write_json(path / "demonstrations.json", [row[:2] for row in written])
             model = tiny_model(tokenizer).to(common.pick_device(config.device))
-            common.save_model(model, tokenizer, path / "base")
+            tasks.save_model(model, tokenizer, path / "base")
             recipe = Recipe(lr=8e-3, batch_size=64, warmup=0.05, token_budget=TOKEN_BUDGET, seed=config.seed)
-            common.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
+            tasks.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
         print(f"  SFT policy {time.time() - began:.0f} s")
 
         if not (path / "samples.json").exists():
@@ -131,7 +131,7 @@ def rate(path, pairs, pool, config):
     train_reward_model(model, tokenizer, pairs, recipe)
     scores = common.RewardModel(model, tokenizer)(*texts(pool))
     model.config.reward_scale = {"mean": scores.mean().item(), "std": scores.std().item()}
-    common.save_model(model, tokenizer, path)
+    tasks.save_model(model, tokenizer, path)
 
 
 def ranked(prompts, seed):

@@ -31,7 +31,7 @@ def apply(tokenizer, messages, **how):
 
 
 def render(tokenizer, messages):
-    """The Prompt of a conversation, up to where the assistant's answer begins; or goes on, if it has the last word.
+    """The Prompt of a conversation: up to where the answer begins, or goes on, if it ends with a part of it.
 
     Raises UserError where the template refuses the conversation.
     """
@@ -51,8 +51,8 @@ def header(tokenizer):
         if before == after and whole.startswith(before) and ANSWER in whole[len(before):]:
             tokenizer.header = whole[len(before):whole.rindex(ANSWER)].lstrip(" ")
         if tokenizer.header:
-            warn(f"the chat template has no generation prompt: prompts end with {tokenizer.header!r} here, as "
-                 "finished turns have it")
+            warn("the chat template has no generation prompt: prompts end here with what it writes before "
+                 f"an answer, {tokenizer.header!r}")
     return tokenizer.header
 
 
@@ -70,18 +70,22 @@ def end_turns(tokenizer):
     Warns where the template has no such token, and where a finished turn is not what this run trains on:
     generation prompt, answer, end of turn.
     """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     whole = finished_turn(tokenizer)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    tail = tokenizer(whole[whole.rfind(ANSWER) + len(ANSWER):], add_special_tokens=False).input_ids
-    ends = [i for i in tail if i in special]
+    ends = [i for i in ids(whole[whole.rfind(ANSWER) + len(ANSWER):]) if i in special]
     if not ends:
         return warn("the chat template ends an assistant's turn without a special token: answers end with "
                     f"{tokenizer.eos_token!r} here")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    ours = render(tokenizer, [QUESTION]) + ANSWER + tokenizer.eos_token
-    if not whole.startswith(ours):
+    prompt = render(tokenizer, [QUESTION])
+    ours = [*ids(prompt), *ids(ANSWER), ends[0]]
+    if ids(whole)[:len(ours)] != ours:
         warn(f"the chat template writes a finished turn as {whole!r}, but prompt, answer and end of turn are "
-             f"{ours!r} here: answers are trained in a form that the model may not know")
+             f"{prompt + ANSWER + tokenizer.eos_token!r} here: answers are trained in a form that the model "
+             "may not know")
 
 
 def as_read_by(tokenizer, prompts):

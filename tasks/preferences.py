@@ -21,6 +21,7 @@ import hashlib
 import json
 import re
 import sys
+import tempfile
 import zlib
 from bisect import bisect_left
 from collections import Counter
@@ -29,20 +30,23 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
-from jinja2 import TemplateError
-
-from common import UserError
-from tasks import Demonstration, Pair, Ranking, Task
+from common import UserError, warn
+from tasks import Demonstration, Pair, Ranking, Task, shapes
+from tasks.chat import Prompt, render as render_chat
 
 KIND_OF_FIELD = {
     "chosen": "pair", "rejected": "pair", "responses": "ranking", "completions": "ranking",
     "completion": "demonstration", "response": "demonstration", "scores": "ranking", "rewards": "ranking"}
 KNOWN = ('known: "prompt" alone or with chosen + rejected, responses + scores or completion; '
          'or chosen + rejected alone')
-HH_ANSWER = "\n\nAssistant:"
+HH_ANSWER, HH_HUMAN = "\n\nAssistant:", "\n\nHuman:"
 # JSON can hold one as an escape; UTF-8 cannot, and so no tokenizer can.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TEST_SHARE = 0.1
+TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}       # what `datasets` reads
+USED = {"pair": {"prompt", "chosen", "rejected"}, "prompt": {"prompt"},
+        "ranking": {"prompt", "responses", "completions", "scores", "rewards", "systems"},
+        "demonstration": {"prompt", "completion", "response", "attributes"}}
 
 
 def require(condition, where: str, problem: str):
@@ -60,25 +64,29 @@ def ask_hub(call, dataset: str, **arguments):
 
 
 def choose_file(dataset: str, files: list[str]) -> str:
-    files = [file for file in files if file.endswith((".jsonl", ".jsonl.gz"))]
-    train = [file for file in files if "train" in file]
-    if not files:
-        raise UserError(f"{dataset} has no .jsonl file; pass a local .jsonl file instead")
-    if len(files) > 1 and len(train) != 1:
-        raise UserError(f"{dataset} has several files; write {dataset}:FILE with one of {', '.join(files)}")
-    return files[0] if len(files) == 1 else train[0]
+    """The .jsonl file of a hub data set; without one, the files of a form that `datasets` reads."""
+    for forms in ((".jsonl", ".jsonl.gz"), tuple(TABLES)):
+        named = [file for file in files if file.endswith(forms)]
+        train = [file for file in named if "train" in file]
+        if len(named) == 1 or len(train) == 1:
+            return (train or named)[0]
+        if named:
+            raise UserError(f"{dataset} has several files; write {dataset}:FILE with one of "
+                            f"{', '.join(named)}")
+    raise UserError(f"{dataset} has no file of a known form ({', '.join(['.jsonl', *TABLES])}); pass a local "
+                    "file instead")
 
 
 def locate(source: str) -> tuple[Path, str]:
     """The file to read, and the task's name."""
     path = Path(source)
     if path.is_dir():
-        raise UserError(f"{source} is a directory; pass one .jsonl file")
+        raise UserError(f"{source} is a directory; pass one file")
     if path.exists():
-        return path, re.sub(r"(\.jsonl?)?(\.gz)?$", "", path.name)
+        return path, re.sub(r"\.(jsonl?|parquet|csv|arrow)(\.gz)?$", "", path.name)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", source)
     meant_as_path = "/" in source and path.parent.is_dir()
-    if not hub or meant_as_path or hub[1].endswith((".jsonl", ".jsonl.gz", ".json")):
+    if not hub or meant_as_path or hub[1].endswith((".jsonl", ".jsonl.gz", ".json", *TABLES)):
         raise UserError(f"no such file: {source}")
     dataset, file = hub.groups()
     # A named file needs no listing, so it is also found in the hub's cache when there is no network.
@@ -92,6 +100,22 @@ def read_lines(path: Path):
             yield from enumerate(file, start=1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path.name}: cannot be read to the end ({error})") from error
+
+
+def read_table(path: Path, form: str):
+    """The rows of a parquet, CSV or arrow file, by the `datasets` library."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f'{path.name} is a {form} file: pip install -e ".[hub]" to read it, or convert it to '
+                        ".jsonl") from None
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(form, data_files=str(path), split="train", cache_dir=tempfile.mkdtemp())
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{path.name} cannot be read as {form}: {reason[:200]}") from None
+    yield from enumerate(table, start=1)
 
 
 def parse_line(where: str, line: bytes) -> dict:
@@ -108,10 +132,30 @@ def parse_line(where: str, line: bytes) -> dict:
 
 
 def read_rows(path: Path):
-    for number, line in read_lines(path):
-        if line.strip():
-            where = f"{path.name} line {number}"
-            yield where, parse_line(where, line.strip())
+    """(where, how to get the row) of every row; a row that cannot be parsed is an error of its own."""
+    form = TABLES.get(path.suffix)
+    with open(path, "rb") as file:
+        first = file.read(64)
+    if first[:4] == b"PAR1":
+        form = "parquet"
+    if form:
+        for number, row in read_table(path, form):
+            yield f"{path.name} row {number}", lambda row=row: row
+    elif path.suffix == ".json" and first.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path.name}: begins as a JSON array, but cannot be read as one ({error})"
+                            ) from None
+        for number, row in enumerate(rows, start=1):
+            where = f"{path.name} row {number}"
+            yield where, lambda row=row, where=where: require(isinstance(row, dict), where,
+                                                              "not a JSON object") or row
+    else:
+        for number, line in read_lines(path):
+            if line.strip():
+                where = f"{path.name} line {number}"
+                yield where, lambda line=line, where=where: parse_line(where, line.strip())
 
 
 def fields_of(where: str, row: dict) -> tuple[str, list[str]]:
@@ -128,6 +172,17 @@ def fields_of(where: str, row: dict) -> tuple[str, list[str]]:
     for field in fields:
         require(field in row, where, f'missing "{field}"; {KNOWN}')
     return kind, fields
+
+
+def unused_fields(where: str, row: dict, kind: str) -> list[str]:
+    """The fields that are not read. UserError for one that says more than an id or a note."""
+    unused = [name for name in row if name not in USED[kind]]
+    for name in unused:
+        numbered = re.fullmatch(r"(response|answer|completion|output)_?[0-9a-e]", name)
+        require(row[name] in ("", []) or not (numbered or name in shapes.MEANINGFUL), where,
+                f'"{name}" is not used in a row that is read as a {kind}, and may change what it means: '
+                "rename fields with --columns, or take it out of the file")
+    return unused
 
 
 def text_of(prompt: str | list[dict]) -> str:
@@ -159,7 +214,19 @@ def split_answer(where: str, field: str, value: str | list[dict], has_prompt: bo
     return before + marker, response
 
 
-def find_faults(row: dict, kind: str, fields: list[str], prompt, answers: dict[str, tuple]):
+def special_tokens(tokenizer) -> list[str]:
+    """Texts that a tokenizer turns into one special token each: end of text, end of turn and the like."""
+    known = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return [token.content for token in known if token.special and len(token.content) > 2]
+
+
+def without_end(special: list[str], text: str) -> str:
+    """An answer without the special token that its file ends it with: encode adds one."""
+    end = next((token for token in special if text.rstrip().endswith(token)), None)
+    return text.rstrip()[:-len(end)] if end else text
+
+
+def find_faults(row: dict, kind: str, fields: list[str], prompt, answers: dict[str, tuple], special=()):
     """Yields (kind of fault, message) for a row that is well formed and has nothing to learn from."""
     last_turn = prompt if isinstance(prompt, str) else text_of(prompt[-1:])
     if not last_turn.strip():
@@ -181,6 +248,14 @@ def find_faults(row: dict, kind: str, fields: list[str], prompt, answers: dict[s
             yield "no shared prompt", f'"{field}" does not share the prompt of "{origin}"'
         if not response.strip():
             yield "empty response", f'"{field}" is empty'
+        inside = [token for token in special if token in response]
+        if inside:
+            yield "special token", f'"{field}" has the special token {inside[0]!r} in its text'
+        if own_prompt is not None and HH_HUMAN in response:
+            yield "last turn is the human's", f'"{field}" does not end with an Assistant turn'
+    if (isinstance(prompt, str) and len(prompt) >= 10 and answers
+            and all(response.startswith(prompt) for _, response in answers.values())):
+        yield "prompt repeated", f'"{field}" begins with the whole prompt: leave it out of the answers'
     if kind == "pair" and answers["chosen"][1] == answers["rejected"][1]:
         yield "equal responses", '"chosen" and "rejected" are equal'
 
@@ -190,9 +265,9 @@ def render(where: str, prompt: str | list[dict], tokenizer) -> str:
         return prompt
     require(getattr(tokenizer, "chat_template", None), where, "a chat needs a tokenizer with a chat template")
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UserError(f'{where}: the chat template refuses "prompt" ({error})') from error
+        return render_chat(tokenizer, prompt)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def check_types(where: str, row: dict, kind: str, fields: list[str]):
@@ -207,11 +282,15 @@ def check_types(where: str, row: dict, kind: str, fields: list[str]):
     if kind == "demonstration":
         require(isinstance(row.get("attributes", {}), dict), where, '"attributes" is not an object')
         for name, level in row.get("attributes", {}).items():
-            require(type(level) is int, where, f'"attributes" has "{name}", which is not an integer')
+            share = type(level) is float and 0 <= level <= 1         # OpenAssistant: the level is round(9 x)
+            require(type(level) is int or share, where,
+                    f'"attributes" has "{name}", which is neither an integer nor a share from 0.0 to 1.0')
+            require(re.fullmatch(r"[\w-]+", name), where,
+                    f'"attributes" has "{name}": names are of letters, digits, - and _')
 
 
-def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=None,
-              chat: bool = False) -> tuple:
+def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=None, chat: bool = False,
+              special=()) -> tuple:
     """(example, key to split by, None), or (None, None, fault). A pair becomes a ranking of two."""
     check_types(where, row, kind, fields)
     values = {field: row[field] for field in fields if field != "prompt"}
@@ -219,13 +298,14 @@ def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=Non
         values = {f"{fields[0]}[{i}]": response for i, response in enumerate(row[fields[0]])}
     values = {field: read_text(where, field, value) for field, value in values.items()}
     answers = {field: split_answer(where, field, value, "prompt" in row) for field, value in values.items()}
+    answers = {field: (before, without_end(special, text)) for field, (before, text) in answers.items()}
     prompt = read_text(where, "prompt", row["prompt"]) if "prompt" in row else answers["chosen"][0]
     require(prompt is not None, where, f'missing "prompt"; {KNOWN}')
     chat = chat or any(isinstance(value, list) for value in values.values())
     if chat and "prompt" in row and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
 
-    fault = next(find_faults(row, kind, fields, prompt, answers), None)
+    fault = next(find_faults(row, kind, fields, prompt, answers, special), None)
     if fault:
         return None, None, fault
     key, prompt = text_of(prompt), render(where, prompt, tokenizer)
@@ -236,7 +316,9 @@ def parse_row(where: str, row: dict, kind: str, fields: list[str], tokenizer=Non
         scores = [float(score) for score in row[fields[1]]]
         return Ranking(prompt, responses, scores, row.get("systems", [])), key, None
     if kind == "demonstration":
-        return Demonstration(prompt, responses[0], row.get("attributes", {})), key, None
+        levels = {name: level if type(level) is int else round(9 * level)
+                  for name, level in row.get("attributes", {}).items()}
+        return Demonstration(prompt, responses[0], levels), key, None
     return prompt, key, None
 
 
@@ -284,6 +366,7 @@ def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> 
     rows = {"train": [example for example in examples if prompt_of(example) not in test_prompts],
             "test": [example for example in examples if prompt_of(example) in test_prompts]}
     task = Task(name, {split: list(dict.fromkeys(map(prompt_of, rows[split]))) for split in rows})
+    task.chat = any(isinstance(prompt_of(example), Prompt) for example in examples)
     if kind in ("pair", "ranking"):
         task.rankings = rows
         task.pairs = {split: [pair for ranking in rows[split] for pair in pairs_of(ranking)]
@@ -297,23 +380,42 @@ def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> 
 
 
 def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
-         skip_bad_rows: bool = False) -> Task:
+         skip_bad_rows: bool = False, columns: str = "") -> Task:
     """The task in a file or hub data set.
 
     limit: read only the first so many usable rows (0: all). chat: plain prompts become a user's turn.
+    columns: "our_name=their_name,..." renames fields. skip_bad_rows: leave out and count what one row can
+    have wrong.
     """
     path, name = locate(source)
-    examples, keys, left_out, file_kind = [], {}, Counter(), None
-    for where, row in read_rows(path):
+    examples, keys, left_out, unused, file_kind = [], {}, Counter(), {}, None
+    special = special_tokens(tokenizer)
+
+    def read(where, parse):
+        try:
+            row = shapes.canonical(shapes.renamed(parse(), columns))
+        except UserError as error:
+            raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
         kind, fields = fields_of(where, row)
-        file_kind = file_kind or kind
-        require(kind == file_kind, where, f"this row is a {kind}, the rows before it are {file_kind}s")
-        example, key, fault = parse_row(where, row, kind, fields, tokenizer, chat)
+        require(kind == (file_kind or kind), where,
+                f"this row is a {kind}, the rows before it are {file_kind}s")
+        unused.update(dict.fromkeys(unused_fields(where, row, kind)))
+        example, key, fault = parse_row(where, row, kind, fields, tokenizer, chat, special)
+        require(not fault or skip_bad_rows, where,
+                f"{fault and fault[1]}; --skip_bad_rows leaves such rows out")
+        return kind, example, key, fault
+
+    for where, parse in read_rows(path):
+        try:
+            kind, example, key, fault = read(where, parse)
+        except UserError as error:
+            if not skip_bad_rows:
+                raise
+            fault = (str(error).removeprefix(f"{where}: "), "")
         if fault:
-            reason, message = fault
-            require(skip_bad_rows, where, f"{message}; --skip_bad_rows leaves such rows out")
-            left_out[reason] += 1
+            left_out[fault[0]] += 1
             continue
+        file_kind = kind
         examples.append(example)
         # The key is the prompt before the chat template. Templates differ between models and may print
         # today's date; the split must not depend on that. Two keys may give one prompt: the smaller key
@@ -327,6 +429,8 @@ def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
         print(f"left out {left_out.total()} of {total} rows: {reasons}", file=sys.stderr)
     if not examples:
         raise UserError(f"{path.name}: no usable row")
+    if unused:
+        warn(f"{path.name}: fields that are not used: {', '.join(unused)}")
     if len(keys) < 2:
         raise UserError(f"{path.name}: all rows have the same prompt; at least two different prompts are "
                         "needed, one to train on and one to test on")

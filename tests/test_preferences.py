@@ -186,7 +186,7 @@ MALFORMED = {
     '["p"]': "not a JSON object",
     b'{"prompt": "\xff"}': "not UTF-8 (byte 13)",
     "[" * 100_000: "not JSON that can be read (maximum recursion depth exceeded",
-    '{"question": "p"}': f'missing "prompt"; {KNOWN}',
+    '{"text": "p"}': f'missing "prompt"; {KNOWN}',
     '{"prompt": "p", "chosen": "a"}': f'missing "rejected"; {KNOWN}',
     '{"prompt": "p", "rejected": "a"}': f'missing "chosen"; {KNOWN}',
     '{"prompt": "p", "responses": ["a", "b"]}': f'missing "scores"; {KNOWN}',
@@ -217,10 +217,21 @@ MALFORMED = {
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "systems": ["x", 1]}':
         '"systems[1]" is not a string',
     '{"prompt": "p", "completion": "a", "attributes": [1]}': '"attributes" is not an object',
-    '{"prompt": "p", "completion": "a", "attributes": {"quality": 1.0}}':
-        '"attributes" has "quality", which is not an integer',
+    '{"prompt": "p", "completion": "a", "attributes": {"quality": 1.5}}':
+        '"attributes" has "quality", which is neither an integer nor a share from 0.0 to 1.0',
     '{"prompt": "p", "completion": "a", "attributes": {"quality": true}}':
-        '"attributes" has "quality", which is not an integer',
+        '"attributes" has "quality", which is neither an integer nor a share from 0.0 to 1.0',
+    '{"prompt": "p", "completion": "a", "attributes": {"the quality": 1}}':
+        '"attributes" has "the quality": names are of letters, digits, - and _',
+    '{"prompt": "p", "input": "q", "chosen": "a", "rejected": "b"}':
+        '"input" is not used in a row that is read as a pair, and may change what it means: rename fields '
+        "with --columns, or take it out of the file",
+    '{"prompt": "p", "response_a": "q", "response_b": "a"}':
+        '"response_a" is not used in a row that is read as a prompt, and may change what it means: rename '
+        "fields with --columns, or take it out of the file",
+    '{"prompt": "p", "completion": "a", "label": false}':
+        '"label" is not used in a row that is read as a demonstration, and may change what it means: rename '
+        "fields with --columns, or take it out of the file",
 }
 FAULTS = {
     '{"prompt": ""}': ("empty prompt", '"prompt" is empty'),
@@ -260,10 +271,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("line, problem", MALFORMED.items(), ids=range(len(MALFORMED)))
-@pytest.mark.parametrize("skip_bad_rows", [False, True])
-def test_a_malformed_row_is_always_an_error(tmp_path, tokenizer, line, problem, skip_bad_rows):
+def test_a_malformed_row_is_an_error_that_can_be_left_out(tmp_path, tokenizer, line, problem, capsys):
     path = write(tmp_path / "rows.jsonl", ["", line])
-    text = message(path, tokenizer=tokenizer, skip_bad_rows=skip_bad_rows)
+    assert message(path, tokenizer=tokenizer, skip_bad_rows=True) == "rows.jsonl: no usable row"
+    assert capsys.readouterr().err.startswith(f"left out 1 of 1 rows: 1 {problem}")
+    text = message(path, tokenizer=tokenizer)
     if problem.endswith("exceeded"):  # Python's own words go on, and differ between versions
         text = text[:len("rows.jsonl line 2: ") + len(problem)]
     assert text == f"rows.jsonl line 2: {problem}"
@@ -331,8 +343,9 @@ def test_limit_stops_reading(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [pair(1), pair(9, "a", "a"), pair(2), "not JSON"])
     assert rows_of(load(path, limit=2, skip_bad_rows=True).prompts) == ["prompt 1", "prompt 2"]
     assert capsys.readouterr().err == "left out 1 of 3 rows: 1 equal responses\n"
-    text = message(path, limit=3, skip_bad_rows=True)
-    assert text == "rows.jsonl line 4: not JSON (Expecting value at column 1)"
+    assert rows_of(load(path, limit=3, skip_bad_rows=True).prompts) == ["prompt 1", "prompt 2"]
+    assert capsys.readouterr().err == ("left out 2 of 4 rows: 1 equal responses, 1 not JSON (Expecting value "
+                                       "at column 1)\n")
 
 
 def test_broken_gzip(tmp_path):
@@ -351,7 +364,7 @@ def test_no_such_file(tmp_path, monkeypatch):
     for source in ("rows.jsonl", "a/rows.jsonl.gz", "a/rows.json", "folder/rows", f"{tmp_path}/rows",
                    "/a/b/c", "rows"):
         assert message(source) == f"no such file: {source}"
-    assert message("folder") == "folder is a directory; pass one .jsonl file"
+    assert message("folder") == "folder is a directory; pass one file"
 
 
 # ---- split
@@ -433,8 +446,9 @@ def test_choose_file():
         with pytest.raises(UserError,
                            match=f"^o/n has several files; write o/n:FILE with one of {', '.join(files)}$"):
             choose_file("o/n", files)
-    with pytest.raises(UserError, match="^o/n has no .jsonl file; pass a local .jsonl file instead$"):
-        choose_file("o/n", ["a.parquet"])
+    assert choose_file("o/n", ["README.md", "train-0.parquet", "test-0.parquet"]) == "train-0.parquet"
+    with pytest.raises(UserError, match="^o/n has no file of a known form "):
+        choose_file("o/n", ["a.txt"])
 
 
 @pytest.mark.parametrize("error", [

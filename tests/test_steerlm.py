@@ -923,7 +923,7 @@ def test_tokenizer_of_a_real_model_is_given_tokens_for_tags(whole, toy, tmp_path
     spelling = harness.load_policy(settings(toy)), harness.load_tokenizer(settings(toy))
     spelling[1].add_tokens(list("<>:s0123456789"))
     extend_vocabulary(spelling[0], torch.randn(14, 16, generator=torch.Generator().manual_seed(0)))
-    common.save_model(*spelling, tmp_path / "spelling")
+    tasks.save_model(*spelling, tmp_path / "spelling")
     whole("run", model=str(tmp_path / "spelling"), policy="", predict=None, predictor="regression")
     run = steps_of(whole)[0].run
     assert len(run.tokenizer) == 23 == run.policy.get_input_embeddings().num_embeddings

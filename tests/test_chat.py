@@ -1,0 +1,165 @@
+"""Chat templates: what each reader is given, and how an assistant's turn ends."""
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import common
+from common import Sampled, UserError
+from tasks import Ranking, chat, shapes
+from tasks.chat import Prompt
+
+WORDS = ["<unk>", "<eos>", "<end>", "user", "model", "Hi", "Yes", "No", "Be", "brief",
+         "assistant", "|"]
+GEMMA = ("{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
+         "{% if add_generation_prompt %}assistant {% endif %}")
+ASK = [{"role": "user", "content": "Hi"}]
+
+
+def tokenizer(template=GEMMA, eos="<eos>"):
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, pad_token="<unk>",
+                                   chat_template=template)
+    made.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    made.model_max_length = 64
+    return made
+
+
+def test_answers_end_with_another_token_than_the_template_writes(capsys):
+    reader = tokenizer()
+    chat.end_turns(reader)
+    assert reader.eos_token == "<end>" and not capsys.readouterr().err
+    batch = common.encode(reader, [chat.render(reader, ASK)], ["Yes"])
+    finished = reader.apply_chat_template([*ASK, {"role": "assistant", "content": "Yes"}], tokenize=False)
+    written = reader(finished, add_special_tokens=False).input_ids
+    assert batch.input_ids[0].tolist() == written
+    assert common.finished(reader, batch).tolist() == [True]
+
+
+def test_a_template_without_an_end_of_turn_or_with_more_in_a_finished_turn_is_not_told(capsys):
+    open_ended = tokenizer("{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+                           "{% if add_generation_prompt %}assistant {% endif %}")
+    chat.end_turns(open_ended)
+    assert open_ended.eos_token == "<eos>"
+    assert "without a special token" in capsys.readouterr().err
+    thinking = tokenizer("{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}| {% endif %}"
+                         "{{ m.content }} <end> {% endfor %}"
+                         "{% if add_generation_prompt %}assistant {% endif %}")
+    chat.end_turns(thinking)
+    assert thinking.eos_token == "<end>" and "may not know" in capsys.readouterr().err
+
+
+def test_a_prompt_without_generation_prompt_lacks_the_header_of_the_answer(capsys):
+    reader = tokenizer("{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}")
+    assert chat.render(reader, ASK) == "user Hi <end> assistant "
+    assert "no generation prompt" in capsys.readouterr().err
+    chat.render(reader, ASK)
+    chat.end_turns(reader)
+    assert not capsys.readouterr().err                                                  # said once
+
+
+def test_a_last_assistant_message_is_closed_or_followed_by_another_turn():
+    prompt = chat.render(tokenizer(), [*ASK, {"role": "assistant", "content": "Yes"}])
+    assert prompt == "user Hi <end> assistant Yes"
+
+
+def test_a_reward_model_reads_the_dialect_of_the_policy():
+    prompts = [chat.render(tokenizer(), [{"role": "system", "content": "Be brief"}, *ASK]), "plain"]
+    other = tokenizer("{% for m in messages %}[{{ m.content }}]{% endfor %}"
+                      "{% if add_generation_prompt %}>{% endif %}")
+    assert chat.as_read_by(other, prompts) == ["[Be brief][Hi]>", "plain"]
+    assert chat.as_read_by(tokenizer(None), prompts) == ["Be brief\nHi\n", "plain"]
+
+
+def test_a_prompt_loses_its_messages_on_the_way():
+    prompt = chat.render(tokenizer(), ASK)
+    assert prompt + "<x:1>" == str(prompt) + "<x:1>" and (prompt + "<x:1>").messages == prompt.messages
+    for again in (pickle.loads(pickle.dumps(prompt)), copy.deepcopy(prompt)):
+        assert again == prompt and again.messages == prompt.messages == tuple(ASK)
+    assert json.loads(json.dumps(prompt)) == prompt
+
+
+def test_sampled_ids_are_tokenised_again(tmp_path):
+    """"Yes No" sampled with an <unk> between is other ids than its text's."""
+    reader = tokenizer()
+    rows = [(common.prompt_ids(reader, ["Hi"])[0], ids) for ids in ([6, 0, 7, 1], [6, 2], [0, 6, 6])]
+    batch = common.pack(rows, reader.pad_token_id)
+    texts = common.decode(reader, batch)
+    assert [text.ids for text in texts] == [ids for _, ids in rows] and texts[1] == "Yes"
+    ended = common.finished(reader, batch).tolist()
+    assert ended == [True, False, False]
+    for again in (texts, pickle.loads(pickle.dumps(texts)), copy.deepcopy(texts)):
+        assert torch.equal(common.encode(reader, ["Hi"] * 3, again, ended).input_ids, batch.input_ids)
+        (_, part), = common.batches(reader, ["Hi"], [again], 1000, ended=[ended])
+        assert torch.equal(part.input_ids, batch.input_ids)
+    plain = common.encode(reader, ["Hi"] * 3, [str(text) for text in texts], ended)
+    assert not torch.equal(plain.input_ids, batch.input_ids)
+    state = {"rows": [Ranking(chat.render(reader, ASK), texts, [1.0, 2.0, 3.0])]}
+    torch.save(state, tmp_path / "state.pt")
+    with torch.serialization.safe_globals([Ranking, Prompt, Sampled]):
+        row, = torch.load(tmp_path / "state.pt", weights_only=True)["rows"]
+    assert [text.ids for text in row[1]] == [text.ids for text in texts]
+    assert row[0].messages == tuple(ASK)
+
+
+def test_sampling_goes_on_after_an_end_of_the_models_own():
+    reader = tokenizer()
+    reader.more_stop_ids = [2]
+    batch = common.pack([([5], [6, 2]), ([5], [6, 1]), ([5], [6, 6])], 0)
+    assert common.finished(reader, batch).tolist() == [True, True, False]
+    assert common.stop_ids(reader) == [1, 2]
+
+
+# ---- shapes of published rows
+
+P = {"prompt": "p"}
+TURN = {"from": "human", "value": "p"}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"system": "s", "question": "p", "chosen": "a", "rejected": "b"},
+     {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}], "chosen": "a",
+      "rejected": "b"}),
+    (P | {"system": "", "chosen": "a", "rejected": "b"}, P | {"chosen": "a", "rejected": "b"}),
+    (P | {"response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0},
+     P | {"chosen": "b", "rejected": "a", "safer_response_id": 0}),
+    (P | {"answers": [{"answer": "a", "rank": 2.0, "model": "x"},
+                      {"answer": "b", "rank": 1.0, "model": "y"}]},
+     P | {"responses": ["a", "b"], "scores": [-2.0, -1.0], "systems": ["x", "y"]}),
+    ({"instruction": "p", "completions": [{"response": "a", "overall_score": 8}]},
+     P | {"responses": ["a"], "scores": [8]}),
+    ({"conversations": [TURN], "chosen": {"from": "gpt", "value": "a"},
+      "rejected": {"from": "gpt", "value": "b"}},
+     {"prompt": [{"role": "user", "content": "p"}], "chosen": [{"role": "assistant", "content": "a"}],
+      "rejected": [{"role": "assistant", "content": "b"}]}),
+    ({"conversations": [TURN, {"from": "gpt", "value": "a"}]},
+     {"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "a"}]}),
+    ({"instruction": "p", "input": "q", "output": "a"}, {"prompt": "p\n\nq", "completion": "a"}),
+    (P | {"response": "a", "helpfulness": 4, "verbosity": 0, "id": 7},
+     P | {"response": "a", "attributes": {"helpfulness": 4, "verbosity": 0}, "id": 7}),
+    (P | {"chosen": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"},
+                     {"role": "assistant", "content": "a"}], "rejected": "-", "system": None},
+     {"chosen": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"},
+                 {"role": "assistant", "content": "a"}], "rejected": "-"}),
+    ({"prompt": [{"role": "user",
+                  "content": [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]}]},
+     {"prompt": [{"role": "user", "content": "pq"}]}),
+    (P | {"responses": ["a", "b"], "scores": [1, 2]}, P | {"responses": ["a", "b"], "scores": [1, 2]})])
+def test_published_rows_are_read_as_something_else(row, expected):
+    assert shapes.canonical(row) == expected
+    assert shapes.canonical(shapes.canonical(row)) == expected
+
+
+def test_renamed_columns():
+    row = {"q": "p", "a": "x", "b": "y", "prompt": "unused"}
+    assert shapes.renamed(row, "prompt=q, chosen=a,rejected=b") == {"prompt": "p", "chosen": "x",
+                                                                    "rejected": "y"}
+    assert shapes.renamed(row, "") == row
+    for wrong in ("prompt=z", "prompt", "=q"):
+        with pytest.raises(UserError, match="^--columns "):
+            shapes.renamed(row, wrong)
