@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -60,8 +59,6 @@ class Batch:
         return torch.arange(len(self)).split(max(1, budget // self.input_ids.shape[1]))
 
     def to(self, device):
-        if torch.device(device).type == "cuda":
-            return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self.tensors()))
         return Batch(*(t.to(device) for t in self.tensors()))
 
     @property
@@ -94,11 +91,7 @@ def prompt_ids(tokenizer, prompts):
 
 class Sampled(str):
     """A response as a policy sampled it: a text with its token `ids`, EOS included unless it was cut off."""
-
-    def __new__(cls, text, ids=()):
-        sampled = super().__new__(cls, text)
-        sampled.ids = list(ids)
-        return sampled
+    ids = ()
 
 
 def response_ids(tokenizer, responses, ended=None):
@@ -108,16 +101,13 @@ def response_ids(tokenizer, responses, ended=None):
     """
     eos, ended = tokenizer.eos_token_id, [True] * len(responses) if ended is None else ended
     tokenised = tokenizer([str(response) for response in responses], add_special_tokens=False).input_ids
-    return [response.ids if isinstance(response, Sampled) and response.ids else
+    return [response.ids if getattr(response, "ids", ()) else
             ids + [eos] if (whole or not ids) and ids[-1:] != [eos] else ids
             for response, ids, whole in zip(responses, tokenised, ended, strict=True)]
 
 
 def encode(tokenizer, prompts, responses, ended=None):
-    """Prompts and responses [B] as a Batch, see response_ids; no EOS where a response does not fit and is cut.
-
-    It is cut to tokenizer.model_max_length less its prompt, which is never less than a quarter.
-    """
+    """Prompts and responses [B] as a Batch. A response that does not fit is cut, never below a quarter."""
     rows = zip(prompt_ids(tokenizer, prompts), response_ids(tokenizer, responses, ended), strict=True)
     return pack([(p, ids[:tokenizer.model_max_length - len(p)]) for p, ids in rows], tokenizer.pad_token_id)
 
@@ -138,7 +128,10 @@ def decode(tokenizer, batch):
     """Each response as a Sampled text, without prompt, EOS or padding."""
     rows = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [Sampled(text, ids) for text, ids in zip(texts, rows)]
+    samples = [*map(Sampled, texts)]
+    for sample, ids in zip(samples, rows):
+        sample.ids = ids
+    return samples
 
 
 def stop_ids(tokenizer):
@@ -189,14 +182,9 @@ def pick_logps(logits, targets, temperature):
 
 
 def gather_logps(logits, input_ids, temperature=1.0):
-    """log p of every next token.
+    """log p of every next token [B, T-1] in nats, float32 or better: entry t is log p(input_ids[:, t + 1]).
 
-    Args:
-        logits: [B, T, V]; logits[:, t] predicts input_ids[:, t + 1].
-        input_ids: [B, T].
-        temperature: the logits are divided by it first.
-    Returns:
-        [B, T-1] in nats, float32 or better; entry t is log p(input_ids[:, t + 1]).
+    logits [B, T, V] are divided by the temperature first; logits[:, t] predicts input_ids[:, t + 1].
     """
     return pick_logps(logits[:, :-1], input_ids[:, 1:], temperature)
 
@@ -205,8 +193,7 @@ def token_logps(model, batch, temperature=1.0, chunk=256):
     """log p of every response token [B, T-1], 0 elsewhere, without ever holding the logits [B, T, V].
 
     The LM head is applied to `chunk` response tokens at a time and recomputed in the backward pass, so memory
-    grows with chunk * V. Models that do more to their logits than that (soft caps, scales) take the plain
-    path.
+    grows with chunk * V. Models that do more to their logits (soft caps, scales) take the plain path.
     """
     where = batch.response_mask[:, 1:].bool()
     with compute(model):
@@ -256,8 +243,8 @@ def head_is_all(model, batch):
         logits, hidden = model(**few).logits, model.base_model(**few).last_hidden_state
         # a soft cap changes small logits too little to be seen below
         capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
-        again = model.get_output_embeddings()(hidden)
-        model.head_is_all = not capped and torch.allclose(logits, again, rtol=1e-3, atol=1e-3, equal_nan=True)
+        model.head_is_all = not capped and torch.allclose(
+            logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3, equal_nan=True)
         if not model.head_is_all:
             warn(f"{type(model).__name__} changes its logits after the LM head: log-probs hold all of them")
     return model.head_is_all
@@ -372,15 +359,15 @@ class RewardModel:
         return (scores - self.mean) / self.std
 
     def two_texts(self, prompts, responses):
-        """As `batches`, for an encoder: [CLS] prompt [SEP] response [SEP]; the prompt is cut, from the left."""
+        """Batches for an encoder: [CLS] prompt [SEP] response [SEP]; the prompt is cut, from the left."""
         length, self.tokenizer.truncation_side = self.tokenizer.model_max_length, "left"
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
         for rows in torch.tensor(order).split(max(1, self.budget // length)):
-            first, second = [prompts[i] for i in rows], [responses[i] for i in rows]
-            cut = self.tokenizer(second, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-            second = [text[:ends[:length // 2][-1][1]] if ends else text for text, ends in zip(second, cut)]
-            yield rows, self.tokenizer(first, second, padding=True, truncation="only_first",
-                                       return_tensors="pt").to(self.model.device)
+            texts = [responses[i] for i in rows]
+            cut = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            texts = [text[:ends[:length // 2][-1][1]] if ends else text for text, ends in zip(texts, cut)]
+            yield rows, self.tokenizer([prompts[i] for i in rows], texts, padding=True, return_tensors="pt",
+                                       truncation="only_first").to(self.model.device)
 
 
 def sequence_scores(model, batch):
@@ -411,10 +398,9 @@ def load_reward_model(path, max_length, device="auto", dtype="auto", label="", b
 def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=65536):
     """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
 
-    Returns a Batch of len(prompts) * n rows on the CPU, the n rows of a prompt together, prompts in the given
-    order. Rows of like length are sampled together, as many as the budget of padded tokens allows. After as
-    many new tokens as a row was long, only rows that have not ended are read again and go on. The model's
-    mode and its own generation settings are left as they were.
+    Returns a Batch of len(prompts) * n rows on the CPU, in order, the n rows of a prompt together. As many
+    rows are sampled at once as fit the budget of padded tokens. After as many new tokens as a row was long,
+    those that have not ended are read again and go on. The model and its own settings stay as they were.
     """
     rows = [(ids, []) for ids in prompt_ids(tokenizer, prompts) for _ in range(n)]
     stops, pad, todo, left = stop_ids(tokenizer), tokenizer.pad_token_id, [*range(len(rows))], max_new_tokens

@@ -6,8 +6,7 @@ QUICK = []                       # flags of the short run that the tests make
 
 BETAS = [0.05, 0.1, 0.3, 1.0]
 STRONG = {"pairs": "strong>weak", "loss": "sft", "lr": 5e-4}
-# The learning rate is from trial runs on seeds 0 to 2. Before these arms are run, --tune must choose it.
-CONTRASTIVE = {"start": "SFT on strong", "pairs": "strong>weak", "lr": 2e-4}
+CONTRASTIVE = {"start": "SFT on strong", "pairs": "strong>weak", "lr": 1e-4}       # lr: chosen by --tune
 GOLD_LABELS = {"pair_labels": "gold"}
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
            "eval/fluency": "fluency", "eval/win_rate_judge": "win rate, judge", "cpu_seconds": "CPU s"}
@@ -49,8 +48,9 @@ EXPERIMENTS = {
     ),
     "against others": dict(
         question="On the same pairs, what is the contrast worth, and labels without errors?",
-        arms={"DPO": {}, "Preferred-FT": {"loss": "sft"}, "unlikelihood": {"loss": "unlikelihood"},
-              "DPO, gold labels": GOLD_LABELS, "PPO": {"method": "ppo"},
+        arms={"DPO": {}, "Preferred-FT": {"loss": "sft", "lr": 2.5e-4},
+              "unlikelihood": {"loss": "unlikelihood", "lr": 1e-3},
+              "DPO, gold labels": GOLD_LABELS | {"lr": 2.5e-4}, "PPO": {"method": "ppo"},
               "PPO on gold": {"method": "ppo", "reward": "gold", "eval_every": 2},
               "DPO, temperature 0.5": {"eval_temperature": 0.5}},
         columns=COLUMNS,
@@ -69,7 +69,7 @@ EXPERIMENTS = {
     "curriculum": dict(
         question="Do pairs of known writers add to SFT on the strong one, and does their order matter?",
         arms={"SFT on strong": STRONG | {"epochs": 4},
-              "SFT continued": STRONG | {"start": "SFT on strong"},
+              "SFT continued": STRONG | {"start": "SFT on strong", "lr": 5e-5},
               "strong>weak": CONTRASTIVE,
               "strong>medium": CONTRASTIVE | {"pairs": "strong>medium"},
               "easy to hard": CONTRASTIVE | {"hard_pairs": "strong>medium", "curriculum": "easy_to_hard"},

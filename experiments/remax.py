@@ -38,7 +38,8 @@ EXPERIMENTS = {
     "against PPO": dict(
         question="Does the greedy baseline replace PPO's value model?",
         arms={"SFT, temperature 0.5": {"epochs": 0, "eval_temperature": 0.5}, "ReMax": EQUAL,
-              "PPO, one update": ONE_UPDATE | {"method": "ppo"}, "PPO, eight updates": {"method": "ppo"}},
+              "PPO, one update": ONE_UPDATE | {"method": "ppo", "lr": 6e-3},
+              "PPO, eight updates": {"method": "ppo"}},
         columns={"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
                  "eval/fluency": "fluency", "state_mb": "MB trained", "tokens_generated": "tokens generated",
                  "cpu_seconds": "CPU s", "seconds_per_step": "s a step"},

@@ -17,7 +17,7 @@ EXPERIMENTS = {
     "terms": dict(
         question="What does each term of the loss do, and does ranking alone destroy the language model?",
         arms={"SFT": {"epochs": 0}, "SFT, temperature 0.5": {"epochs": 0, "eval_temperature": 0.5},
-              "rank + SFT": {}, "SFT only": {"rank_weight": 0.0},
+              "rank + SFT": {}, "SFT only": {"rank_weight": 0.0, "lr": 1.5e-3},
               "rank only": {"sft_weight": 0.0, "epochs": 9}},
         columns=COLUMNS,
         claims=[

@@ -8,7 +8,10 @@ LOSSES = {"sigmoid-norm": "sigmoid_norm", "hinge": "hinge", "hinge-norm": "hinge
 SOURCES = ["direct", "sft", "rso"]
 PAPER = {"proxy_pairs": "off_policy"}              # there too the reward model learns from the direct pairs
 ONE_ROUND = PAPER | {"method": "raft", "rounds": 1, "candidates": 16, "prompts": 0, "lr": 1e-3, "epochs": 3}
-CHOSEN = {"lr": 5e-4, "gamma": 0.5}                # for rso, on seeds 100 to 102
+# Chosen on seeds 100 to 102: for each source, and for the hinge without a reference.
+CHOSEN = {"direct": {"lr": 1e-3, "gamma": 0.2}, "sft": {"lr": 1e-3, "gamma": 0.5},
+          "rso": {"lr": 5e-4, "gamma": 0.2}}
+HINGE = {"lr": 2.5e-4, "gamma": 0.5}
 NOISE = {"label_noise": 0.25}                      # on top of the annotators' own errors
 BETAS = {0.0: "top 4 of 16", 0.25: "beta 0.25", 0.5: "beta 0.5", 2.0: "beta 2"}
 RANDOM = "random 4 of 16"
@@ -39,7 +42,8 @@ COLUMNS = {"eval/win_rate_proxy": "win rate, proxy", "eval/win_rate_judge": "win
 EXPERIMENTS = {
     "losses and sources": dict(
         question="Does the source of the pairs matter more than the loss?",
-        arms={f"{name}, {source}": PAPER | CHOSEN | {"loss": loss, "source": source}
+        arms={f"{name}, {source}": PAPER | {"loss": loss, "source": source}
+              | (HINGE if name == "hinge" else CHOSEN[source])
               for name, loss in LOSSES.items() for source in SOURCES} | {
             "RAFT": ONE_ROUND, "ReST": ONE_ROUND | {"ranking": "global", "share": 0.25},
             "SFT, temperature 0.5": {"epochs": 0, "eval_temperature": 0.5}},

@@ -738,10 +738,10 @@ def test_what_is_asked_for_is_not_the_best_on_the_validation_prompts_or_is_chose
 
 
 def test_attributes_are_not_saved_or_saved_of_a_policy_that_reads_none(whole, toy):
-    result, *_ = whole("dt", chat=True)
+    result, *_ = whole("dt")
     found = attributes_of(whole.out)
     assert set(found) == {"edges", "means", "control", "method", "chat", "levels", "asked"}
-    assert (found["method"], found["control"], found["chat"]) == ("decision_transformer", "tokens", True)
+    assert (found["method"], found["control"], found["chat"]) == ("decision_transformer", "tokens", False)
     rewards = [row.reward for row in sum(whole.steps, [])]
     assert found["edges"] == reward_bins(rewards, 4).tolist() and len(found["means"]) == 4
     assert [row["asked"]

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 import common
 import harness
 import steerlm
+import tasks
 from common import UserError
 from conftest import parameters, sgd, tensor
 from harness import conditioning
