@@ -289,14 +289,14 @@ def load(auto_class, path, device="auto", dtype="auto", **kwargs):
     return model.to(device).eval()
 
 
-def load_tokenizer(path, max_length):
+def load_tokenizer(path, max_length, needs_eos=True):
     """The tokenizer of a model. Prompt and response share max_length tokens. PAD is EOS if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a tokenizer from {str(path)!r} ({' '.join(str(error).split())[:160]}): "
                         "pass a local directory, or check the id and the network") from None
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token                # harmless: masks come from lengths
@@ -383,7 +383,7 @@ def sequence_scores(model, batch):
 def load_reward_model(path, max_length, device="auto", dtype="auto", label="", budget=16384):
     """Any sequence-classification model; `label` picks one label of several, UserError if not."""
     model = load(AutoModelForSequenceClassification, path, device, dtype)
-    tokenizer = load_tokenizer(path, max_length)
+    tokenizer = load_tokenizer(path, max_length, needs_eos=hasattr(model, "score"))      # not an encoder
     labels = {name.lower(): i for i, name in model.config.id2label.items()}
     if (len(labels) > 1 or label) and label.lower() not in labels:
         raise UserError(f"the reward model {path} has {len(labels)} labels: pick one with --reward_label, of "

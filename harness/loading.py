@@ -95,6 +95,15 @@ def more_stop_ids(policy, tokenizer):
     return sorted({*ids} - {tokenizer.eos_token_id})
 
 
+def fit_positions(model, tokenizer, path):
+    """Lower tokenizer.model_max_length to the positions that the model has, and say so."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if positions < tokenizer.model_max_length:
+        common.warn(f"{path} has {positions} positions: prompt and response share so many tokens, not "
+                    f"{tokenizer.model_max_length}")
+        tokenizer.model_max_length = positions
+
+
 def load_reference(config):
     """A frozen copy of the initial policy."""
     return common.load_reference(policy_path(config), config.device, config.dtype)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 import common
 import tasks
 from common import UserError, warn
-from harness.loading import policy_path
+from harness.loading import fit_positions, policy_path
 from harness.stages import Recipe, check_finite, train_reward_model
 from tasks import chat
 
@@ -25,6 +25,7 @@ def load_rewards(config, task):
     def load(path, label=""):
         reward = common.load_reward_model(path, config.max_length, config.device, config.dtype, label,
                                           config.token_budget)
+        fit_positions(reward.model, reward.tokenizer, path)
         if task.chat:
             reward.render = lambda prompts: chat.as_read_by(reward.tokenizer, prompts)
             if reward.tokenizer.chat_template:

@@ -279,6 +279,10 @@ def start(config):
     policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)
     if task.chat:
         chat.end_turns(tokenizer)
+    loading.fit_positions(policy, tokenizer, loading.policy_path(config))
+    if config.max_new_tokens > tokenizer.model_max_length // 4:
+        raise UserError(f"--max_new_tokens {config.max_new_tokens} is more than a quarter of the "
+                        f"{tokenizer.model_max_length} tokens that prompt and response share: lower it")
     tokenizer.more_stop_ids = loading.more_stop_ids(policy, tokenizer)
     if config.data != "reviews":
         loading.fit_task(tokenizer, task)

@@ -129,17 +129,20 @@ def tables_of(method_name, results):
 
 def view_of(method_name, results):
     """What a report shows of a file. Each title is a table of its own: of the builds that most of it has."""
-    views = [shown(method_name, results, {title: experiment})
-             for title, experiment in experiments_to_tune(method_name).items()]
+    experiments = experiments_to_tune(method_name)
+    views = [shown(method_name, results, {title: experiments[title]}) for title in experiments]
     runs = {run_id(run): run for view in views for run in view["runs"]}
     machines = [machine for view in views for machine in view["machines"]]
+    others = shown(method_name, results, experiments)["kept"]["other arms"]
     return results | {"runs": [*runs.values()], "seeds": sorted({run["seed"] for run in runs.values()}),
                       "machines": [m for i, m in enumerate(machines) if m not in machines[:i]],
-                      "kept": {"other arms or builds": len(results["runs"]) - len(runs)}}
+                      "kept": {"other arms": others,
+                               "other builds": len(results["runs"]) - len(runs) - others}}
 
 
 def report(method_name, given={}, results_dir="results"):
     """Print a table for each title."""
+    experiments_to_tune(method_name)                                       # UserError where there are none
     folder = Path(results_dir) / "tuning"
     results = stored(method_name, folder, given, "--tune")
     view = view_of(method_name, results)
@@ -163,6 +166,7 @@ def tune(method_name, config, results_dir="results", runs_dir="runs/tuning"):
 
 def tuning_block(method_name, results_dir="results"):
     """The same tables in Markdown, for the page of a method."""
+    experiments_to_tune(method_name)
     folder = Path(results_dir) / "tuning"
     if not results_path(method_name, {}, folder).exists():
         return f"Not tuned yet: `python -m referee {method_name} --tune`."

@@ -81,7 +81,7 @@ def locate(source: str) -> tuple[Path, str]:
     """The file to read, and the task's name."""
     path = Path(source)
     if path.is_dir():
-        raise UserError(f"{source} is a directory; pass one file")
+        raise UserError(f"{source} is a directory; pass one file (.jsonl, .json, .parquet, .csv)")
     if path.exists():
         return path, re.sub(r"\.(jsonl?|parquet|csv|arrow)(\.gz)?$", "", path.name)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", source)

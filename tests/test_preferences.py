@@ -364,7 +364,7 @@ def test_no_such_file(tmp_path, monkeypatch):
     for source in ("rows.jsonl", "a/rows.jsonl.gz", "a/rows.json", "folder/rows", f"{tmp_path}/rows",
                    "/a/b/c", "rows"):
         assert message(source) == f"no such file: {source}"
-    assert message("folder") == "folder is a directory; pass one file"
+    assert message("folder") == "folder is a directory; pass one file (.jsonl, .json, .parquet, .csv)"
 
 
 # ---- split
