@@ -18,7 +18,7 @@ import common
 from common import UserError, warn
 from harness.evaluation import extend_vocabulary, probe
 from harness.loading import load_policy, load_tokenizer, more_stop_ids
-from tasks import ROOT, chat
+from tasks import ROOT, chat, words
 
 
 def add_tags(run, attributes):
@@ -58,7 +58,7 @@ def rated_rows(task, split, attributes=""):
     """The split's responses with people's ratings of these attributes ("A,B"), or of all; [] if unrated.
 
     UserError for no ratings to train on, a response without one of the attributes, a level beyond 0 to 9, or
-    an attribute that never varies in training.
+    an attribute that was asked for and never varies in training. Others that never vary are left out.
     """
     rows = task.ratings.get(split, [])
     if not rows and split == "train":
@@ -75,10 +75,14 @@ def rated_rows(task, split, attributes=""):
             if not 0 <= row.attributes[name] <= 9:
                 raise UserError(f"{name} is {row.attributes[name]} in a response to {row.prompt!r}: levels "
                                 "go from 0 to 9")
-    for name in names if split == "train" else []:
-        if len({row.attributes[name] for row in rows}) == 1:
-            raise UserError(f"{name} is {rows[0].attributes[name]} in all {len(rows)} responses: nothing to "
-                            "steer by; leave it out of --attributes")
+    known = task.ratings.get("train", [])
+    constant = [name for name in names if len({row.attributes.get(name) for row in known}) == 1]
+    if constant and split == "train":
+        text = f"{constant[0]} is {rows[0].attributes[constant[0]]} in all {len(rows)} responses: nothing to"
+        if attributes or constant == names:
+            raise UserError(f"{text} steer by; leave it out of --attributes")
+        warn(f"{text} steer by, so it is left out")
+    names = [name for name in names if name not in constant]
     return [row._replace(attributes={name: row.attributes[name] for name in names}) for row in rows]
 
 
@@ -158,8 +162,8 @@ def curve(run, asked, measure):
     rows = []
     for name, prompts in asked:
         texts, ended = probe(run, prompts)
-        words = statistics.fmean(len(text.split()) for text in texts)
-        rows.append({"asked": name, "words": words} | measure(texts, ended.tolist()))
+        length = statistics.fmean(len(words(text)) for text in texts)
+        rows.append({"asked": name, "words": length} | measure(texts, ended.tolist()))
     return rows
 
 

@@ -4,6 +4,7 @@ import torch
 import common
 from harness.loading import load_reference
 from harness.stages import check_finite
+from tasks import words
 
 
 def check_policy(policy, tokenizer, task, step):
@@ -15,9 +16,9 @@ def check_policy(policy, tokenizer, task, step):
 
 
 def mean_and_error(values):
-    """Mean and standard error of values [P, n]: n samples of each of P independent prompts."""
+    """Mean of values [P, n], n samples of each of P independent prompts; its standard error, None of one."""
     means = values.float().mean(1)
-    return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else 0.0
+    return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
 
 
 def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
@@ -25,11 +26,12 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
 
     Args: rewards: {name: RewardModel}. start: what this function returned as samples before training. ask:
         what the policy is asked in place of a prompt; the reference and the rewards see the prompt itself.
-    Returns: metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts}. gold, fluency if
-            the task has them; proxy, judge; kl = KL(policy || initial policy) in nats per sequence: on the
-            policy's own samples, the sum over tokens of the exact KL of the next-token distributions;
-            win_rate against `start` by gold, else proxy (a tie counts half), win_rate_<name> by the other
-            rewards; length in tokens with EOS; eos_rate; distinct_2 = different word pairs over all pairs.
+    Returns: metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts, if there are
+            several}. gold, fluency if the task has them; proxy, judge; kl = KL(policy || initial policy) in
+            nats per sequence: on the policy's own samples, the sum over tokens of the exact KL of the
+            next-token distributions; win_rate against `start` by gold, else proxy (a tie counts half),
+            win_rate_<name> by the other rewards; length in tokens with EOS; eos_rate; distinct_2 = different
+            word pairs over all pairs.
         samples: {"prompts", "responses", and each reward's scores}, lists of eval_prompts * eval_samples.
     """
     n = config.eval_samples
@@ -59,9 +61,9 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
                 values["win_rate" if "win_rate" not in values else f"win_rate_{name}"] = wins
     metrics = {}
     for name, value in values.items():
-        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(value.view(-1, n))
-    words = [text.split() for text in responses]
-    bigrams = [pair for text in words for pair in zip(text, text[1:])]
+        metrics[f"eval/{name}"], error = mean_and_error(value.view(-1, n))
+        metrics |= {} if error is None else {f"eval/{name}_se": error}
+    bigrams = [pair for text in map(words, responses) for pair in zip(text, text[1:])]
     metrics["eval/distinct_2"] = len(set(bigrams)) / max(len(bigrams), 1)
     return metrics, samples
 

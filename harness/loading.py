@@ -2,6 +2,9 @@
 import hashlib
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig
+
 import common
 
 MEGABYTE = 2 ** 20
@@ -93,6 +96,11 @@ def more_stop_ids(policy, tokenizer):
     ids = policy.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
     return sorted({*ids} - {tokenizer.eos_token_id})
+
+
+def saved_dtype(config):
+    """The type of the initial policy's weights on disk: trained in float32, they are saved as they came."""
+    return AutoConfig.from_pretrained(policy_path(config)).dtype or torch.float32
 
 
 def fit_positions(model, tokenizer, path):

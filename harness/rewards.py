@@ -25,7 +25,8 @@ def load_rewards(config, task):
     def load(path, label=""):
         reward = common.load_reward_model(path, config.max_length, config.device, config.dtype, label,
                                           config.token_budget)
-        fit_positions(reward.model, reward.tokenizer, path)
+        if config.data != "reviews":
+            fit_positions(reward.model, reward.tokenizer, path)
         if task.chat:
             reward.render = lambda prompts: chat.as_read_by(reward.tokenizer, prompts)
             if reward.tokenizer.chat_template:

@@ -1,4 +1,5 @@
 """One training run from start to finish: its directory, steps, records, checkpoints, and the command line."""
+import copy
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
 from common import UserError, warn
@@ -190,8 +192,8 @@ class Run:
 
     def finish(self):
         """Save the policy and samples.txt, print before and after; returns the final metrics."""
-        self.policy.save_pretrained(self.out)
-        self.tokenizer.save_pretrained(self.out)
+        self.policy.to(loading.saved_dtype(self.config)).save_pretrained(self.out)
+        as_it_came(self.tokenizer).save_pretrained(self.out)
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
         texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
                  zip(before["prompts"], before["responses"], after["responses"])]
@@ -214,6 +216,14 @@ class Run:
         final |= {"build": loading.fingerprint(self.config),
                   "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         return final | counts | {"seconds": seconds, "trace": self.trace, "out": str(self.out)} | self.results
+
+
+def as_it_came(tokenizer):
+    """A copy without what this run set for itself: length, end of turn, PAD. Tokens that were added stay."""
+    own, came = copy.deepcopy(tokenizer), tokenizer.init_kwargs
+    own.model_max_length = came.get("model_max_length", VERY_LARGE_INTEGER)
+    own.eos_token, own.pad_token = came.get("eos_token"), came.get("pad_token")
+    return own
 
 
 class Means:
@@ -317,6 +327,9 @@ def main(config_class, train, answer=None):
 
     A UserError is printed as one line, with exit status 2.
     """
+    for stream in (sys.stdout, sys.stderr):                        # a terminal that cannot show every letter
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
         config = config_class(**vars(HfArgumentParser(config_class, description=about).parse_args()))

@@ -5,6 +5,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,16 @@ from filelock import FileLock                # comes with huggingface_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
+
+
+# Scripts without spaces between words: Chinese characters, kana, Thai, Lao, Khmer.
+WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\u0e00-\u0eff\u1780-\u17ff]"
+                  r"|[^\s\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\u0e00-\u0eff\u1780-\u17ff]+")
+
+
+def words(text):
+    """What stands between white space; in scripts without it, single characters."""
+    return WORD.findall(text)
 
 
 def write_text(path, text):

@@ -31,7 +31,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from common import UserError, warn
-from tasks import Demonstration, Pair, Ranking, Task, shapes
+from tasks import Demonstration, Pair, Ranking, Task, shapes, words
 from tasks.chat import Prompt, render as render_chat
 
 KIND_OF_FIELD = {
@@ -350,7 +350,7 @@ def rated(rankings: list[Ranking]) -> list[Demonstration]:
 
     The level is the number of whole tenths of all responses that have a lower value.
     """
-    rows = [(ranking.prompt, text, {"score": score, "length": len(text.split())})
+    rows = [(ranking.prompt, text, {"score": score, "length": len(words(text))})
             for ranking in rankings for text, score in zip(ranking.responses, ranking.scores)]
     ordered = {name: sorted(values[name] for _, _, values in rows) for name in ("score", "length")}
     return [Demonstration(prompt, text, {name: 10 * bisect_left(ordered[name], value) // len(rows)

@@ -144,7 +144,7 @@ def test_run_overwrites_another_or_resumes_nothing(toy, tmp_path):
 def test_standard_error_counts_samples_instead_of_prompts():
     mean, error = mean_and_error(torch.tensor([[0, 2], [4, 6], [2, 4]]))             # prompts' means: 1, 5, 3
     assert mean == 3 and error == pytest.approx(2 / 3 ** 0.5)
-    assert mean_and_error(torch.tensor([[1.0, 5.0]])) == (3.0, 0.0)
+    assert mean_and_error(torch.tensor([[1.0, 5.0]])) == (3.0, None)
 
 
 def test_AE_evaluation_depends_on_the_rng_or_disturbs_it(toy):

@@ -110,10 +110,18 @@ def test_rows_lose_their_ratings_or_attributes_that_were_not_asked_for_stay(toy)
     assert steerlm.Config().attributes == "sentiment,topicality,verbosity" and settings(toy).attributes == ""
 
 
-def test_missing_or_constant_attribute_or_no_ratings_at_all_pass(toy):
+def test_missing_or_constant_attribute_or_no_ratings_at_all_pass(toy, capsys):
     rows = [Demonstration("g", "a", {"as": 1, "bs": 2}), Demonstration("hgh", "b", {"as": 1, "bs": 3})]
+    for split in ("train", "test"):
+        both = task(ratings={"train": rows, "test": rows})
+        assert [row.attributes for row in rated_rows(both, split)] == [{"bs": 2}, {"bs": 3}]
+    assert capsys.readouterr().err == ("warning: as is 1 in all 2 responses: nothing to steer by, so it is "
+                                       "left out\n")
+    for asked in ("as,bs", "as"):
+        with pytest.raises(UserError, match="as is 1 in all 2 responses"):
+            rated_rows(task(rows), "train", asked)
     with pytest.raises(UserError, match="as is 1 in all 2 responses"):
-        rated_rows(task(rows), "train")
+        rated_rows(task([row._replace(attributes={"as": 1}) for row in rows]), "train")
     assert len(rated_rows(task(rows), "train", "bs")) == 2
     same = task(ratings={"train": rated(9), "test": rows})
     assert len(rated_rows(same, "test")) == 2                       # only what is trained on must vary
