@@ -20,12 +20,14 @@ from typing import Callable
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig)
 
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
+UNREADABLE = OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError    # of from_pretrained
 
 
 class UserError(ValueError):
@@ -141,8 +143,7 @@ def stop_ids(tokenizer):
 
 def finished(tokenizer, batch):
     """bool [B]: did the response end by itself, or was it cut off?"""
-    last = batch.input_ids[torch.arange(len(batch)), batch.last]
-    return torch.isin(last, torch.tensor(stop_ids(tokenizer), device=last.device))
+    return sum(batch.input_ids[torch.arange(len(batch)), batch.last] == i for i in stop_ids(tokenizer)) > 0
 
 
 def batches(tokenizer, prompts, responses, budget, device="cpu", ended=None):
@@ -156,8 +157,7 @@ def batches(tokenizer, prompts, responses, budget, device="cpu", ended=None):
     ended = ended or [()] * len(prompts)
     flags = [whole for texts, flags in zip(responses, ended) for whole in flags or [True] * len(texts)]
     answers = iter(response_ids(tokenizer, [text for texts in responses for text in texts], flags))
-    room = tokenizer.model_max_length
-    rows = [[(p, next(answers)[:room - len(p)]) for _ in texts]
+    rows = [[(p, next(answers)[:tokenizer.model_max_length - len(p)]) for _ in texts]
             for texts, p in zip(responses, prompt_ids(tokenizer, prompts))]
     sizes = [(len(group), len(group[0][0]), max(len(ids) for _, ids in group)) for group in rows]
     group, before, after = [], 0, 0                               # columns for the group's prompts, responses
@@ -272,13 +272,13 @@ def load(auto_class, path, device="auto", dtype="auto", **kwargs):
     Raises UserError for a path that cannot be loaded.
     """
     try:
-        settings = AutoConfig.from_pretrained(path, **kwargs)
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
         for name, value in settings.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
         model = auto_class.from_pretrained(path, config=settings, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a model from {str(path)!r} ({' '.join(str(error).split())[:160]}): "
+    except UNREADABLE as error:
+        raise UserError(f"cannot load a model from {str(path)!r} ({' '.join(str(error).split())[:400]}): "
                         "pass a directory of save_pretrained, or check the id and the network") from None
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -292,9 +292,9 @@ def load(auto_class, path, device="auto", dtype="auto", **kwargs):
 def load_tokenizer(path, max_length, needs_eos=True):
     """The tokenizer of a model. Prompt and response share max_length tokens. PAD is EOS if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a tokenizer from {str(path)!r} ({' '.join(str(error).split())[:160]}): "
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise UserError(f"cannot load a tokenizer from {str(path)!r} ({' '.join(str(error).split())[:400]}): "
                         "pass a local directory, or check the id and the network") from None
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no response could ever end")

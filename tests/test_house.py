@@ -140,10 +140,10 @@ def circles(files):
 
 
 def foreign_imports(files):
-    """common.py needs torch and transformers, and experiments nothing, beside Python itself."""
+    """common.py needs torch, transformers and its file format; experiments need nothing beside Python."""
     faults = []
     for path, text in python(files).items():
-        needed = {"common": {"torch", "transformers"}, "experiments": set()}.get(layer(path))
+        needed = {"common": {"torch", "transformers", "safetensors"}, "experiments": set()}.get(layer(path))
         for name, _, line in imports(text) if needed is not None else ():
             if name.split(".")[0] not in needed | sys.stdlib_module_names:
                 faults.append(f"{path} line {line}: imports {name}")

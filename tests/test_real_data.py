@@ -158,3 +158,26 @@ def test_encoder_is_refused_or_reads_something_else_than_two_texts(encoder):
     assert scores[2] != scores[3]                                      # the response is never cut away
     assert math.isfinite(reward(["a"], ["b" * 100]).item())
     assert reward.tokens == 5 + 8 + 16 + 16 + reward.tokenizer.model_max_length // 2 + 4
+
+
+# ---- checkpoints that cannot be loaded
+
+def test_checkpoint_that_cannot_be_read_is_one_line(toy, tmp_path, monkeypatch):
+    common.load_policy(toy, "cpu").save_pretrained(tmp_path / "whole")
+    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+    for content in (pointer, weights[:len(weights) // 2], b""):
+        (tmp_path / "whole" / "model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="^cannot load a model from "):
+            common.load_policy(tmp_path / "whole", "cpu")
+
+
+def test_code_in_a_checkpoint_is_run_or_asked_for(toy, tmp_path, monkeypatch):
+    common.load_policy(toy, "cpu").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.A", "AutoModelForCausalLM": "mine.B"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "model" / "mine.py").write_text("raise SystemExit('it ran')", encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="^cannot load a model from "):
+        common.load_policy(tmp_path / "model", "cpu")
