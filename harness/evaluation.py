@@ -51,7 +51,7 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
     if task.fluent:
         values["fluency"] = torch.tensor([task.fluent(text) for text in responses])
     values |= {name: model(prompts, responses) for name, model in rewards.items()}
-    samples = {"prompts": prompts, "responses": [*map(str, responses)]}
+    samples = {"prompts": [*map(str, prompts)], "responses": [*map(str, responses)]}
     for name in ("gold", *rewards):
         if name in values:
             samples[name] = values[name].tolist()
