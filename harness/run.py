@@ -192,7 +192,7 @@ class Run:
 
     def finish(self):
         """Save the policy and samples.txt, print before and after; returns the final metrics."""
-        self.policy.to(loading.saved_dtype(self.config)).save_pretrained(self.out)
+        self.policy.to(getattr(self.policy, "saved_dtype", torch.float32)).save_pretrained(self.out)
         as_it_came(self.tokenizer).save_pretrained(self.out)
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
         texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
@@ -289,6 +289,7 @@ def start(config):
     policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)
     if task.chat:
         chat.end_turns(tokenizer)
+    policy.saved_dtype = loading.saved_dtype(config)          # asked for now: nothing may fail after training
     loading.fit_positions(policy, tokenizer, loading.policy_path(config))
     if config.max_new_tokens > tokenizer.model_max_length // 4:
         raise UserError(f"--max_new_tokens {config.max_new_tokens} is more than a quarter of the "

@@ -77,6 +77,6 @@ def reward_model_losses(model, batch):
 
 
 def train_reward_model(model, tokenizer, pairs, recipe):
-    """Fit a sequence-classification model with one label to preference pairs."""
-    return fit(model, tokenizer, [(p.prompt, [p.chosen, p.rejected]) for p in pairs],
+    """Fit a sequence-classification model with one label to preference pairs: texts, read as complete."""
+    return fit(model, tokenizer, [(p.prompt, [str(p.chosen), str(p.rejected)]) for p in pairs],
                lambda model, batch, _: reward_model_losses(model, batch), recipe, "reward model")

@@ -1,6 +1,7 @@
-"""Preference data from a JSONL file (plain or gzipped) or a hub data set, as a Task without a gold reward.
+"""Preference data from a file or a hub data set, as a Task without a gold reward.
 
-One JSON object a line, all lines of one kind:
+JSONL (plain or gzipped), a JSON array or a table; shapes.py knows the shapes of known data sets. One object a
+line, all lines of one kind:
 
     pair           {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}: two transcripts that share all
                    but the last answer, as text in Anthropic's HH form or as lists of messages
@@ -13,8 +14,8 @@ One JSON object a line, all lines of one kind:
 A list of {"role", "content"} messages may stand for a prompt or an answer, and makes the row a chat: its
 prompt goes through the tokenizer's chat template. HH transcripts keep their own "Human:" and "Assistant:".
 
-A line that cannot be used is an error: nothing is guessed. `skip_bad_rows` leaves out the kinds of bad lines
-that are common in real data.
+A line that cannot be used is an error: nothing is guessed. `skip_bad_rows` leaves such lines out and counts
+them.
 """
 import gzip
 import hashlib
@@ -30,6 +31,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
+
 from common import UserError, warn
 from tasks import Demonstration, Pair, Ranking, Task, shapes, words
 from tasks.chat import Prompt, render as render_chat
@@ -110,12 +112,13 @@ def read_table(path: Path, form: str):
         raise UserError(f'{path.name} is a {form} file: pip install -e ".[hub]" to read it, or convert it to '
                         ".jsonl") from None
     datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(form, data_files=str(path), split="train", cache_dir=tempfile.mkdtemp())
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{path.name} cannot be read as {form}: {reason[:200]}") from None
-    yield from enumerate(table, start=1)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            table = datasets.load_dataset(form, data_files=str(path), split="train", cache_dir=folder)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise UserError(f"{path.name} cannot be read as {form}: {reason[:200]}") from None
+        yield from enumerate(table, start=1)
 
 
 def parse_line(where: str, line: bytes) -> dict:

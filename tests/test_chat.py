@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 from common import Sampled, UserError
-from tasks import Ranking, chat, shapes
+from harness import stages
+from tasks import Pair, Ranking, chat, shapes
 from tasks.chat import Prompt
 
 WORDS = ["<unk>", "<eos>", "<end>", "user", "model", "Hi", "Yes", "No", "Be", "brief",
@@ -105,6 +106,16 @@ def test_sampled_ids_are_tokenised_again(tmp_path):
         row, = torch.load(tmp_path / "state.pt", weights_only=True)["rows"]
     assert [text.ids for text in row[1]] == [text.ids for text in texts]
     assert row[0].messages == tuple(ASK)
+
+
+def test_a_reward_model_is_trained_on_the_policys_ids_or_on_a_cut_off_text_as_cut_off(monkeypatch):
+    reader, seen = tokenizer(), []
+    sample = Sampled("Yes No")
+    sample.ids = [9, 9]                                             # another tokenizer's, and without EOS
+    monkeypatch.setattr(stages, "fit", lambda model, tokenizer, rows, *_: seen.extend(rows))
+    stages.train_reward_model(None, reader, [Pair("Hi", sample, "No")], None)
+    (_, texts), = seen
+    assert common.response_ids(reader, texts) == [[6, 7, 1], [7, 1]]
 
 
 def test_sampling_goes_on_after_an_end_of_the_models_own():
