@@ -22,8 +22,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig)
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, GenerationConfig)
 
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
@@ -81,7 +81,7 @@ class Batch:
 def prompt_ids(tokenizer, prompts):
     """Token ids of each prompt: one BOS if the tokenizer adds it, cut from the left to 3/4 of the context."""
     bos, room, rows = tokenizer.bos_token_id, tokenizer.model_max_length * 3 // 4, []
-    adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
     for prompt, ids in zip(prompts, tokenizer(list(prompts), add_special_tokens=False).input_ids):
         lead = [bos] if adds_bos or (bos is not None and ids[:1] == [bos]) else []   # or by the chat template
         ids = lead + (ids[1:] if lead and ids[:1] == lead else ids)[-(room - len(lead)):]
@@ -97,10 +97,7 @@ class Sampled(str):
 
 
 def response_ids(tokenizer, responses, ended=None):
-    """Token ids of each response: those that were sampled, or else its text's and one EOS.
-
-    No EOS stands after a response that was cut off, where `ended` [B] says so.
-    """
+    """Token ids of each response: those sampled, or its text's and one EOS, if it `ended` [B] by itself."""
     eos, ended = tokenizer.eos_token_id, [True] * len(responses) if ended is None else ended
     tokenised = tokenizer([str(response) for response in responses], add_special_tokens=False).input_ids
     return [response.ids if getattr(response, "ids", ()) else
@@ -192,8 +189,8 @@ def gather_logps(logits, input_ids, temperature=1.0):
 def token_logps(model, batch, temperature=1.0, chunk=256):
     """log p of every response token [B, T-1], 0 elsewhere, without ever holding the logits [B, T, V].
 
-    The LM head is applied to `chunk` response tokens at a time and recomputed in the backward pass, so memory
-    grows with chunk * V. Models that do more to their logits (soft caps, scales) take the plain path.
+    The LM head is applied to `chunk` tokens at a time and recomputed in the backward pass, so memory grows
+    with chunk * V. Models that do more to their logits (soft caps, scales) take the plain path.
     """
     where = batch.response_mask[:, 1:].bool()
     with compute(model):
@@ -265,37 +262,45 @@ def compute(model):
     return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-def load(auto_class, path, device="auto", dtype="auto", **kwargs):
-    """Any Hugging Face model: float32 weights, every dropout off.
-
-    dtype: what forward passes compute in; auto is bfloat16 autocast on CUDA, else float32.
-    Raises UserError for a path that cannot be loaded.
-    """
+@contextlib.contextmanager
+def readable(what, path):
+    """UserError in place of whatever from_pretrained raises for a path that it cannot read."""
     try:
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"cannot load {what} from {str(path)!r} ({' '.join(str(error).split())[:400]}): pass "
+                        "a directory of save_pretrained, or check the id and the network") from None
+
+
+def load(auto_class, path, device="auto", dtype="auto", **head):
+    """Any Hugging Face model: float32 weights, every dropout off. UserError where it cannot be loaded whole.
+
+    dtype: what forward passes compute in; auto is bfloat16 autocast on CUDA, else float32. head: num_labels
+    of a new head, which is to be trained; without it, weights that the path lacks are an error.
+    """
+    with readable("a model", path):
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False, **head)
         for name, value in settings.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
-        model = auto_class.from_pretrained(path, config=settings, dtype=torch.float32)
-    except UNREADABLE as error:
-        raise UserError(f"cannot load a model from {str(path)!r} ({' '.join(str(error).split())[:400]}): "
-                        "pass a directory of save_pretrained, or check the id and the network") from None
+        model, info = auto_class.from_pretrained(path, config=settings, dtype=torch.float32,
+                                                 output_loading_info=True)
+        missing = sorted(n for n in info["missing_keys"] if not (head and ("score" in n or "class" in n)))
+        if missing:
+            raise ValueError(f"it lacks {len(missing)} weights, which would be random: {missing[:3]}")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0                                     # some classes hard-code a dropout of their own
     device = pick_device(device)
-    model.compute_dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-                           "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    model.compute_dtype = getattr(torch, auto if dtype == "auto" else dtype)
     return model.to(device).eval()
 
 
 def load_tokenizer(path, max_length, needs_eos=True):
     """The tokenizer of a model. Prompt and response share max_length tokens. PAD is EOS if there is none."""
-    try:
+    with readable("a tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise UserError(f"cannot load a tokenizer from {str(path)!r} ({' '.join(str(error).split())[:400]}): "
-                        "pass a local directory, or check the id and the network") from None
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:
@@ -313,24 +318,29 @@ def load_reference(path, device="auto", dtype="auto"):
     return load_policy(path, device, dtype).requires_grad_(False)
 
 
-def load_value_model(path, tokenizer=None, device="auto", dtype="auto"):
-    """One value per token: AutoModelForTokenClassification with a zero-initialised head.
+class ValueModel(torch.nn.Module):
+    """A base model with a head that starts at 0: one value per token, for every family of models."""
 
-    Raises UserError where the path has another vocabulary than `tokenizer`, whose ids the model will read.
-    """
+    def __init__(self, base_model):
+        super().__init__()
+        self.base_model, self.compute_dtype = base_model, base_model.compute_dtype
+        self.device = base_model.device
+        self.score = torch.nn.Linear(base_model.get_input_embeddings().embedding_dim, 1, device=self.device)
+        self.score.load_state_dict({name: 0 * weight for name, weight in self.score.state_dict().items()})
+
+
+def load_value_model(path, tokenizer=None, device="auto", dtype="auto"):
+    """UserError where the path has another vocabulary than `tokenizer`, whose ids the model will read."""
     if tokenizer and load_tokenizer(path, tokenizer.model_max_length).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"the value model {path} has another tokenizer than the policy and would misread its "
-                        "token ids: give one made from the same model, or leave it out")
-    model = load(AutoModelForTokenClassification, path, device, dtype, num_labels=1)
-    for parameter in (model.score if hasattr(model, "score") else model.classifier).parameters():
-        torch.nn.init.zeros_(parameter)
-    return model
+        raise UserError(f"the value model {path} has another tokenizer than the policy: it would misread ids")
+    return ValueModel(load(AutoModel, path, device, dtype))
 
 
 def token_values(model, batch):
     """Value of the state before each next token [B, T-1], float32: entry t has seen input_ids[:, :t + 1]."""
     with compute(model):
-        return model(**inputs(model, batch)).logits[:, :-1, 0].float()
+        states = model.base_model(**inputs(model.base_model, batch)).last_hidden_state
+        return model.score(states)[:, :-1, 0].float()
 
 
 @dataclass
@@ -348,26 +358,17 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts, responses):
         """Scores [N] of N prompts and responses, float32 on the CPU; [N, labels] where `label` is a slice."""
-        columns = (self.label.stop,) if isinstance(self.label, slice) else ()
-        scores, decoder = torch.empty(len(prompts), *columns), hasattr(self.model, "score")
-        prompts, responses = self.render(prompts), [str(response) for response in responses]
-        parts = batches(self.tokenizer, prompts, [[y] for y in responses], self.budget, self.model.device)
-        for rows, batch in parts if decoder else self.two_texts(prompts, responses):
-            self.tokens += int(batch.attention_mask.sum())
-            logits = sequence_scores(self.model, batch) if decoder else self.model(**batch).logits
+        scores = torch.empty(len(prompts), *([self.label.stop] if isinstance(self.label, slice) else []))
+        for rows, tokens, logits in self.read(self.render(prompts), [*map(str, responses)]):
+            self.tokens += tokens
             scores[rows] = logits[:, self.label].float().cpu()
         return (scores - self.mean) / self.std
 
-    def two_texts(self, prompts, responses):
-        """Batches for an encoder: [CLS] prompt [SEP] response [SEP]; the prompt is cut, from the left."""
-        length, self.tokenizer.truncation_side = self.tokenizer.model_max_length, "left"
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-        for rows in torch.tensor(order).split(max(1, self.budget // length)):
-            texts = [responses[i] for i in rows]
-            cut = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-            texts = [text[:ends[:length // 2][-1][1]] if ends else text for text, ends in zip(texts, cut)]
-            yield rows, self.tokenizer([prompts[i] for i in rows], texts, padding=True, return_tensors="pt",
-                                       truncation="only_first").to(self.model.device)
+    def read(self, prompts, responses):
+        """Yield (indices [n], tokens read, scores [n, labels]) of a decoder; harness/rewards.py: encoders."""
+        for rows, batch in batches(self.tokenizer, prompts, [[y] for y in responses], self.budget,
+                                   self.model.device):
+            yield rows, int(batch.attention_mask.sum()), sequence_scores(self.model, batch)
 
 
 def sequence_scores(model, batch):
@@ -433,7 +434,7 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
     return pack(rows, pad)
 
 
-# ------------------------------------------------------------------------------------------- optimizer, files
+# ------------------------------------------------------------------------------------------- optimizer
 
 def adamw(model, lr, steps, schedule="constant_with_warmup", warmup=0.1):
     """AdamW (betas 0.9 and 0.95, no weight decay) and the schedule of its learning rate over so many steps.
@@ -441,10 +442,9 @@ def adamw(model, lr, steps, schedule="constant_with_warmup", warmup=0.1):
     warmup: the share of the steps over which the learning rate rises linearly from 0.
     steps: a number, or a list of numbers: the schedule is then run once for each, one after the other.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     cycles = steps if isinstance(steps, list) else [steps]
     parts = [transformers.get_scheduler(schedule, optimizer, round(warmup * n), max(n, 1)) for n in cycles]
-    if len(parts) == 1:
-        return optimizer, parts[0]
     ends = [sum(cycles[:i]) for i in range(1, len(cycles))]
-    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, ends)
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, ends) if ends else parts[0]

@@ -67,7 +67,6 @@ class Config(harness.Config):
     beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned here)")
     validation: float = option(0.125, "share of the train prompts kept apart, to choose what to ask for")
     steer: str = option("", "'reward=9': the level to ask for (default: the best on the validation prompts)")
-    prompt: str = option("", "no training: print responses of --policy (default: the last run's) to this")
 
     def __post_init__(self):
         super().__post_init__()
@@ -242,7 +241,7 @@ def train(run):
 
 def answer(config):
     """Print responses to --prompt for the level of --steer, or for the level that training chose."""
-    harness.complete_prompt(config, "decision_transformer", lambda saved, request: tag(
+    harness.ask(config, "decision_transformer", lambda saved, request: tag(
         saved, saved["means"][request.get("reward", saved["asked"])]))
 
 

@@ -216,8 +216,7 @@ def train(run):
     steps = harness.shuffled_batches(len(prompts), config.epochs, config.batch_size, config.seed)
     plan = [[prompts[i] for i in indices] for indices in steps]
 
-    value_model = common.load_value_model(config.value_model or harness.policy_path(config), run.tokenizer,
-                                          config.device, config.dtype)                       # [9]
+    value_model = run.load_value_model(config.value_model)                                   # [9]
     reward, reference = harness.reward_to_maximise(run), run.load_reference()      # a frozen initial policy
     trained = torch.nn.ModuleList([policy, value_model])
     run.state = {"kl_coef": config.kl_coef}                                          # --resume restores it

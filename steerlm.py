@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Optional
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 import common
 import harness
@@ -68,11 +67,10 @@ class Config(harness.Config):
     rounds: int = option(0, "rounds of bootstrapping (paper: 1)")
     bootstrap_epochs: float = option(2.0, "passes over a round's samples, two for each prompt")
     steer: str = option("", "'quality=9,verbosity=0': what to ask for; other attributes as the data has them")
-    prompt: str = option("", "no training: print responses of --policy (default: the last run's) to this")
 
     def __post_init__(self):
         super().__post_init__()
-        self.start = self.start or ("base" if self.model == "tiny" else "policy")
+        self.start = self.start or ("base" if self.model == "tiny" and not self.lora_rank else "policy")
         if self.predictor_lr is None:
             self.predictor_lr = 4e-3 if self.model == "tiny" else 5e-6
         if self.attributes is None:
@@ -80,6 +78,8 @@ class Config(harness.Config):
         self.check(lambda v: v > 0, "be above 0", "predictor_epochs", "bootstrap_epochs", "predictor_lr")
         self.check(lambda value: value >= 0, "not be negative", "rounds", "demonstrations", "rated")
         self.check(lambda value: 0 < value <= 1, "be in (0, 1]", "share")
+        if self.start == "base" and self.lora_rank:
+            raise UserError("--start base trains all weights of the base model: leave out --lora_rank")
         if self.labels != "predicted" and self.rounds:
             raise UserError("--rounds: bootstrapping needs predicted labels; give --rounds 0")
 
@@ -110,8 +110,7 @@ class Sample(NamedTuple):
 def train_regression(run, samples):
     """Step 1 as in the official code. Returns predict(prompts, responses) -> the levels of each response."""
     config, names = run.config, sorted(samples[0].levels)
-    model = common.load(AutoModelForSequenceClassification, harness.policy_path(config), config.device,
-                        config.dtype, num_labels=len(names))
+    model = harness.load_scorer(config, len(names))
     score = common.RewardModel(model, harness.load_tokenizer(config), label=slice(len(names)))
     targets = torch.tensor([[r.levels[name] / TOP for name in names] for r in samples], device=model.device)
     plan = harness.shuffled_batches(len(samples), config.predictor_epochs, 32, config.seed)
@@ -243,7 +242,7 @@ def answer(config):
         observed = [parse_attributes(text) for text in Counter(saved["observed"]).elements()]
         return format_attributes(harness.complete_request(request, observed)) if request else saved["asked"]
 
-    harness.complete_prompt(config, "steerlm", tags_of)
+    harness.ask(config, "steerlm", tags_of)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@
 What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.log, run.evaluate.
 """
 from common import UserError, warn
-from harness.conditioning import (add_tags, check_ratings, complete_prompt, complete_request, curve,
+from harness.asking import ask
+from harness.conditioning import (add_tags, check_ratings, complete_request, curve,
                                   label_errors, levels_by_rank, parse_request, quality_of, rated_rows,
                                   report_steering, reward_curve, slope, steering, steering_metrics, table,
                                   trends, true_levels)
 from harness.config import Config, option
 from harness.evaluation import probe
-from harness.loading import (demonstrations, fingerprint, load_base, load_policy, load_task, load_tokenizer,
-                             policy_path, test_pool)
+from harness.loading import (demonstrations, fingerprint, load_base, load_policy, load_scorer, load_task,
+                             load_tokenizer, policy_path, test_pool)
 from harness.rewards import reward_to_maximise
 from harness.run import Means, Run, launch, main, start
 from harness.samples import (candidate_reward, candidates, distinct, given_answers, response_logps, rollout,

@@ -4,21 +4,17 @@ A conditioned policy reads what is wanted of its response as tags after the prom
 songs:<sentiment:9><verbosity:0>". They stand in the prompt, so no loss ever falls on them. Training and
 inference write them through one function of the method.
 """
-import json
 import math
 import random
 import statistics
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 import common
 from common import UserError, warn
 from harness.evaluation import extend_vocabulary, probe
-from harness.loading import load_policy, load_tokenizer, more_stop_ids
-from tasks import ROOT, chat, words
+from tasks import words
 
 
 def add_tags(run, attributes):
@@ -297,42 +293,3 @@ def complete_request(request, combinations):
                         for levels in (request, best))
         warn(f"no response in the data has {asked}; the nearest ones have {found}")
     return best | request
-
-
-def latest_run(method):
-    """The newest run of this method that was finished with something to ask for."""
-    runs = sorted((ROOT / "runs" / method).glob("*/attributes.json"), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise UserError("there is no run to ask: train one first (the same script without --prompt), "
-                        "or give its --policy")
-    return runs[-1].parent
-
-
-def load_attributes(path, method):
-    """What the policy in this directory was conditioned on, from its attributes.json. UserError if none."""
-    file = Path(path) / "attributes.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if found.get("method") != method:
-        raise UserError(f"{path} has no attributes.json of {method}.py, so it is not known which attributes "
-                        f"its policy reads: give --policy the directory of a finished run of {method}.py")
-    return found
-
-
-def complete_prompt(config, method, tags_of):
-    """Print eval_samples responses of a trained policy to --prompt, and how it was asked.
-
-    The policy is --policy or the method's latest run; tags_of(what was saved with it, the request of --steer)
-    -> tags.
-    """
-    path = config.policy or latest_run(method)
-    saved, config = load_attributes(path, method), replace(config, policy=str(path))
-    tags = tags_of(saved, parse_request(config.steer, saved["levels"]))
-    policy, tokenizer, prompt = load_policy(config), load_tokenizer(config), config.prompt
-    if saved["chat"]:
-        chat.end_turns(tokenizer)
-        prompt = chat.render(tokenizer, [{"role": "user", "content": prompt}])
-    tokenizer.more_stop_ids = more_stop_ids(policy, tokenizer)
-    torch.manual_seed(config.seed)
-    batch = common.generate(policy, tokenizer, [prompt + tags], config.eval_samples, config.temperature,
-                            max_new_tokens=config.max_new_tokens)
-    print(config.prompt + tags, *common.decode(tokenizer, batch), sep="\n  ")

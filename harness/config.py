@@ -21,10 +21,14 @@ class Config:
 
     model: str = option("tiny", "'tiny' (built here, no download) or any causal LM: a directory or a hub id")
     policy: str = option("", "start from this saved policy, which is then the reference too")
+    lora_rank: int = option(0, "train LoRA adapters of this rank, ten times as fast (0: all weights)")
+    prompt: str = option("", "no training: what --policy, or the last run, answers to this, before and after")
     data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
-    reward: str = option("", "reward model (directory, hub id), 'gold' or 'none'; default: trained on pairs")
+    reward: str = option(
+        "", "a model (directory, hub id), 'module:function', 'gold' or 'none'; default: trained on pairs")
     reward_label: str = option("", "which label of a reward model with several labels is the reward")
-    reward_lr: float = option(1e-5, "learning rate of a reward model trained from the pairs of --data")
+    reward_lr: Optional[float] = option(
+        None, "learning rate of a reward model trained from the pairs of --data (1e-5; with LoRA 1e-4)")
     columns: str = option("", "'prompt=question,chosen=answer_a': other names of the data's fields")
     limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
     skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows, do not stop")
@@ -76,6 +80,10 @@ class Config:
         for name in ("lr", "epochs", "max_new_tokens", "max_length", "token_budget"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
+                if name == "lr" and self.lora_rank:
+                    self.lr *= 10                                # see docs/real_models.md
+        if self.reward_lr is None:
+            self.reward_lr = 1e-4 if self.lora_rank else 1e-5
         if self.eval_temperature is None:
             self.eval_temperature = self.temperature
         self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
@@ -83,7 +91,7 @@ class Config:
                    "max_new_tokens", "eval_prompts", "eval_samples", "seeds", "jobs")
         self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
         self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every",
-                   "save_every", "warmup", "rating_noise")
+                   "save_every", "warmup", "rating_noise", "lora_rank")
         if self.max_new_tokens > self.max_length // 4:
             raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
                             f"{self.max_length}; prompts may take the other three: raise --max_length")

@@ -106,7 +106,7 @@ def kl_to_reference(config, policy, batch, plain=None):
     the policy was asked in another form than the reference understands, `plain` holds the same responses to
     the plain prompts, for the reference.
     """
-    reference = load_reference(config)
+    reference = load_reference(config, policy)
     embeddings = policy.get_input_embeddings().weight.detach()
     known = reference.get_input_embeddings().num_embeddings
     if len(embeddings) > known:                                     # tags, see conditioning.add_tags

@@ -1,11 +1,15 @@
 """Where things lie: the task of a run, its initial policy, reference and value model."""
 import hashlib
+import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
+                          AutoModelForSequenceClassification)
 
 import common
+from common import UserError
+from harness import adapters
 
 MEGABYTE = 2 ** 20
 
@@ -50,11 +54,32 @@ def load_task(config):
                             config.columns)
 
 
-def fit_task(tokenizer, task):
-    """Say what the length limit cuts. Rankings and pairs whose responses are equal after it are left out."""
+def check_vocabulary(tokenizer, texts, tokenised, embeddings):
+    """UserError for tokens that the model has no embedding of; for unknown words too, if half are unknown."""
+    beyond = [text for text, ids in zip(texts, tokenised) if max(ids, default=0) >= embeddings]
+    if beyond:
+        raise UserError(f"the tokenizer has tokens that the model has no embedding of, as in {beyond[0]!r}: "
+                        "they do not belong together")
+    every = [token for ids in tokenised for token in ids]
+    unknown = every.count(tokenizer.unk_token_id) / max(len(every), 1)
+    text = (f"{unknown:.0%} of the words of the prompts are unknown to the model (tiny knows only those of "
+            "its film reviews): give --model")
+    if unknown > 0.5:
+        raise UserError(text)
+    if unknown > 0.01:
+        common.warn(text)
+
+
+def fit_task(tokenizer, task, embeddings=math.inf):
+    """Say what the length limit cuts. Rankings and pairs whose responses are equal after it are left out.
+
+    embeddings: how many tokens the policy has. UserError where the data has others.
+    """
     room = tokenizer.model_max_length
     prompts = [p for rows in task.prompts.values() for p in rows]
-    long = sum(len(ids) > room * 3 // 4 for ids in tokenizer(prompts, add_special_tokens=False).input_ids)
+    tokenised = tokenizer(prompts, add_special_tokens=False).input_ids
+    check_vocabulary(tokenizer, prompts, tokenised, embeddings)
+    long = sum(len(ids) > room * 3 // 4 for ids in tokenised)
     if long:
         common.warn(f"{long} of {len(prompts)} prompts are longer than {room * 3 // 4} tokens: cut from the "
                     "left (--max_length sets the limit)")
@@ -88,7 +113,37 @@ def load_tokenizer(config):
 
 
 def load_policy(config):
-    return common.load_policy(policy_path(config), config.device, config.dtype)
+    """The initial policy; with --lora_rank it has an adapter, and nothing else of it is trained."""
+    path = policy_path(config)
+    if adapters.settings_of(path):
+        return adapters.load(path, config.lora_rank, config.device, config.dtype)
+    policy = common.load_policy(path, config.device, config.dtype)
+    if config.lora_rank:
+        adapters.add(policy, config.lora_rank)
+    return policy
+
+
+def weights_path(config):
+    """Where the whole weights of the initial policy are, if it is an adapter those of its base model."""
+    return adapters.base_path(policy_path(config))
+
+
+def without_scorer(config):
+    """The family of the initial policy, if transformers has no class for its reward models; else ""."""
+    settings = AutoConfig.from_pretrained(weights_path(config), trust_remote_code=False)
+    return settings.model_type if type(settings) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING else ""
+
+
+def load_scorer(config, labels=1):
+    """The initial policy with a new linear head for so many scores, to be trained: a reward model."""
+    family = without_scorer(config)
+    if family:
+        raise UserError(f"transformers has no class for models of scores of the family {family}")
+    model = common.load(AutoModelForSequenceClassification, weights_path(config), config.device, config.dtype,
+                        num_labels=labels)
+    if config.lora_rank:
+        adapters.add(model, config.lora_rank, "SEQ_CLS")
+    return model
 
 
 def more_stop_ids(policy, tokenizer):
@@ -100,7 +155,7 @@ def more_stop_ids(policy, tokenizer):
 
 def saved_dtype(config):
     """The type of the initial policy's weights on disk: trained in float32, they are saved as they came."""
-    return AutoConfig.from_pretrained(policy_path(config)).dtype or torch.float32
+    return AutoConfig.from_pretrained(weights_path(config)).dtype or torch.float32
 
 
 def fit_positions(model, tokenizer, path):
@@ -112,9 +167,14 @@ def fit_positions(model, tokenizer, path):
         tokenizer.model_max_length = positions
 
 
-def load_reference(config):
-    """A frozen copy of the initial policy."""
-    return common.load_reference(policy_path(config), config.device, config.dtype)
+def load_reference(config, policy=None):
+    """The initial policy, frozen: a model of its own; of a policy with an adapter the same network."""
+    if config.lora_rank and policy is not None:
+        return adapters.Reference(policy)
+    path = policy_path(config)
+    if adapters.settings_of(path):
+        return adapters.load(path, 0, config.device, config.dtype).requires_grad_(False)
+    return common.load_reference(path, config.device, config.dtype)
 
 
 def load_base(config):

@@ -1,17 +1,22 @@
 """Rewards: which models judge a run, and which function a method maximises."""
 import hashlib
 import json
+import math
+import os
+import pkgutil
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import torch
-from transformers import AutoModelForSequenceClassification
-
 import common
 import tasks
 from common import UserError, warn
-from harness.loading import fit_positions, policy_path
+from harness import adapters
+from harness.checkpoints import check_checkpoint
+from harness.loading import fit_positions, load_scorer, policy_path, without_scorer
 from harness.stages import Recipe, check_finite, train_reward_model
 from tasks import chat
 
@@ -25,6 +30,8 @@ def load_rewards(config, task):
     def load(path, label=""):
         reward = common.load_reward_model(path, config.max_length, config.device, config.dtype, label,
                                           config.token_budget)
+        if not hasattr(reward.model, "score"):
+            reward = EncoderReward(**vars(reward))
         if config.data != "reviews":
             fit_positions(reward.model, reward.tokenizer, path)
         if task.chat:
@@ -38,7 +45,10 @@ def load_rewards(config, task):
     if config.reward == "gold" and not task.gold:
         raise UserError("--reward gold: only the embedded task has a true reward; name a reward model, "
                         "or leave it out")
+    if ":" in config.reward and not Path(config.reward).exists():
+        return {"proxy": UserReward(functions_of(config.reward))}
     if config.reward not in ("", "gold"):
+        check_checkpoint(config.reward, policy=False)
         return {"proxy": load(config.reward, config.reward_label)}
     if config.data == "reviews":
         from tasks import build
@@ -47,19 +57,86 @@ def load_rewards(config, task):
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
         return {}
+    family = without_scorer(config)
+    if family:
+        warn(f"transformers has no class for reward models of the family {family}: samples go without a "
+             "proxy reward; --reward names one of another family")
+        return {}
     start = policy_path(config)
-    key = json.dumps([str(start), config.reward_lr, config.seed, config.max_length, pairs])
+    key = json.dumps([str(start), config.reward_lr, config.seed, config.max_length, config.lora_rank, pairs])
     path = tasks.CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
     with tasks.lock(path):
         if not path.exists():
             torch.manual_seed(config.seed)
             tokenizer = common.load_tokenizer(start, config.max_length)
-            model = common.load(AutoModelForSequenceClassification, start, config.device, config.dtype,
-                                num_labels=1)
+            model = load_scorer(config)
             recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear",
                             token_budget=config.token_budget, seed=config.seed)
-            tasks.save_model(train_reward_model(model, tokenizer, pairs, recipe), tokenizer, path)
+            train_reward_model(model, tokenizer, pairs, recipe)
+            tasks.save_model(adapters.merge(model) if config.lora_rank else model, tokenizer, path)
     return {"proxy": load(path, config.reward_label)}
+
+
+class EncoderReward(common.RewardModel):
+    """The same of an encoder (BERT and its kind), which reads [CLS] prompt [SEP] response [SEP]."""
+
+    def read(self, prompts, responses):
+        """The prompt is cut, from the left; a response is cut only beyond half of the length."""
+        length, self.tokenizer.truncation_side = self.tokenizer.model_max_length, "left"
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+        for rows in torch.tensor(order).split(max(1, self.budget // length)):
+            texts = [responses[i] for i in rows]
+            cut = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            texts = [text[:ends[:length // 2][-1][1]] if ends else text for text, ends in zip(texts, cut)]
+            batch = self.tokenizer([prompts[i] for i in rows], texts, padding=True, return_tensors="pt",
+                                   truncation="only_first").to(self.model.device)
+            yield rows, int(batch.attention_mask.sum()), self.model(**batch).logits
+
+
+def functions_of(text):
+    """[(function, weight, how it was named)] of --reward "module:function*0.5,other:function"."""
+    found = []
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())                                 # where the user's module is
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("*")
+        try:
+            found.append((pkgutil.resolve_name(name), float(weight or 1), name))
+        except (ModuleNotFoundError, AttributeError, ValueError) as error:
+            raise UserError(f"--reward {part!r} ({error}): write module:function, or module:function*0.5, a "
+                            "function of two lists, prompts and responses, that returns a list of numbers; "
+                            f"modules are looked for in {os.getcwd()}") from None
+        if not callable(found[-1][0]):
+            raise UserError(f"--reward {name} is no function")
+    return found
+
+
+@dataclass
+class UserReward:
+    """The weighted sum of functions (prompts, responses) -> numbers, called like a RewardModel.
+
+    They get the messages of a conversation [{"role", "content"}, ...] where the data has them, else texts.
+    """
+    functions: list
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, prompts, responses):
+        """Scores [N]. UserError, with the row, where a function returns anything else than finite numbers."""
+        asked = [getattr(prompt, "messages", None) or str(prompt) for prompt in prompts]
+        texts, total = [*map(str, responses)], torch.zeros(len(prompts))
+        for function, weight, name in self.functions:
+            values = function([*asked], [*texts])
+            values = values.tolist() if hasattr(values, "tolist") else values
+            if not isinstance(values, (list, tuple)) or len(values) != len(texts):
+                raise UserError(f"--reward {name} returned {str(values)[:60]!r} for {len(texts)} responses, "
+                                "not a list with a number for each")
+            for row, (value, prompt) in enumerate(zip(values, prompts)):
+                if not isinstance(value, (int, float)) or not math.isfinite(value):
+                    raise UserError(f"--reward {name} returned {value!r} for row {row} of {len(texts)}: "
+                                    f"prompt {str(prompt)[:60]!r}, response {texts[row][:60]!r}")
+            total += weight * torch.tensor(values, dtype=torch.float32)
+        return (total - self.mean) / self.std
 
 
 @dataclass
@@ -117,7 +194,7 @@ def scaled_reward(run):
                         "model from")
     else:
         reward = run.rewards["proxy"]
-        if hasattr(reward.model.config, "reward_scale"):
+        if hasattr(getattr(getattr(reward, "model", None), "config", None), "reward_scale"):
             return reward
     config, prompts = run.config, run.task.prompts["train"][:128]
     torch.manual_seed(config.seed)                                   # whatever was trained or loaded before

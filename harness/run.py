@@ -19,7 +19,9 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
 from common import UserError, warn
-from harness import loading
+from harness import adapters, loading
+from harness.asking import ask
+from harness.checkpoints import check_checkpoint, check_model
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
 from harness.rewards import load_rewards
@@ -158,14 +160,24 @@ class Run:
         self.trace[-1] |= own
 
     def load_reference(self):
-        """A frozen copy of the initial policy (a model of its own)."""
-        return loading.load_reference(self.config)
+        """The initial policy, frozen: a model of its own; with --lora_rank the policy without its adapter."""
+        return loading.load_reference(self.config, self.policy)
+
+    def load_value_model(self, path=""):
+        """A model of the values of states, from the path or the initial policy: common.ValueModel."""
+        if path:
+            check_checkpoint(path)
+        model = common.load_value_model(path or loading.weights_path(self.config), self.tokenizer,
+                                        self.config.device, self.config.dtype)
+        if self.config.lora_rank:
+            adapters.add(model.base_model, self.config.lora_rank)
+        return model
 
     # ------------------------------------------------------------------------------------ directory and files
 
     def open(self):
         """Make the directory and args.json; drop lines of metrics.jsonl from beyond the current step."""
-        write_json(self.out / "args.json", asdict(self.config))
+        write_json(self.out / "args.json", asdict(self.config) | {"conversations": self.task.chat})
         file = self.out / "metrics.jsonl"
         kept = file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []
         kept = [line for line in kept if json.loads(line)["step"] <= self.step]
@@ -179,20 +191,24 @@ class Run:
         """state.pt: everything that --resume needs, tensors and plain values only."""
         part = self.out / "state.pt.part"
         state = {name: getattr(self, name).state_dict() for name in ("trained", "optimizer", "schedule")}
+        weights = self.trained.named_parameters(remove_duplicate=False)
+        for frozen in [name for name, weight in weights if not weight.requires_grad]:      # beside adapters
+            del state["trained"][frozen]
         torch.save(state | {name: getattr(self, name) for name in PLAIN}, part)
         part.replace(self.out / "state.pt")
 
     def restore(self):
         with torch.serialization.safe_globals([Pair, Ranking, Prompt, common.Sampled]):
             state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu")
-        for name in ("trained", "optimizer", "schedule"):
+        self.trained.load_state_dict(state["trained"], strict=not self.config.lora_rank)
+        for name in ("optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         for name in PLAIN:
             setattr(self, name, state[name])
 
     def finish(self):
         """Save the policy and samples.txt, print before and after; returns the final metrics."""
-        self.policy.to(getattr(self.policy, "saved_dtype", torch.float32)).save_pretrained(self.out)
+        save_policy(self.policy, self.out, self.config.lora_rank)
         as_it_came(self.tokenizer).save_pretrained(self.out)
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
         texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
@@ -216,6 +232,14 @@ class Run:
         final |= {"build": loading.fingerprint(self.config),
                   "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         return final | counts | {"seconds": seconds, "trace": self.trace, "out": str(self.out)} | self.results
+
+
+def save_policy(policy, out, lora_rank):
+    """save_pretrained, in the type that it came in; the adapter alone, if no token was added to the model."""
+    if lora_rank and policy.embeddings_came == policy.get_input_embeddings().num_embeddings:
+        return adapters.save(policy, out)
+    policy = adapters.merge(policy) if lora_rank else policy
+    policy.to(getattr(policy, "saved_dtype", torch.float32)).save_pretrained(out)
 
 
 def as_it_came(tokenizer):
@@ -283,6 +307,7 @@ def start(config):
     """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
     torch.manual_seed(config.seed)
     out = output_directory(config)
+    check_checkpoint(loading.policy_path(config))
     task = loading.load_task(config)
     began = time.time()
     rewards = load_rewards(config, task)
@@ -290,13 +315,15 @@ def start(config):
     if task.chat:
         chat.end_turns(tokenizer)
     policy.saved_dtype = loading.saved_dtype(config)          # asked for now: nothing may fail after training
+    policy.embeddings_came = policy.get_input_embeddings().num_embeddings
     loading.fit_positions(policy, tokenizer, loading.policy_path(config))
     if config.max_new_tokens > tokenizer.model_max_length // 4:
         raise UserError(f"--max_new_tokens {config.max_new_tokens} is more than a quarter of the "
                         f"{tokenizer.model_max_length} tokens that prompt and response share: lower it")
     tokenizer.more_stop_ids = loading.more_stop_ids(policy, tokenizer)
     if config.data != "reviews":
-        loading.fit_task(tokenizer, task)
+        loading.fit_task(tokenizer, task, policy.embeddings_came)
+        check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
     check_policy(policy, tokenizer, task, 0)
     torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
     return Run(config, out, task, tokenizer, policy, rewards, began=began)
@@ -324,7 +351,7 @@ def launch(train, config, known=None):
 
 
 def main(config_class, train, answer=None):
-    """The command line of a script: one run, --reproduce, or answer(config) for --prompt.
+    """The command line of a script: one run, --reproduce, or for --prompt answer(config), else asking.ask.
 
     A UserError is printed as one line, with exit status 2.
     """
@@ -337,8 +364,8 @@ def main(config_class, train, answer=None):
         if config.reproduce:
             from referee.runs import reproduce
             reproduce(method_name(config), config)
-        elif answer and config.prompt:
-            answer(config)
+        elif config.prompt:
+            answer(config) if answer else ask(config, method_name(config))
         else:
             launch(train, config)
     except UserError as error:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import harness
-import harness.conditioning
+import harness.asking
 import harness.run
 import harness.samples
 import tasks
@@ -145,7 +145,7 @@ class Counting:
 def no_traces(tmp_path, monkeypatch):
     """Cache and runs/ lie in a temporary folder."""
     monkeypatch.setattr(tasks, "CACHE", tmp_path / "cache")
-    for module in (harness.run, harness.conditioning):
+    for module in (harness.run, harness.asking):
         monkeypatch.setattr(module, "ROOT", tmp_path / "root")
 
 

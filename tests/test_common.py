@@ -22,6 +22,7 @@ from transformers import (AutoModelForCausalLM, BertConfig, BertForSequenceClass
 
 import common
 from common import UserError
+from harness.rewards import EncoderReward
 from conftest import cases
 
 CPU = dict(device="cpu", dtype="float32")
@@ -276,14 +277,25 @@ def scorer(cls, config):
     return build(cls, config(num_labels=2))
 
 
+def valuer(cls, config, labels=2):
+    """(ValueModel with a head that is not 0, a token classifier of transformers with its base and head)."""
+    classifier = build(cls, config(num_labels=labels)).float()
+    classifier.base_model.compute_dtype = torch.float32
+    model, head = common.ValueModel(classifier.base_model), getattr(classifier, "score", None)
+    head = head or classifier.classifier
+    model.score.load_state_dict({"weight": head.weight[:1].detach(), "bias": head.bias[:1].detach()})
+    return model, classifier
+
+
 MEASURES = {"token_logps": (common.token_logps, llama), "token_logps, GPT-2": (common.token_logps, gpt2),
             "sequence_logps": (common.sequence_logps, gpt2),
             "scores": (common.sequence_scores, lambda: scorer(LlamaForSequenceClassification, llama_config)),
             "scores, GPT-2": (common.sequence_scores,
                               lambda: scorer(GPT2ForSequenceClassification, gpt2_config)),
-            "token_values": (common.token_values, lambda: scorer(LlamaForTokenClassification, llama_config)),
+            "token_values": (common.token_values,
+                             lambda: valuer(LlamaForTokenClassification, llama_config)[0]),
             "token_values, GPT-2": (common.token_values,
-                                    lambda: scorer(GPT2ForTokenClassification, gpt2_config))}
+                                    lambda: valuer(GPT2ForTokenClassification, gpt2_config)[0])}
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -324,7 +336,7 @@ valuers = pytest.mark.parametrize("cls, config", [(LlamaForTokenClassification, 
 @valuers
 def test_d_value_of_a_prompt_token_depends_on_the_other_rows_or_on_pads(cls, config):                      # D
     """Of prompt tokens too: every real token has the value that it has in a row by itself, without a mask."""
-    model = scorer(cls, config)
+    model, classifier = valuer(cls, config)
     rows = [([3, 4], [5, 6, 0]), ([1, 0, 2, 7, 7], [3]), ([6], [7, 7, 7, 7, 0])]
     batch = common.pack(rows, 0)
     for padded in (batch, common.Batch(*(F.pad(t, (0, 5)) for t in batch.tensors()))):
@@ -332,7 +344,7 @@ def test_d_value_of_a_prompt_token_depends_on_the_other_rows_or_on_pads(cls, con
         assert got.shape == (3, padded.input_ids.shape[1] - 1)
         for (prompt, response), values, mask in zip(rows, got, padded.attention_mask):
             ids = prompt + response
-            want = model(torch.tensor([ids]), use_cache=False).logits[0, :-1, 0].float()
+            want = classifier(torch.tensor([ids]), use_cache=False).logits[0, :-1, 0].float()
             first = mask.argmax()
             torch.testing.assert_close(values[first:first + len(ids) - 1], want, rtol=1e-5, atol=1e-5)
 
@@ -393,17 +405,17 @@ def test_in_parts_works_on_another_device_than_it_was_told(monkeypatch):
 
 @valuers
 def test_a_value_is_of_another_label_or_position_than_its_state(cls, config):                              # A
-    model = build(cls, config(num_labels=3)).float()
+    model, classifier = valuer(cls, config, 3)
     batch = some_batch()
     got = common.token_values(model, batch)
     assert got.shape == (4, 9) and got.requires_grad and got.dtype == torch.float32
-    torch.testing.assert_close(got, model(**common.inputs(model, batch)).logits[:, :-1, 0])
+    torch.testing.assert_close(got, classifier(**common.inputs(classifier, batch)).logits[:, :-1, 0])
 
 
 @valuers
 def test_a_value_sees_the_token_that_comes_next(cls, config):                                              # A
     """Entry t stands for what is known before token t + 1 is drawn; the token just drawn, t, must count."""
-    model = scorer(cls, config)
+    model, _ = valuer(cls, config)
     ids = [3, 4, 5, 6, 7, 0]
     whole = common.token_values(model, common.pack([(ids[:2], ids[2:])], 0))[0]
     for t in range(1, len(ids)):
@@ -420,8 +432,7 @@ def test_fresh_value_model_does_not_start_at_zero_or_cannot_learn(make, tmp_path
     values = common.token_values(model, batch)
     assert values.shape == (4, 9) and not values.any()
     values.sum().backward()
-    head = model.score if hasattr(model, "score") else model.classifier
-    assert head.weight.grad.abs().min() > 0                        # zero it is, but not for ever
+    assert model.score.weight.grad.abs().min() > 0                 # zero it is, but not for ever
 
 
 def test_aa_values_are_left_in_bfloat16(tmp_path):                                                        # AA
@@ -728,12 +739,10 @@ def test_f_dropout_stays_on_after_load(make, dropout, tmp_path):                
 def test_f_value_model_drops_out_or_starts_off_zero(make, tmp_path):                                       # F
     make().save_pretrained(tmp_path)
     model, batch = common.load_value_model(tmp_path, **CPU).train(), some_batch()
-    inputs = common.inputs(model, batch)
-    assert model(**inputs).logits.shape == (*batch.input_ids.shape, 1)
-    assert not model(**inputs).logits.any()
-    head = model.score if hasattr(model, "score") else model.classifier
-    torch.nn.init.ones_(head.weight)                               # zeros would hide a dropout
-    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    assert not common.token_values(model, batch).any()
+    torch.nn.init.normal_(model.score.weight)                      # zeros would hide a dropout
+    assert common.token_values(model, batch).any()
+    assert torch.equal(common.token_values(model, batch), common.token_values(model, batch))
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
 
 
@@ -748,7 +757,7 @@ def test_missing_or_empty_directory_is_a_stack_trace(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match="cannot load a model from .*pass a directory of save_pretrained"):
             common.load(AutoModelForCausalLM, path, **CPU)
-        with pytest.raises(UserError, match="cannot load a tokenizer from .*pass a local directory"):
+        with pytest.raises(UserError, match="cannot load a tokenizer from .*pass a directory"):
             common.load_tokenizer(path, 64)
 
 
@@ -827,7 +836,7 @@ def test_d_encoder_score_is_that_of_the_text_alone():                           
     config = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                         intermediate_size=16, initializer_range=0.4, num_labels=1)
     model = build(BertForSequenceClassification, config)
-    reward = common.RewardModel(model, letters())          # an encoder gets its tokenizer's own right padding
+    reward = EncoderReward(model, letters())               # an encoder gets its tokenizer's own right padding
     alone, beside = reward(["ab"], ["c"]), reward(["ab", "abcdefgh"], ["c", "d"])
     assert beside[0].item() == pytest.approx(alone[0].item(), abs=1e-5) and abs(beside[1] - beside[0]) > 1e-3
 

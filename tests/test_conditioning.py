@@ -20,7 +20,7 @@ import harness.run
 import steerlm
 from common import UserError
 from conftest import close, parameters
-from harness import conditioning, evaluation, loading
+from harness import asking, conditioning, evaluation, loading
 from referee import figures, statistics as referee_statistics
 from tasks import Demonstration, Ranking, Task, build, preferences, reviews, write_json
 
@@ -533,16 +533,16 @@ def test_bad_request_passes_or_is_not_explained(text, message):
 def test_attributes_of_another_method_are_taken_or_none_is_a_traceback(tmp_path):
     for folder in (tmp_path, str(tmp_path / "absent")):
         with pytest.raises(UserError, match="no attributes.json of steerlm.py"):
-            conditioning.load_attributes(folder, "steerlm")
+            asking.load_attributes(folder, "steerlm")
     found = {"method": "steerlm", "asked": {"x": 3}}
     write_json(tmp_path / "attributes.json", found)
-    assert conditioning.load_attributes(str(tmp_path), "steerlm") == found
+    assert asking.load_attributes(str(tmp_path), "steerlm") == found
     with pytest.raises(UserError, match="run of decision_transformer.py"):
-        conditioning.load_attributes(tmp_path, "decision_transformer")
+        asking.load_attributes(tmp_path, "decision_transformer")
 
 
 def test_last_run_is_one_of_another_script_or_unfinished_or_older(tmp_path, monkeypatch):
-    for module in (conditioning, harness.run):
+    for module in (asking, harness.run):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     config = steerlm.Config(quiet=True)
 
@@ -553,15 +553,16 @@ def test_last_run_is_one_of_another_script_or_unfinished_or_older(tmp_path, monk
         return file.parent
 
     with pytest.raises(UserError, match="there is no run to ask"):
-        conditioning.latest_run("steerlm")
+        asking.latest_run("steerlm", "attributes.json")
     (tmp_path / "runs" / "steerlm" / "010").mkdir(parents=True)
     other = finished("decision_transformer", "001", 0)
     with pytest.raises(UserError, match="there is no run to ask"):
-        conditioning.latest_run("steerlm")
+        asking.latest_run("steerlm", "attributes.json")
     for name, age in (("002", 50), ("009", 70), ("001", 30), ("named", 90)):
         finished("steerlm", name, age)
-    assert conditioning.latest_run("steerlm") == tmp_path / "runs" / "steerlm" / "001"
-    assert conditioning.latest_run(harness.run.method_name(decision_transformer.Config(quiet=True))) == other
+    assert asking.latest_run("steerlm", "attributes.json") == tmp_path / "runs" / "steerlm" / "001"
+    assert asking.latest_run(
+        harness.run.method_name(decision_transformer.Config(quiet=True)), "attributes.json") == other
     assert harness.run.output_directory(config) == tmp_path / "runs" / "steerlm" / "011"
 
 
@@ -589,12 +590,11 @@ def asked_for(toy, tmp_path, monkeypatch, capsys):
         write_json(out / "attributes.json", saved)
         options = dict(model=str(toy), data="x", max_length=64, max_new_tokens=4, temperature=0.7,
                        eval_samples=5, device="cpu")
-        conditioning.complete_prompt(steerlm.Config(**options | {"prompt": "bc"} | kwargs), "steerlm",
-                                     tags_of)
+        asking.ask(steerlm.Config(**options | {"prompt": "bc"} | kwargs), "steerlm", tags_of)
         return calls.pop(), capsys.readouterr().out
 
     complete.run, complete.generate = run, generate
-    monkeypatch.setattr(conditioning, "ROOT", tmp_path)
+    monkeypatch.setattr(asking, "ROOT", tmp_path)
     monkeypatch.setattr(common, "generate", note)
     return complete
 

@@ -21,7 +21,7 @@ import harness
 from common import UserError
 from conftest import Counting, cases, close, parameters, rand, sgd, tensor
 from decision_transformer import Sample, assign_bins, effective_share, reward_bins, rwr_weights, tag
-from harness import conditioning
+from harness import asking, conditioning
 from harness.conditioning import spearman
 from tasks import Demonstration, Ranking, Task, write_json
 
@@ -695,11 +695,11 @@ def test_training_and_inference_write_a_prompt_differently(control, form, toy, w
         capsys.readouterr()
         dt.answer(settings(toy, policy=str(whole.out), prompt="ab", steer=steer, eval_samples=3))
         first, *printed = capsys.readouterr().out.splitlines()
-        assert first == "ab" + written[level] and len(printed) == 3
+        assert first == "ab" + written[level] and printed[0] == "before training:" and len(printed) == 8
         assert seen[-1][2] == ["ab" + written[level]] and seen[-1][3] == 3
         assert common.encode(seen[-1][1], [first],
                              [""]).input_ids.tolist()[0][:-1] == seen[-1][1](first).input_ids
-    assert len(seen) == 3
+    assert len(seen) == 6 and all(call[2] == ["ab"] for call in seen[::2])     # before and after
 
 
 def test_what_is_asked_for_is_not_the_best_on_the_validation_prompts_or_is_chosen_on_others(
@@ -750,7 +750,7 @@ def test_attributes_are_not_saved_or_saved_of_a_policy_that_reads_none(whole, to
     own = {"eval/level", "eval/effective_share", "eval/slope_reward", "eval/spearman_reward",
            "eval/slope_words"}
     assert not own & set(result["trace"][0]) and own - set(result["trace"][-1]) == {"eval/effective_share"}
-    assert conditioning.load_attributes(whole.out, "decision_transformer") == found
+    assert asking.load_attributes(whole.out, "decision_transformer") == found
     for objective in ("sft", "rwr"):
         result, *_ = whole(objective, objective=objective, beta=0.5)
         assert not (whole.out / "attributes.json").exists() and "calibration" not in result

@@ -350,7 +350,8 @@ def test_M_D_I_rollout_differs_from_a_loop_over_rows(toy, tmp_path, monkeypatch,
                   q in zip(logps[-len(response):], plain_logps(reference, prompt, response, temperature))]
         rewards += [-0.3 * ratio for ratio in ratios[:-1]] + [total - 0.3 * ratios[-1]]
         with torch.no_grad():
-            values += value_model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1, 0].tolist()
+            states = value_model.base_model(torch.tensor([prompt + response])).last_hidden_state
+            values += value_model.score(states)[0, len(prompt) - 1:-1, 0].tolist()
     rewards, values, mask = tensor(rewards), tensor(values), old.mask.bool()
     if whiten:
         rewards = (rewards - rewards.mean()) / rewards.std(correction=0) + rewards.mean()
@@ -518,7 +519,7 @@ def test_Z_values_are_not_0_at_the_start_or_token_ids_are_misread(toy, tmp_path)
     run, *_ = prepared(toy, tmp_path)
     value_model = common.load_value_model(toy, run.tokenizer, "cpu")
     assert (common.token_values(value_model, pack([([1], [1, 2, 0]), ([2, 3], [1])], 0)) == 0).all()
-    assert torch.equal(value_model.model.embed_tokens.weight,
+    assert torch.equal(value_model.base_model.embed_tokens.weight,
                        harness.load_policy(run.config).model.embed_tokens.weight)
     common.load_value_model(save(tmp_path / "same", hidden=8), run.tokenizer, "cpu")
     with pytest.raises(UserError, match="value model .*other has another tokenizer") as error:

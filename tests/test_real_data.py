@@ -13,6 +13,7 @@ import common
 from common import UserError
 from conftest import settings
 from harness import loading
+from harness.rewards import EncoderReward
 from harness.run import as_it_came
 from tasks import Demonstration, Pair, Ranking, Task, preferences, words
 
@@ -142,7 +143,7 @@ def encoder(tmp_path_factory):
 
 
 def test_encoder_is_refused_or_reads_something_else_than_two_texts(encoder):
-    reward = common.load_reward_model(encoder, 512, "cpu")
+    reward = EncoderReward(**vars(common.load_reward_model(encoder, 512, "cpu")))
     prompts, responses = ["a", "abc", "ab" * 30, "ab" * 30], ["b", "dd", "c" * 4, "d" * 4]
     scores = reward(prompts, responses)
 

@@ -337,15 +337,18 @@ def test_judge_is_a_model_or_is_asked_for_another_texts_opinion():
 
 def test_judge_of_the_embedded_task_is_no_person_or_another_one_under_each_label_noise(toy, monkeypatch):
     monkeypatch.setattr(build, "proxy", lambda config: "the proxy")
-    monkeypatch.setattr(common, "load_reward_model", lambda path, *args: path)
+    decoder = SimpleNamespace(model=SimpleNamespace(score="a head"))
+    monkeypatch.setattr(common, "load_reward_model", lambda path, *args: {"the proxy": decoder}[path])
+    monkeypatch.setattr(harness.rewards, "check_checkpoint", lambda path, policy: None)
     task = Task("reviews", {}, opinion=functools.partial(reviews.opinion, seed=3), gold=reviews.gold)
     prompts = reviews.make_prompts("test", 5, 0)
     texts = [reviews.write("crowd", prompt, random.Random(0)) for prompt in prompts]
     want = [reviews.opinion(prompt, text, 3) for prompt, text in zip(prompts, texts)]
     for options in ({}, dict(label_noise=0.3, proxy_pairs="off_policy"), dict(reward="gold")):
         rewards = load_rewards(Config(**options), task)
-        assert list(rewards) == ["proxy", "judge"] and rewards["proxy"] == "the proxy"
+        assert list(rewards) == ["proxy", "judge"] and rewards["proxy"] is decoder
         assert rewards["judge"](prompts, texts).tolist() == pytest.approx(want, abs=1e-6)
+    monkeypatch.setattr(common, "load_reward_model", lambda path, *args: {"some/model": decoder}[path])
     assert list(load_rewards(Config(reward="some/model"), task)) == ["proxy"]
 
 

@@ -17,7 +17,7 @@ import steerlm
 import tasks
 from common import UserError
 from conftest import parameters, sgd, tensor
-from harness import conditioning
+from harness import asking, conditioning
 from harness.conditioning import rated_rows, rating_error
 from harness.evaluation import extend_vocabulary
 from steerlm import Sample, best_of, format_attributes, parse_attributes, rate_anew
@@ -885,9 +885,11 @@ def test_trained_policy_is_asked_for_something_else_than_steer_or_what_it_was_ev
         expected = whole(f"steer{steer}", steer=steer, **HUMAN).saved["asked"]
         warned = capsys.readouterr().err
         screen, asked = ask(toy, monkeypatch, capsys, finished.out, steer=steer)
-        assert asked == [["gf" + expected]] and screen.err == warned
-        first, *texts = screen.out.splitlines()
-        assert first == "gf" + expected and len(texts) == 3
+        assert asked == [["gf"], ["gf" + expected]] and screen.err == warned
+        first, *before, title = screen.out.splitlines()[:-3]
+        texts = screen.out.splitlines()[-3:]
+        assert (first, before[0], title) == ("gf" + expected, "before training:", "after training:")
+        assert len(before) == 4
     config = settings(toy, policy=str(finished.out))
     tokenizer = harness.load_tokenizer(config)
     torch.manual_seed(0)
@@ -906,7 +908,7 @@ def test_policy_without_attributes_or_of_another_method_is_asked(whole, toy, tmp
         json.dumps(finished.saved | {"method": "decision_transformer"}), encoding="utf-8")
     with pytest.raises(UserError, match="no attributes.json of steerlm.py"):
         ask(toy, monkeypatch, capsys, finished.out)
-    monkeypatch.setattr(conditioning, "ROOT", tmp_path)
+    monkeypatch.setattr(asking, "ROOT", tmp_path)
     with pytest.raises(UserError, match="there is no run to ask"):
         ask(toy, monkeypatch, capsys, "")
 
@@ -916,11 +918,11 @@ def test_latest_run_is_not_the_one_that_was_finished_last(whole, toy, tmp_path, 
             steer in (("9", "as=2"), ("10", "as=1"))]
     (tmp_path / "runs/steerlm/11").mkdir()                          # unfinished
     capsys.readouterr()
-    monkeypatch.setattr(conditioning, "ROOT", tmp_path)
+    monkeypatch.setattr(asking, "ROOT", tmp_path)
     for i in (0, 1, 0):
         (runs[i].out / "attributes.json").write_text(json.dumps(runs[i].saved), encoding="utf-8")
         stamp(runs[i].out / "attributes.json", runs[1 - i].out / "attributes.json")
-        assert ask(toy, monkeypatch, capsys, "")[1] == [["gf" + runs[i].saved["asked"]]]
+        assert ask(toy, monkeypatch, capsys, "")[1] == [["gf"], ["gf" + runs[i].saved["asked"]]]
 
 
 def stamp(newer, older):

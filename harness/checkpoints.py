@@ -1,0 +1,98 @@
+"""What is wrong with a checkpoint, found before anything is trained: its files, its kind, how it masks."""
+import json
+from pathlib import Path
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+import common
+from common import UserError
+from harness.adapters import settings_of
+
+POINTER = b"version https://git-lfs"
+
+
+def check_weights(file):
+    """UserError for a file of weights that is a git-lfs pointer, or only a part of itself."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(len(POINTER))
+        if head == POINTER:
+            raise UserError(f"{file} is a git-lfs pointer of {size} bytes, not the weights: git lfs pull")
+        if file.suffix != ".safetensors":
+            return
+        stream.seek(0)
+        length = int.from_bytes(stream.read(8), "little")                   # of the header, a JSON text
+        if size < 8 + length:
+            raise UserError(f"{file} is cut off: {size} bytes; download it again")
+        try:
+            entries = json.loads(stream.read(length))
+            whole = 8 + length + max((entry["data_offsets"][1] for name, entry in entries.items()
+                                      if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{file} is no safetensors file: download it again") from None
+    if size < whole:
+        raise UserError(f"{file} is cut off: {size} of {whole} bytes; download it again")
+
+
+def check_checkpoint(path, policy=True):
+    """UserError, with what to do, for a directory or id whose model cannot be used here.
+
+    policy: an encoder-decoder or an encoder is refused too, and an adapter is not.
+    """
+    folder = Path(path)
+    if settings_of(path) is not None:
+        if policy:
+            return
+        raise UserError(f"{path} is an adapter, not a whole model: merge it first (peft's merge_and_unload)")
+    with common.readable("a model", path):
+        settings, _ = PreTrainedConfig.get_config_dict(path)
+        if not settings or not isinstance(settings, dict):
+            raise ValueError("it has no config.json of a model")
+    quantised = settings.get("quantization_config")
+    if quantised:
+        raise UserError(f"{path} is a quantised checkpoint ({quantised.get('quant_method', 'unknown')}): it "
+                        "cannot be trained here; take the full-precision one")
+    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(f"{path} needs Python code of its own, which is never run: take a model of a class "
+                        "that transformers has")
+    if policy and settings.get("is_encoder_decoder"):
+        raise UserError(f"{path} is an encoder-decoder ({settings.get('model_type')}): these methods train "
+                        "decoders (causal language models)")
+    if folder.is_dir():
+        index = folder / "model.safetensors.index.json"
+        index = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {"weight_map": {}}
+        shards = sorted({*index["weight_map"].values()})
+        lost = [shard for shard in shards if not (folder / shard).exists()]
+        if lost:
+            raise UserError(f"{path} lacks {len(lost)} of its {len(shards)} files of weights: {lost[0]}")
+        for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+            check_weights(file)
+
+
+@torch.no_grad()
+def check_model(model, tokenizer, prompt, path):
+    """UserError for a policy whose log-probs depend on padding or on later tokens; probed on one prompt."""
+    known = model.get_input_embeddings().num_embeddings
+    for name in ("bos", "eos", "pad"):
+        token = getattr(tokenizer, f"{name}_token_id") or 0
+        if token >= known:
+            raise UserError(f"the tokenizer of {path} has {name.upper()} as token {token}, the model only "
+                            f"{known} embeddings: they do not belong together")
+    ids = (common.prompt_ids(tokenizer, [prompt])[0] * 12)[:12]
+    changed = ids[:-1] + [(ids[-1] + 1) % known]
+    pad, rows = tokenizer.pad_token_id, [(ids[:6], ids[6:]), (ids[:6], changed[6:])]
+    padded = common.pack([rows[0], ([pad] * 5 + ids, ids)], pad)[:1]         # PAD on both sides
+    dtype, model.compute_dtype = model.compute_dtype, torch.float32
+    alone, other, beside = (common.token_logps(model, batch.to(model.device))[0] for batch in
+                            (common.pack(rows[:1], pad), common.pack(rows[1:], pad), padded))
+    model.compute_dtype = dtype
+    start = int(padded.response_mask[0].argmax()) - 1
+    beside = beside[start:start + 6]
+    alone, other = alone[-6:], other[-6:]
+    if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise UserError(f"{path} ({type(model).__name__}) ignores the attention mask: log-probs change by "
+                        f"{(alone - beside).abs().max():.2g} nats with the padding of their batch, so it "
+                        "cannot be trained here")
+    if not torch.allclose(alone[:-1], other[:-1], rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise UserError(f"{path} ({type(model).__name__}) sees later tokens: it is no causal language model")

@@ -1,0 +1,212 @@
+"""LoRA: what is trained, what the reference is, what is saved and resumed; a policy from a saved adapter."""
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+from transformers import LlamaForSequenceClassification
+
+pytest.importorskip("peft")
+
+import common
+import harness
+from common import UserError
+from conftest import PAIRS, method_names, parameters, save_toy, settings, started
+from harness import adapters, loading
+
+every = pytest.mark.parametrize("method", method_names())
+
+
+def batch_of(tokenizer):
+    return common.encode(tokenizer, ["ab", "c"], ["de", "fgh"])
+
+
+def logps(model, batch):
+    with torch.no_grad():
+        return common.token_logps(model, batch)
+
+
+def moved(policy, scale=0.3):
+    """Change the adapter that is trained."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight += scale * torch.randn_like(weight)
+    return policy
+
+
+def test_training_starts_elsewhere_or_trains_more_than_the_adapter(toy):
+    plain, policy = harness.load_policy(settings(toy)), harness.load_policy(settings(toy, lora_rank=4))
+    batch = batch_of(harness.load_tokenizer(settings(toy)))
+    assert torch.equal(logps(plain, batch), logps(policy, batch))
+    names = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    assert not any("lm_head" in name or "embed" in name for name in names)
+    layers = policy.model.layers[0].self_attn.q_proj
+    assert layers.lora_A["default"].weight.shape == (4, 16) and layers.scaling["default"] == 2
+    optimizer, _ = common.adamw(policy, 1e-3, 10)
+    assert len(optimizer.param_groups[0]["params"]) == len(names)
+
+
+def test_reference_is_a_copy_or_moves_with_the_policy(toy, tmp_path):
+    run = started(toy, tmp_path / "run", lora_rank=4)
+    batch = batch_of(run.tokenizer)
+    before, reference = logps(run.policy, batch), run.load_reference()
+    moved(run.policy)
+    after = logps(run.policy, batch)
+    assert (after - before).abs().max() > 0.05
+    assert torch.equal(logps(reference, batch), before) and torch.equal(logps(run.policy, batch), after)
+    trained = [weight.requires_grad for weight in run.policy.parameters()]
+    logps(reference, batch)
+    assert [weight.requires_grad for weight in run.policy.parameters()] == trained
+    assert {id(weight) for weight in reference.parameters()} == {id(w) for w in run.policy.parameters()}
+
+
+def test_gradients_change_where_the_reference_is_read_in_between(toy, tmp_path):
+    run = started(toy, tmp_path / "run", lora_rank=4)
+    batch, reference = batch_of(run.tokenizer), run.load_reference()
+    moved(run.policy)
+
+    def gradients(between):
+        run.policy.zero_grad()
+        loss = -common.sequence_logps(run.policy, batch).sum()
+        between()
+        loss.backward()
+        return [weight.grad.clone() for weight in run.policy.parameters() if weight.grad is not None]
+
+    plain = gradients(lambda: None)
+    read = gradients(lambda: logps(reference, batch))
+    assert len(plain) == len(read) > 0 and all(map(torch.equal, plain, read))
+
+
+def test_saved_adapter_is_another_policy_or_a_whole_model(toy, tmp_path):
+    run = started(toy, tmp_path / "run", lora_rank=4)
+    moved(run.policy)
+    batch = batch_of(run.tokenizer)
+    want, before = logps(run.policy, batch), logps(run.load_reference(), batch)
+    harness.run.save_policy(run.policy, tmp_path / "saved", 4)
+    run.tokenizer.save_pretrained(tmp_path / "saved")
+    files = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} < files and "model.safetensors" not in files
+    named = json.loads((tmp_path / "saved" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert named["base_model_name_or_path"] == str(toy)
+    config = settings(toy, policy=str(tmp_path / "saved"))
+    merged = harness.load_policy(config)
+    torch.testing.assert_close(logps(merged, batch), want)
+    assert all(weight.requires_grad for weight in merged.parameters())
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    torch.testing.assert_close(logps(loading.load_reference(config), batch), want)
+    merged.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logps(common.load_policy(tmp_path / "whole", "cpu"), batch), want)
+    # trained on: the reference is what it began from, not the base model
+    again = dataclasses.replace(config, lora_rank=4)
+    policy = harness.load_policy(again)
+    reference = loading.load_reference(again, policy)
+    moved(policy)
+    torch.testing.assert_close(logps(reference, batch), want)
+    assert (want - before).abs().max() > 0.05 and (logps(policy, batch) - want).abs().max() > 0.05
+    assert all(weight.requires_grad == ("lora_" in name and ".default." in name)
+               for name, weight in policy.named_parameters())
+    with pytest.raises(UserError, match="adapter of rank 4: give --lora_rank 4"):
+        harness.load_policy(dataclasses.replace(config, lora_rank=8))
+
+
+def test_adapter_is_taken_for_a_reward_model(toy, tmp_path):
+    adapters.save(harness.load_policy(settings(toy, lora_rank=4)), tmp_path)
+    with pytest.raises(UserError, match="is an adapter, not a whole model: merge it first"):
+        started(toy, tmp_path / "run", reward=str(tmp_path))
+
+
+@every
+def test_method_trains_more_than_its_adapter_or_nothing(method, toy, tmp_path, monkeypatch):
+    module = importlib.import_module(method)
+    rows = [{"prompt": pair.prompt, "responses": [pair.chosen, pair.rejected, "ab"],
+             "scores": [0.9, 0.1, 0.5]} for pair in PAIRS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    if method in ("decision_transformer", "steerlm"):                # the toy has no letters for tags
+        monkeypatch.setattr(harness, "add_tags", lambda run, tags: None)
+        monkeypatch.setattr(module, "tag" if hasattr(module, "tag") else "format_attributes",
+                            lambda *args: "hg")
+        if method == "steerlm":
+            monkeypatch.setattr(harness, "steering", lambda *args: {"matrix": {}})
+            monkeypatch.setattr(harness, "steering_metrics", lambda matrix: {})
+            monkeypatch.setattr(harness, "report_steering", lambda *args: None)
+    extra = {"labels": "human"} if method == "steerlm" else {}
+    save_toy(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
+    config = settings(toy, module.Config, data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"),
+                      lora_rank=2, reward=str(tmp_path / "reward"), epochs=1.0, **extra)
+    base = harness.load_policy(settings(toy))
+    runs, plain = [], harness.run.start
+    monkeypatch.setattr(harness.run, "start", lambda config: runs.append(plain(config)) or runs[0])
+    result = harness.launch(module.train, config)
+    policy = runs[0].policy
+    after = dict(policy.named_parameters())
+    for name, weight in base.named_parameters():
+        kept = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(weight, kept)
+    adapter = [weight for name, weight in after.items() if "lora_B" in name]
+    assert adapter and all(weight.any() for weight in adapter)
+    assert result["eval/kl"] > 0 and result["state_mb"] < 0.2
+    batch = batch_of(runs[0].tokenizer)
+    saved = harness.load_policy(settings(toy, policy=str(tmp_path / "out")))
+    torch.testing.assert_close(logps(saved, batch), logps(policy, batch))
+
+
+def test_resumed_adapter_differs_from_a_straight_one_or_its_checkpoint_holds_the_base(toy, tmp_path,
+                                                                                       monkeypatch):
+    import ppo
+    reward = save_toy(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
+    options = dict(reward=str(reward), lora_rank=2, epochs=1.0, save_every=2)
+
+    def config(name, **more):
+        return settings(toy, ppo.Config, out=str(tmp_path / name), **options, **more)
+
+    harness.launch(ppo.train, config("straight"))
+    log = harness.Run.log
+
+    def kill(run, step, metrics):
+        log(run, step, metrics)
+        if step == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Run, "log", kill)
+        with pytest.raises(KeyboardInterrupt):
+            harness.launch(ppo.train, config("cut"))
+    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
+    assert all("lora_" in name or name.startswith("1.score") for name in state["trained"])
+    harness.launch(ppo.train, config("cut", resume=True))
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_reward_model_of_the_pairs_keeps_an_adapter_or_a_random_head(toy, tmp_path, no_traces):
+    run = started(toy, tmp_path / "run", reward="", lora_rank=2, limit=24)
+    model = run.rewards["proxy"].model
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    base = harness.load_policy(settings(toy))
+    assert not torch.equal(parameters(model.model), parameters(base.model))        # merged into the weights
+    assert model.score.weight.any()
+
+
+def test_learning_rate_of_an_adapter_is_that_of_all_weights(toy):
+    import dpo
+    assert dpo.Config(lora_rank=8).lr == 10 * dpo.Config().lr == 5e-3
+    assert dpo.Config(lora_rank=8, lr=1e-4).lr == 1e-4
+    assert (dpo.Config().reward_lr, dpo.Config(lora_rank=8).reward_lr) == (1e-5, 1e-4)
+
+
+def test_peft_that_is_missing_is_a_traceback(toy, monkeypatch):
+    import builtins
+    plain = builtins.__import__
+
+    def without_peft(name, *args, **kwargs):
+        if name == "peft":
+            raise ImportError(name)
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    with pytest.raises(UserError, match="pip install peft"):
+        harness.load_policy(settings(toy, lora_rank=2))

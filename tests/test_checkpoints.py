@@ -1,0 +1,165 @@
+"""What is wrong with a checkpoint is said in one line, before anything is trained."""
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel, LlamaForSequenceClassification
+
+import common
+import harness
+from common import UserError
+from conftest import save_toy, settings, started
+from harness import loading
+from harness.checkpoints import check_checkpoint, check_model
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+
+
+def config_of(path, **changes):
+    """Change config.json of a checkpoint."""
+    file = path / "config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(found), encoding="utf-8")
+    return path
+
+
+def shortened(file, content):
+    file.write_bytes(content(file.read_bytes()))
+
+
+@pytest.mark.parametrize("content, message", [
+    (lambda old: POINTER, r"model.safetensors is a git-lfs pointer of 131 bytes.*git lfs pull"),
+    (lambda old: old[:len(old) // 2], r"model.safetensors is cut off: \d+ of \d+ bytes; download it again"),
+    (lambda old: old[:20], "model.safetensors is cut off: 20 bytes; download it again"),
+    (lambda old: b"", "model.safetensors is cut off: 0 bytes; download it again"),
+    (lambda old: (9).to_bytes(8, "little") + b"not json!" + old, "is no safetensors file"),
+    (lambda old: (2).to_bytes(8, "little") + b"[]" + old, "is no safetensors file")])
+def test_file_of_weights_is_not_whole(content, message, tmp_path):
+    save_toy(tmp_path)
+    check_checkpoint(tmp_path)
+    shortened(tmp_path / "model.safetensors", content)
+    with pytest.raises(UserError, match=message):
+        check_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=message):
+        check_checkpoint(tmp_path, policy=False)
+
+
+def test_shard_is_missing(tmp_path):
+    save_toy(tmp_path)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match="lacks 1 of its 2 files of weights: model-00002.safetensors"):
+        check_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(quantization_config={"quant_method": "gptq"}), r"quantised checkpoint \(gptq\).*full-precision"),
+    (dict(model_type="mine", auto_map={"AutoConfig": "mine.A"}), "needs Python code of its own"),
+    (dict(model_type="t5", is_encoder_decoder=True), r"is an encoder-decoder \(t5\)")])
+def test_kind_of_checkpoint_that_no_method_can_use(changes, message, tmp_path):
+    config_of(save_toy(tmp_path), **changes)
+    with pytest.raises(UserError, match=message):
+        check_checkpoint(tmp_path)
+
+
+def test_family_with_code_of_its_own_that_transformers_knows_is_refused(tmp_path):
+    check_checkpoint(config_of(save_toy(tmp_path), auto_map={"AutoModelForCausalLM": "modeling_llama.Llama"}))
+
+
+def test_directory_without_config_or_with_broken_config_is_a_traceback(tmp_path):
+    for text in (None, "{", "[]"):
+        if text:
+            (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="cannot load a model from"):
+            check_checkpoint(tmp_path)
+
+
+def test_weights_that_are_missing_become_random(tmp_path):
+    from safetensors.torch import load_file, save_file
+    save_toy(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: weight for name, weight in weights.items() if name != lost},
+              tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks 1 weights, which would be random: ..{lost}"):
+        common.load_policy(tmp_path, "cpu")
+
+
+def test_language_model_is_taken_for_a_reward_model(tmp_path, toy):
+    with pytest.raises(UserError, match="lacks 1 weights, which would be random: ..score.weight"):
+        common.load_reward_model(toy, 64, "cpu")
+    save_toy(tmp_path, LlamaForSequenceClassification, num_labels=1)
+    assert common.load_reward_model(tmp_path, 64, "cpu").model.score.weight.any()
+
+
+def test_tied_weights_are_missing(tmp_path):
+    save_toy(tmp_path, tie_word_embeddings=True)
+    assert common.load_policy(tmp_path, "cpu").lm_head.weight.any()
+
+
+def test_tokenizer_of_another_model(tmp_path, toy):
+    policy, tokenizer = harness.load_policy(settings(toy)), harness.load_tokenizer(settings(toy))
+    check_model(policy, tokenizer, "a", toy)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(UserError, match="has PAD as token 9, the model only 9 embeddings"):
+        check_model(policy, tokenizer, "ab", toy)
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match="no embedding of, as in 'a<pad>'"):
+        loading.check_vocabulary(tokenizer, ["ab", "a<pad>"], [[1, 2], [1, 9]], 9)
+
+
+def test_unknown_words_are_trained_on_in_silence(toy, capsys):
+    tokenizer = harness.load_tokenizer(settings(toy))
+    tokenizer.unk_token = "a"
+    loading.check_vocabulary(tokenizer, ["bb"], [[2] * 199 + [1]], 9)
+    assert not capsys.readouterr().err
+    loading.check_vocabulary(tokenizer, ["bb"], [[2] * 3 + [1]], 9)
+    assert "25% of the words of the prompts are unknown to the model" in capsys.readouterr().err
+    with pytest.raises(UserError, match="60% of the words .* give --model"):
+        loading.check_vocabulary(tokenizer, ["bb"], [[2] * 2 + [1] * 3], 9)
+
+
+class IgnoresTheMask(torch.nn.Module):
+    """A policy that takes padding for words, or sees what comes later."""
+
+    def __init__(self, model, **changes):
+        super().__init__()
+        self.model, self.changes = model, changes
+        self.compute_dtype, self.head_is_all, self.device = torch.float32, False, model.device
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.model(input_ids=input_ids, use_cache=use_cache)
+
+
+def test_model_that_ignores_the_mask_is_trained(toy):
+    policy, tokenizer = harness.load_policy(settings(toy)), harness.load_tokenizer(settings(toy))
+    for prompt in ("a", "abcdefgh" * 5):
+        check_model(policy, tokenizer, prompt, toy)
+    with pytest.raises(UserError, match=r"\(IgnoresTheMask\) ignores the attention mask: log-probs"):
+        check_model(IgnoresTheMask(policy), tokenizer, "abc", "x")
+
+
+def test_model_that_sees_later_tokens_is_trained(toy):
+    torch.manual_seed(0)
+    bert = BertLMHeadModel(BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, intermediate_size=16,
+                                      num_attention_heads=2, initializer_range=1.0)).eval()
+    bert.compute_dtype = torch.float32
+    with pytest.raises(UserError, match=r"\(BertLMHeadModel\) sees later tokens: it is no causal language"):
+        check_model(bert, harness.load_tokenizer(settings(toy)), "abc", "x")
+
+
+def test_probe_changes_what_the_policy_computes_in(toy):
+    policy = common.load_policy(toy, "cpu", "bfloat16")
+    check_model(policy, harness.load_tokenizer(settings(toy)), "abc", toy)
+    assert policy.compute_dtype == torch.bfloat16
+
+
+def test_checks_are_made_after_the_data_is_read_or_not_at_all(toy, tmp_path):
+    save_toy(tmp_path / "model")
+    shortened(tmp_path / "model" / "model.safetensors", lambda old: POINTER)
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        started(tmp_path / "model", tmp_path / "run", data="missing.jsonl")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,152 @@
+"""--reward module:function: a reward of the user's own; and --prompt, which asks a finished run."""
+import dataclasses
+
+
+import pytest
+import torch
+
+import common
+import dpo
+import harness
+import raft
+from common import UserError
+from conftest import method_names, save_toy, settings, started
+from harness import asking, rewards
+from tasks.chat import Prompt
+
+MODULE = '''
+import math
+
+def letters(prompts, responses):
+    assert all(type(text) is str for text in [*prompts, *responses])
+    return [text.count("a") for text in responses]
+def short(prompts, responses):
+    import torch
+    return -torch.tensor([float(len(text)) for text in responses])
+def roles(prompts, responses):
+    return [len(prompt) + (prompt[0]["role"] == "user") for prompt in prompts]
+def one(prompts, responses):
+    return 1.0
+def few(prompts, responses):
+    return [1.0] * (len(responses) - 1)
+def words(prompts, responses):
+    return [1.0, "good", 2.0][:len(responses)]
+def infinite(prompts, responses):
+    return [1.0, 2.0, math.nan][:len(responses)]
+value = 3
+'''
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's in the current directory."""
+    (tmp_path / "my_rewards.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewards.sys, "path", [*rewards.sys.path])
+    yield tmp_path
+    rewards.sys.modules.pop("my_rewards", None)
+
+
+def scores(text, prompts=("p", "q", "r"), responses=("aa", "ba", "b")):
+    return rewards.UserReward(rewards.functions_of(text))(list(prompts), list(responses)).tolist()
+
+
+def test_functions_are_not_called_or_not_weighted(mine):
+    assert scores("my_rewards:letters") == [2, 1, 0]
+    assert scores("my_rewards:letters*0.5, my_rewards:short*2") == [1 - 4, 0.5 - 4, -2]
+    assert scores("my_rewards:letters*-1") == [-2, -1, 0]
+
+
+def test_function_gets_other_texts_than_the_data_has(mine):
+    sampled, chat = common.Sampled("a"), Prompt("<user>p")
+    chat.messages = [{"role": "user", "content": "p"}]
+    assert scores("my_rewards:roles", [chat], ["a"]) == [2]
+    assert scores("my_rewards:letters", [Prompt("p")], [sampled]) == [1]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("my_rewards:none", "my_rewards:none'.*write module:function"),
+    ("absent:f", "absent:f'.*No module named"),
+    ("my_rewards:letters*much", "letters.much'.*could not convert"),
+    ("my_rewards:one", "my_rewards:one returned '1.0' for 3 responses, not a list"),
+    ("my_rewards:few", r"few returned '\[1.0, 1.0\]' for 3 responses, not a list"),
+    ("my_rewards:words", "words returned 'good' for row 1 of 3: prompt 'q', response 'ba'"),
+    ("my_rewards:infinite", "infinite returned nan for row 2 of 3: prompt 'r', response 'b'"),
+    ("my_rewards:value", "my_rewards:value is no function")])
+def test_bad_function_is_a_traceback_or_its_row_is_not_named(text, message, mine):
+    with pytest.raises(UserError, match=message):
+        scores(text)
+
+
+def test_reward_of_the_user_is_not_what_a_method_maximises(mine, toy):
+    start = started(toy, mine / "run", reward="my_rewards:letters*3")
+    reward = harness.reward_to_maximise(start)
+    values = reward(["c"] * 3, ["", "a", "aa"])
+    assert torch.allclose(values.diff(), values.diff()[0]) and values.diff()[0] > 0
+    assert reward.std > 0 and start.rewards["proxy"] is reward                  # scaled as every reward
+    result = harness.launch(raft.train, settings(toy, raft.Config, out=str(mine / "raft"), epochs=4.0,
+                                                 reward="my_rewards:letters", lr=1e-2, candidates=4))
+    first, last = result["trace"][0], result["trace"][-1]
+    assert last["eval/proxy"] > first["eval/proxy"] + 0.3 and last["eval/win_rate"] > 0.5
+
+
+# ---- --prompt
+
+def finished(toy, out, **kwargs):
+    harness.launch(dpo.train, settings(toy, dpo.Config, out=str(out), epochs=4.0, lr=3e-2, **kwargs))
+    return out
+
+
+def printed(capsys, **kwargs):
+    """(what was asked, answers before, answers after) on the screen."""
+    capsys.readouterr()
+    asking.ask(dpo.Config(**{**dict(prompt="cd", device="cpu", eval_samples=3), **kwargs}), "dpo")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "before training:" and lines[4] == "after training:" and len(lines) == 8
+    return first, [line.strip() for line in lines[1:4]], [line.strip() for line in lines[5:]]
+
+
+def test_run_is_asked_with_other_options_than_its_own(toy, tmp_path, capsys):
+    out = finished(toy, tmp_path / "run", temperature=0.7)
+    asked, before, after = printed(capsys, policy=str(out))
+    assert asked == "cd" and before != after
+
+    def sampled(path):
+        config = settings(toy, temperature=0.7, policy=str(path))
+        policy, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
+        torch.manual_seed(0)
+        batch = common.generate(policy, tokenizer, ["cd"], 3, 0.7, max_new_tokens=5)
+        return [str(text) for text in common.decode(tokenizer, batch)]
+
+    assert before == sampled(toy) and after == sampled(out)
+    assert printed(capsys, policy=str(out), seed=3)[2] != after
+    assert all(len(text) <= 2 for text in printed(capsys, policy=str(out), max_new_tokens=2)[2])
+
+
+def test_run_of_an_adapter_cannot_be_asked(toy, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = finished(toy, tmp_path / "run", lora_rank=4)
+    _, before, after = printed(capsys, policy=str(out))
+    assert before != after
+
+
+def test_latest_run_is_another_or_an_unfinished_one(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(asking, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="there is no run to ask"):
+        printed(capsys)
+    out = finished(toy, tmp_path / "runs" / "dpo" / "001")
+    (tmp_path / "runs" / "dpo" / "002").mkdir()
+    assert printed(capsys) == printed(capsys, policy=str(out))
+    with pytest.raises(UserError, match="no args.json: give --policy the directory of a finished run"):
+        printed(capsys, policy=str(toy))
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_script_has_no_prompt(method, toy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness.run, "ask", lambda config, name: asked.append((config.prompt, name)))
+    module = __import__(method)
+    assert "prompt" in {field.name for field in dataclasses.fields(module.Config)}
+    monkeypatch.setattr(rewards.sys, "argv", [f"{method}.py", "--prompt", "hello"])
+    harness.main(module.Config, module.train)
+    assert asked == [("hello", method)]
