@@ -174,7 +174,7 @@ def train(run):
         if not held_out:
             return {}
         _, metrics = losses_and_metrics(config, harness.response_logps(run, held_out)[0], held_out_ref_logps)
-        return {f"eval/{name}": values.float().mean().item() for name, values in metrics.items()}
+        return harness.held_out(metrics)                        # means, and their standard errors
 
     optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
     run.amend(**held_out_metrics())

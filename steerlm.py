@@ -59,7 +59,7 @@ class Config(harness.Config):
     rated: int = option(4096, "embedded task: how many of the demonstrations people have rated")
     labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
     attributes: Optional[str] = option(None, "'A,B': those to use (default: three, see below; of a file all)")
-    quality: str = option("", "'A,B': these are quality (default: quality, score, or sentiment,topicality)")
+    quality: str = option("", "'A,B': these are quality (default: quality, helpfulness, or score)")
     share: float = option(1.0, "train on this part of the responses only, those with the highest quality")
     predictor: Literal["lm", "regression"] = option("regression", "step 1: an LM, or a regression head")
     predictor_lr: Optional[float] = option(None, "learning rate of step 1; the default depends on the model")

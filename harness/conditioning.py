@@ -82,9 +82,12 @@ def rated_rows(task, split, attributes=""):
     return [row._replace(attributes={name: row.attributes[name] for name in names}) for row in rows]
 
 
+QUALITIES = "quality", "helpfulness", "score", "sentiment,topicality"         # what --quality is by default
+
+
 def quality_of(config, names):
     """The attributes that stand for quality: the more the better."""
-    for wanted in [config.quality] if config.quality else ["quality", "score", "sentiment,topicality"]:
+    for wanted in [config.quality] if config.quality else QUALITIES:
         wanted = [name.strip() for name in wanted.split(",")]
         if set(wanted) <= set(names):
             return wanted

@@ -21,6 +21,15 @@ def mean_and_error(values):
     return means.mean().item(), (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
 
 
+def held_out(metrics):
+    """Of {name: values [n]} of n held-out pairs: {"eval/<name>": mean, "eval/<name>_se": its error}."""
+    found = {}
+    for name, values in metrics.items():
+        found[f"eval/{name}"], error = mean_and_error(values[:, None])
+        found |= {} if error is None else {f"eval/{name}_se": error}
+    return found
+
+
 def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
     """Sample the test prompts and measure; the same prompts and random numbers at every call with one config.
 

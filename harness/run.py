@@ -85,11 +85,15 @@ class Run:
         self.count_time()
         self.open()
         with tqdm(total=len(plan), initial=self.step, disable=self.config.quiet or None) as self.bar:
-            for step in range(self.step, len(plan)):
+            first, began = self.step, time.time()
+            for step in range(first, len(plan)):
                 torch.manual_seed(random.Random(f"{self.config.seed} {step}").getrandbits(62))
                 self.clock = now()                              # evaluations and checkpoints do not count
                 yield step, plan[step]
                 self.bar.update()
+                minutes = (time.time() - began) / 60 * (len(plan) - first - 1)
+                if step == first and minutes > 2 and not self.config.quiet:
+                    print(f"{len(plan)} steps, about {minutes:.0f} min", file=sys.stderr)
                 if self.config.save_every and (step + 1) % self.config.save_every == 0:
                     self.checkpoint()
 
@@ -324,6 +328,9 @@ def start(config):
     if config.data != "reviews":
         loading.fit_task(tokenizer, task, policy.embeddings_came)
         check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
+    pairs = len(task.pairs.get("test", []))
+    if 0 < pairs < 30:
+        warn(f"{pairs} held-out pairs are too few to tell: their accuracy moves in steps of {1 / pairs:.2f}")
     check_policy(policy, tokenizer, task, 0)
     torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
     return Run(config, out, task, tokenizer, policy, rewards, began=began)

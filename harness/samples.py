@@ -9,7 +9,7 @@ import torch
 
 import common
 from common import UserError, warn
-from harness.evaluation import check_policy
+from harness.evaluation import check_policy, held_out
 from harness.loading import demonstrations
 from harness.rewards import reward_to_maximise
 from harness.stages import check_finite
@@ -168,5 +168,5 @@ def score_metrics(run, pairs):
         return {}
     logps, lengths = response_logps(run, pairs)                                                       # [N, 2]
     chosen, rejected = (logps / lengths).unbind(1)
-    return {"eval/score_accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).mean().item(),
-            "eval/nll": -(logps[:, 0].sum() / lengths[:, 0].sum()).item()}
+    return held_out({"score_accuracy": (chosen > rejected) + 0.5 * (chosen == rejected)}) | {
+        "eval/nll": -(logps[:, 0].sum() / lengths[:, 0].sum()).item()}

@@ -412,6 +412,8 @@ def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
         try:
             kind, example, key, fault = read(where, parse)
         except UserError as error:
+            if not skip_bad_rows and examples and "--skip_bad_rows" not in str(error):
+                raise UserError(f"{error}; --skip_bad_rows leaves such rows out") from error
             if not skip_bad_rows:
                 raise
             fault = (str(error).removeprefix(f"{where}: "), "")

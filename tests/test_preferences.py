@@ -149,7 +149,7 @@ def test_rankings_and_demonstrations_in_chat_form(tmp_path, tokenizer):
 
 def test_a_chat_needs_a_template(tmp_path, tokenizer):
     path = write(tmp_path / "c.jsonl", [{"prompt": [USER]}, {"prompt": [{"role": "tool", "content": "x"}]}])
-    refused = 'c.jsonl line 2: the chat template refuses "prompt" (no tools)'
+    refused = 'c.jsonl line 2: the chat template refuses "prompt" (no tools); --skip_bad_rows leaves such rows out'
     assert message(path, tokenizer=tokenizer) == refused
     tokenizer.chat_template = None
     for without in (None, tokenizer):
@@ -314,7 +314,8 @@ def test_left_out_rows_are_counted_by_reason(tmp_path, capsys):
 
 def test_rows_of_one_file_are_of_one_kind(tmp_path):
     path = write(tmp_path / "rows.jsonl", [pair(1), pair(2), {"prompt": "p", "completion": "a"}])
-    assert message(path) == "rows.jsonl line 3: this row is a demonstration, the rows before it are pairs"
+    assert message(path) == ("rows.jsonl line 3: this row is a demonstration, the rows before it are pairs; "
+                             "--skip_bad_rows leaves such rows out")
 
 
 @pytest.mark.parametrize("rows", [[], [""], [pair(1, "a", "a")]])

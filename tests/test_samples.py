@@ -694,7 +694,9 @@ def test_nll_or_accuracy_of_held_out_pairs_is_per_sequence(toy, monkeypatch):
     logps, lengths = torch.tensor([[-2.0, -9], [-2, -3], [-4, -6]]), torch.tensor([[2.0, 3], [1, 3], [2, 3]])
     monkeypatch.setattr(harness.samples, "response_logps", lambda run, pairs: (logps, lengths))
     metrics = harness.score_metrics(None, [GOOD] * 3)
-    assert metrics == {"eval/score_accuracy": 0.5, "eval/nll": pytest.approx(8 / 5)}
+    error = math.sqrt(0.25 / 3)                                     # of 1, 0 and 0.5, a sample of three
+    assert metrics == {"eval/score_accuracy": 0.5, "eval/score_accuracy_se": pytest.approx(error),
+                       "eval/nll": pytest.approx(8 / 5)}
     assert harness.score_metrics(None, []) == {}
 
 
