@@ -237,10 +237,10 @@ def head_is_all(model, batch):
     if not hasattr(model, "head_is_all"):
         ids = batch.input_ids[:1, -16:]
         few = inputs(model, Batch(ids, torch.ones_like(ids), batch.response_mask[:1, -16:]))
-        logits, hidden = model(**few).logits, model.base_model(**few).last_hidden_state
+        logits, hidden = model(**few).logits, getattr(model.base_model(**few), "last_hidden_state", None)
         # a soft cap changes small logits too little to be seen below
         capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
-        model.head_is_all = not capped and torch.allclose(
+        model.head_is_all = hidden is not None and not capped and torch.allclose(
             logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3, equal_nan=True)
         if not model.head_is_all:
             warn(f"{type(model).__name__} changes its logits after the LM head: log-probs hold all of them")

@@ -36,8 +36,11 @@ def base_path(path):
 def add(model, rank, kind=None):
     """Freeze the model and put a new adapter into it. kind "SEQ_CLS": a new head is trained too."""
     peft = library()
-    keep(model, peft.get_peft_model(model, peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind), TRAINED))
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
+    try:
+        keep(model, peft.get_peft_model(model, settings, TRAINED))
+    except ValueError as error:                                              # Mamba's layers, for one
+        raise UserError(f"no LoRA for {type(model).__name__} ({error}): leave out --lora_rank") from None
 
 
 def keep(model, handle):

@@ -149,7 +149,8 @@ def test_rankings_and_demonstrations_in_chat_form(tmp_path, tokenizer):
 
 def test_a_chat_needs_a_template(tmp_path, tokenizer):
     path = write(tmp_path / "c.jsonl", [{"prompt": [USER]}, {"prompt": [{"role": "tool", "content": "x"}]}])
-    refused = 'c.jsonl line 2: the chat template refuses "prompt" (no tools); --skip_bad_rows leaves such rows out'
+    refused = ('c.jsonl line 2: the chat template refuses "prompt" (no tools); '
+               '--skip_bad_rows leaves such rows out')
     assert message(path, tokenizer=tokenizer) == refused
     tokenizer.chat_template = None
     for without in (None, tokenizer):
