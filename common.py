@@ -179,10 +179,7 @@ def pick_logps(logits, targets, temperature):
 
 
 def gather_logps(logits, input_ids, temperature=1.0):
-    """log p of every next token [B, T-1] in nats, float32 or better: entry t is log p(input_ids[:, t + 1]).
-
-    logits [B, T, V] are divided by the temperature first; logits[:, t] predicts input_ids[:, t + 1].
-    """
+    """log p(input_ids[:, t + 1]) at entry t of [B, T-1], nats, float32 or better; of logits / temperature."""
     return pick_logps(logits[:, :-1], input_ids[:, 1:], temperature)
 
 
@@ -275,8 +272,8 @@ def readable(what, path):
 def load(auto_class, path, device="auto", dtype="auto", **head):
     """Any Hugging Face model: float32 weights, every dropout off. UserError where it cannot be loaded whole.
 
-    dtype: what forward passes compute in; auto is bfloat16 autocast on CUDA, else float32. head: num_labels
-    of a new head, which is to be trained; without it, weights that the path lacks are an error.
+    dtype: of forward passes; auto is bfloat16 autocast on CUDA, else float32. head: num_labels of a new head,
+    which is to be trained; without it, weights that the path lacks are an error.
     """
     with readable("a model", path):
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False, **head)
@@ -288,6 +285,8 @@ def load(auto_class, path, device="auto", dtype="auto", **head):
         missing = sorted(n for n in info["missing_keys"] if not (head and ("score" in n or "class" in n)))
         if missing:
             raise ValueError(f"it lacks {len(missing)} weights, which would be random: {missing[:3]}")
+    if info["unexpected_keys"] and not head and auto_class is not AutoModel:
+        warn(f"{path} has weights that are not used: {sorted(info['unexpected_keys'])[:3]}")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0                                     # some classes hard-code a dropout of their own

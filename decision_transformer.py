@@ -58,24 +58,21 @@ class Config(harness.Config):
     objective: Literal["dt", "filter", "rwr", "sft"] = option("dt", "what to make of the samples, see above")
     sources: Optional[Literal["S", "P", "D", "DP"]] = option(
         None, "S demonstrations for SFT (tiny), P the data's ranked answers, D the policy's samples, DP both")
-    demonstrations: int = option(23000, "how many demonstrations count, with --sources S")
-    candidates: int = option(8, "samples of the policy for each prompt")
+    demonstrations: int = option(23000, "how many demonstrations count, with --sources S", "(0, inf)")
+    candidates: int = option(8, "samples of the policy for each prompt", "(0, inf)")
     systems: str = option("", "'A,B': the writers whose answers count in P (default: all)")
-    bins: int = option(10, "levels of the reward, with equally many samples each")
+    bins: int = option(10, "levels of the reward, with equally many samples each", "[2, inf)")
     control: Optional[Literal["tokens", "text"]] = option(None, "a token a level (tiny), or reward as text")
-    share: float = option(0.1, "part of the samples that filter keeps")
-    beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned here)")
-    validation: float = option(0.125, "share of the train prompts kept apart, to choose what to ask for")
+    share: float = option(0.1, "part of the samples that filter keeps", "(0, 1]")
+    beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned here)", "(0, inf)")
+    validation: float = option(
+        0.125, "share of the train prompts kept apart, to choose what to ask for", "[0, 1)")
     steer: str = option("", "'reward=9': the level to ask for (default: the best on the validation prompts)")
 
     def __post_init__(self):
         super().__post_init__()
         kind = ("S", "tokens") if self.model == "tiny" else ("P", "text")
         self.sources, self.control = self.sources or kind[0], self.control or kind[1]
-        self.check(lambda value: value > 0, "be above 0", "candidates", "beta", "demonstrations")
-        self.check(lambda value: value > 1, "be at least 2", "bins")
-        self.check(lambda value: 0 < value <= 1, "be in (0, 1]", "share")
-        self.check(lambda value: 0 <= value < 1, "be in [0, 1)", "validation")
 
 
 def rwr_weights(rewards, beta):

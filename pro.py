@@ -57,21 +57,21 @@ class Config(harness.Config):
     sources: Literal["P", "D", "DP"] = option(
         "D", "candidates: P the data's own answers, D samples of the policy, DP both")
     candidates: int = option(
-        5, "samples of the policy for each prompt: with --sources D the ranking length (paper: 2 to 5)")
+        5, "samples of the policy for each prompt: with --sources D the ranking length (paper: 2 to 5)",
+        "(0, inf)")
     systems: Optional[str] = option(
         None, "'A,B': the writers whose answers count in P (default: off_policy,weak; of a file all)")
-    sft_weight: float = option(0.05, "weight of the SFT loss, times (ranking length - 1)^2 (paper: 0.05)")
+    sft_weight: float = option(
+        0.05, "weight of the SFT loss, times (ranking length - 1)^2 (paper: 0.05)", "[0, inf)")
     dynamic_temperature: bool = option(True, "scale each score by its reward gap (Eq. 7 to 9)")
-    terms: int = option(0, "how many of the ranking's terms count, from the top (0: all)")
+    terms: int = option(0, "how many of the ranking's terms count, from the top (0: all)", "[0, inf)")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
-    eval_pairs: int = option(512, "held-out pairs scored at each evaluation")
+    eval_pairs: int = option(512, "held-out pairs scored at each evaluation", "(0, inf)")
 
     def __post_init__(self):
         super().__post_init__()
         if self.systems is None:
             self.systems = "off_policy,weak" if self.data == "reviews" else ""
-        self.check(lambda value: value >= 0, "not be negative", "sft_weight", "terms")
-        self.check(lambda value: value > 0, "be above 0", "candidates", "eval_pairs")
         self.check(lambda value: self.sources != "D" or value > 1,
                    "be at least 2 with --sources D: one has no rank", "candidates")
 

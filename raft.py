@@ -61,13 +61,13 @@ class Config(harness.Config):
     epochs: Optional[float] = option(
         None, "passes over the kept samples in every round; the default depends on the model")
     batch_size: int = option(32, "responses per optimizer step")
-    rounds: int = option(5, "how often to sample, keep the best and fine-tune")
-    prompts: int = option(256, "prompts of each round (0: all)")
-    candidates: int = option(8, "K, the samples for each prompt (paper: 8 to 32)")
+    rounds: int = option(5, "how often to sample, keep the best and fine-tune", "(0, inf)")
+    prompts: int = option(256, "prompts of each round (0: all)", "[0, inf)")
+    candidates: int = option(8, "K, the samples for each prompt (paper: 8 to 32)", "(0, inf)")
     ranking: Literal["local", "global"] = option(
         "local", "keep the best of each prompt, or the best of all samples")
-    share: float = option(0.0, "what part of all samples a global ranking keeps (0: 1/K)")
-    kl_coef: float = option(0.0, "weight of the KL penalty in the ranking (paper: 0 to 0.1)")
+    share: float = option(0.0, "what part of all samples a global ranking keeps (0: 1/K)", "[0, 1]")
+    kl_coef: float = option(0.0, "weight of the KL penalty in the ranking (paper: 0 to 0.1)", "[0, inf)")
     pool: Literal["last", "all"] = option(
         "last", "fine-tune on what the last round kept, or all rounds; in equally many steps")
     restart: bool = option(False, "every round fine-tunes the initial policy again (Llama 2)")
@@ -79,9 +79,6 @@ class Config(harness.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check(lambda value: value > 0, "be above 0", "rounds", "candidates")
-        self.check(lambda value: value >= 0, "not be negative", "prompts", "kl_coef")
-        self.check(lambda value: 0 <= value <= 1, "be in [0, 1]", "share")
         if self.share and self.ranking == "local":
             raise UserError("--share is for --ranking global: a local ranking keeps one sample of a prompt")
 

@@ -58,25 +58,27 @@ class Config(harness.Config):
         None, "passes over the prompts, in every round; the default depends on the model")
     sources: Literal["P", "D", "DP"] = option(
         "DP", "candidates: P the data's own answers, D samples of the policy, DP both")
-    candidates: int = option(4, "samples of the policy for each prompt (paper: 4, beside 2 of the data's)")
+    candidates: int = option(
+        4, "samples of the policy for each prompt (paper: 4, beside 2 of the data's)", "(0, inf)")
     systems: Optional[str] = option(
         None, "'A,B': the writers whose answers count in P (default: off_policy,weak; of a file all)")
-    rounds: int = option(1, "in each round the policy, as it is then, samples new candidates (paper: 1 to 3)")
-    rank_weight: float = option(1.0, "weight of the ranking loss (paper: 1; 10 and 100 were worse)")
-    sft_weight: float = option(1.0, "weight of the SFT loss on the best candidate (paper: 1)")
-    length_penalty: float = option(1.0, "exponent of the length in Eq. 1 (above 1: favours long responses)")
+    rounds: int = option(
+        1, "in each round the policy, as it is then, samples new candidates (paper: 1 to 3)", "(0, inf)")
+    rank_weight: float = option(
+        1.0, "weight of the ranking loss (paper: 1; 10 and 100 were worse)", "[0, inf)")
+    sft_weight: float = option(1.0, "weight of the SFT loss on the best candidate (paper: 1)", "[0, inf)")
+    length_penalty: float = option(
+        1.0, "exponent of the length in Eq. 1 (above 1: favours long responses)", "[0, inf)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
         "linear", "of the learning rate (paper: linear; official scripts: cosine)")
     warmup: float = option(
         0.03, "share of the steps over which the learning rate rises linearly from 0 (official code: 0.03)")
-    eval_pairs: int = option(512, "held-out pairs scored at each evaluation")
+    eval_pairs: int = option(512, "held-out pairs scored at each evaluation", "(0, inf)")
 
     def __post_init__(self):
         super().__post_init__()
         if self.systems is None:
             self.systems = "off_policy,weak" if self.data == "reviews" else ""
-        self.check(lambda value: value >= 0, "not be negative", "rank_weight", "sft_weight", "length_penalty")
-        self.check(lambda value: value > 0, "be above 0", "rounds", "candidates", "eval_pairs")
         self.check(lambda value: self.sources != "D" or value > 1,
                    "be at least 2 with --sources D: one has no rank", "candidates")
 

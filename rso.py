@@ -59,13 +59,14 @@ class Config(harness.Config):
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}    # tiny: tuned likewise
     loss: Literal["sigmoid_norm", "hinge", "hinge_norm"] = option("sigmoid_norm", "Eq. 8, 9 or 10")
     GAMMA: ClassVar = {"tiny": 0.2, "real": 0.05}    # tiny: tuned likewise; real: the paper's
-    gamma: Optional[float] = option(None, "scale of the loss's margin (tiny 0.2, else 0.05)")
+    gamma: Optional[float] = option(None, "scale of the loss's margin (tiny 0.2, else 0.05)", "(0, inf)")
     source: Literal["rso", "sft", "direct"] = option(
         "rso", "pairs of rejection-sampled or of plain samples, or the data's own")
-    candidates: int = option(16, "samples of the SFT policy for each prompt (paper: 64)")
-    num_samples: int = option(4, "how many of them are kept (paper: 8)")
+    candidates: int = option(16, "samples of the SFT policy for each prompt (paper: 64)", "(0, inf)")
+    num_samples: int = option(4, "how many of them are kept (paper: 8)", "[2, inf)")
     beta: float = option(
-        0.5, "temperature of rejection sampling in deviations of the reward (paper: 0.5); 0: the top")
+        0.5, "temperature of rejection sampling in deviations of the reward (paper: 0.5); 0: the top",
+        "[0, inf)")
     pairs: Literal["first_round", "tournament"] = option(
         "first_round", "n/2 pairs of n samples, or n-1: winners meet again")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
@@ -74,9 +75,6 @@ class Config(harness.Config):
         super().__post_init__()
         if self.gamma is None:
             self.gamma = self.GAMMA["tiny" if self.model == "tiny" else "real"]
-        self.check(lambda value: value > 0, "be above 0", "gamma")
-        self.check(lambda value: value >= 0, "not be negative", "beta")
-        self.check(lambda value: value > 1, "be at least 2: a pair", "num_samples")
         self.check(lambda value: value >= self.num_samples,
                    f"be at least --num_samples {self.num_samples}", "candidates")
 

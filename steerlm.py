@@ -55,17 +55,20 @@ class Config(harness.Config):
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
     start: Optional[Literal["base", "policy"]] = option(
         None, "step 3 trains --model (base) or --policy (default: tiny base, the paper's; else policy)")
-    demonstrations: int = option(23000, "how many of the demonstrations count (0: rated responses alone)")
-    rated: int = option(4096, "embedded task: how many of the demonstrations people have rated")
+    demonstrations: int = option(
+        23000, "how many of the demonstrations count (0: rated responses alone)", "[0, inf)")
+    rated: int = option(4096, "embedded task: how many of the demonstrations people have rated", "[0, inf)")
     labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
     attributes: Optional[str] = option(None, "'A,B': those to use (default: three, see below; of a file all)")
     quality: str = option("", "'A,B': these are quality (default: quality, helpfulness, or score)")
-    share: float = option(1.0, "train on this part of the responses only, those with the highest quality")
+    share: float = option(
+        1.0, "train on this part of the responses only, those with the highest quality", "(0, 1]")
     predictor: Literal["lm", "regression"] = option("regression", "step 1: an LM, or a regression head")
-    predictor_lr: Optional[float] = option(None, "learning rate of step 1; the default depends on the model")
-    predictor_epochs: float = option(4.0, "passes over the rated responses in step 1")
-    rounds: int = option(0, "rounds of bootstrapping (paper: 1)")
-    bootstrap_epochs: float = option(2.0, "passes over a round's samples, two for each prompt")
+    predictor_lr: Optional[float] = option(
+        None, "learning rate of step 1; the default depends on the model", "(0, inf)")
+    predictor_epochs: float = option(4.0, "passes over the rated responses in step 1", "(0, inf)")
+    rounds: int = option(0, "rounds of bootstrapping (paper: 1)", "[0, inf)")
+    bootstrap_epochs: float = option(2.0, "passes over a round's samples, two for each prompt", "(0, inf)")
     steer: str = option("", "'quality=9,verbosity=0': what to ask for; other attributes as the data has them")
 
     def __post_init__(self):
@@ -75,9 +78,6 @@ class Config(harness.Config):
             self.predictor_lr = 4e-3 if self.model == "tiny" else 5e-6
         if self.attributes is None:
             self.attributes = "sentiment,topicality,verbosity" if self.data == "reviews" else ""
-        self.check(lambda v: v > 0, "be above 0", "predictor_epochs", "bootstrap_epochs", "predictor_lr")
-        self.check(lambda value: value >= 0, "not be negative", "rounds", "demonstrations", "rated")
-        self.check(lambda value: 0 < value <= 1, "be in (0, 1]", "share")
         if self.start == "base" and self.lora_rank:
             raise UserError("--start base trains all weights of the base model: leave out --lora_rank")
         if self.labels != "predicted" and self.rounds:

@@ -48,7 +48,8 @@ def main(flags):
     for name, (method, own) in RUNS.items():
         for kind, more in (("all", []), (f"LoRA, rank {RANK}", ["--lora_rank", str(RANK)])):
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, __file__, "--measure", method, folder + "/run", *own, *more, *flags]
+                own_flags = [*own, *more, *flags]
+                command = [sys.executable, __file__, "--measure", method, folder + "/run", *own_flags]
                 process = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
             if process.returncode:
                 sys.exit(process.returncode)

@@ -1,13 +1,54 @@
 """Options of every script. A method's Config adds its own and may change these defaults."""
+import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, Optional, get_args, get_origin
 
 from common import UserError
 
+LARGEST = 2 ** 62                                                    # of whole numbers: they must fit 64 bits
 
-def option(default, text):
-    """A field of a Config: its default, and what --help says about it."""
+
+class Help(str):
+    """What --help says, with the interval of a number (the parser takes no other metadata of a field)."""
+    interval = ""
+
+
+def option(default, text, interval=""):
+    """A field of a Config: its default, what --help says about it, and what a number of it may be.
+
+    interval: as in mathematics, "[0, 1)" or "(0, inf)". Every number has one: this one, or that of the field
+    of this name in harness.Config.
+    """
+    text = Help(text)
+    text.interval = interval
     return field(default=default, metadata={"help": text})
+
+
+def outside(value, interval):
+    """What the number must be, if it is not in the interval: "be above 0"; else ""."""
+    opening, low, high, closing = re.fullmatch(r"([(\[])(\S+), (\S+)([)\]])", interval).groups()
+    low, high = float(low), float(high)
+    inside = math.isfinite(value) and (low < value or opening == "[" and low == value) and (
+        value < high or closing == "]" and high == value)
+    if inside and not (isinstance(value, int) and abs(value) > LARGEST):
+        return ""
+    if not math.isfinite(value) or high < math.inf or value > low:
+        return f"be in {interval}" if high < math.inf else "be a finite number that fits 64 bits"
+    return "not be negative" if (opening, low) == ("[", 0) else \
+        f"be {'at least' if opening == '[' else 'above'} {low:g}"
+
+
+def is_number(kind):
+    """Is this the type of a number, or Optional of one?"""
+    return bool({int, float} & {kind, *get_args(kind)})
+
+
+def interval_of(number):
+    """The interval of a field of a method's Config, if need be from the field of this name in Config."""
+    shared = {f.name: f for f in fields(Config)}.get(number.name, number)
+    own, theirs = (getattr(f.metadata.get("help"), "interval", "") for f in (number, shared))
+    return own or theirs
 
 
 @dataclass
@@ -21,53 +62,62 @@ class Config:
 
     model: str = option("tiny", "'tiny' (built here, no download) or any causal LM: a directory or a hub id")
     policy: str = option("", "start from this saved policy, which is then the reference too")
-    lora_rank: int = option(0, "train LoRA adapters of this rank, ten times as fast (0: all weights)")
+    lora_rank: int = option(
+        0, "train LoRA adapters of this rank, ten times as fast (0: all weights)", "[0, inf)")
     prompt: str = option("", "no training: what --policy, or the last run, answers to this, before and after")
     data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
     reward: str = option(
         "", "a model (directory, hub id), 'module:function', 'gold' or 'none'; default: trained on pairs")
     reward_label: str = option("", "which label of a reward model with several labels is the reward")
     reward_lr: Optional[float] = option(
-        None, "learning rate of a reward model trained from the pairs of --data (1e-5; with LoRA 1e-4)")
+        None, "learning rate of a reward model trained from the pairs of --data (1e-5; with LoRA 1e-4)",
+        "(0, inf)")
     columns: str = option("", "'prompt=question,chosen=answer_a': other names of the data's fields")
-    limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)")
+    limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)", "[0, inf)")
     skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows, do not stop")
     chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")
     max_length: Optional[int] = option(
-        None, "tokens of prompt and response, 3/4 for the prompt (default: tiny 160, else 512)")
-    max_new_tokens: Optional[int] = option(None, "tokens sampled at most per response (tiny 40, else 128)")
-    temperature: float = option(1.0, "sampling temperature of methods that sample")
-    lr: Optional[float] = option(None, "peak learning rate; the default depends on the model")
+        None, "tokens of prompt and response, 3/4 for the prompt (default: tiny 160, else 512)", "(0, inf)")
+    max_new_tokens: Optional[int] = option(
+        None, "tokens sampled at most per response (tiny 40, else 128)", "(0, inf)")
+    temperature: float = option(1.0, "sampling temperature of methods that sample", "(0, inf)")
+    lr: Optional[float] = option(None, "peak learning rate; the default depends on the model", "(0, inf)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", "of the learning rate")
-    warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
-    batch_size: int = option(64, "prompts per optimizer step")
-    epochs: Optional[float] = option(None, "passes over the training rows; the default depends on the model")
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly", "[0, 1]")
+    batch_size: int = option(64, "prompts per optimizer step", "(0, inf)")
+    epochs: Optional[float] = option(
+        None, "passes over the training rows; the default depends on the model", "[0, inf)")
     token_budget: Optional[int] = option(
-        None, "padded tokens per forward pass; a step is split to fit, same effect (tiny 2048, else 16384)")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    eval_prompts: int = option(128, "test prompts sampled for evaluation")
-    eval_samples: int = option(4, "samples per test prompt")
+        None, "padded tokens per forward pass; a step is split to fit, same effect (tiny 2048, else 16384)",
+        "(0, inf)")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "(0, inf)")
+    eval_prompts: int = option(128, "test prompts sampled for evaluation", "(0, inf)")
+    eval_samples: int = option(4, "samples per test prompt", "(0, inf)")
     eval_temperature: Optional[float] = option(
-        None, "sampling temperature of the evaluation (default: --temperature)")
-    eval_every: int = option(0, "evaluate every so many steps (0: only before and after)")
-    save_every: int = option(200, "write a checkpoint for --resume every so many steps (0: never)")
+        None, "sampling temperature of the evaluation (default: --temperature)", "(0, inf)")
+    eval_every: int = option(0, "evaluate every so many steps (0: only before and after)", "[0, inf)")
+    save_every: int = option(
+        0, "write a checkpoint for --resume every so many steps (0: every two minutes)", "[0, inf)")
     reward_noise: Literal["none", "prompt", "response"] = option(
         "none", "noise of deviation 1 on the reward that is maximised: one draw per prompt, or per response")
-    label_noise: float = option(0.0, "embedded task: share of the labels of pairs and proxy that are flipped")
+    label_noise: float = option(
+        0.0, "embedded task: share of the labels of pairs and proxy that are flipped", "[0, 0.5)")
     pair_labels: Literal["annotators", "gold"] = option(
         "annotators", "embedded task: who labels the pairs that are trained on; the proxy's are annotators'")
     proxy_pairs: Literal["samples", "off_policy"] = option(
         "samples", "embedded task: the proxy learns from pairs of SFT samples, or of another writer's texts")
-    rating_noise: float = option(2.0, "embedded task: standard deviation of the raters' errors, in levels")
-    seed: int = option(0, "draws everything: annotators, SFT policy, reward models, order, samples")
+    rating_noise: float = option(
+        2.0, "embedded task: standard deviation of the raters' errors, in levels", "[0, inf)")
+    seed: int = option(
+        0, "draws everything: annotators, SFT policy, reward models, order, samples", "[0, inf)")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 on CUDA, else float32")
     out: str = option("", "where the run is written (default: the first free runs/<method>/<number>)")
     resume: bool = option(False, "go on with the run in --out")
     reproduce: bool = option(False, "run the paper's experiments: experiments/<method>.py")
-    seeds: int = option(10, "how many seeds --reproduce runs")
-    jobs: int = option(1, "in how many processes --reproduce runs them")
+    seeds: int = option(10, "how many seeds --reproduce runs", "(0, inf)")
+    jobs: int = option(1, "in how many processes --reproduce runs them", "(0, inf)")
     quiet: bool = option(False, "no tables and no samples on the screen")
 
     def __post_init__(self):
@@ -76,6 +126,10 @@ class Config:
                 if get_origin(kind) is Literal:
                     choices = get_args(kind)
                     self.check(lambda value: value in choices, f"be one of {', '.join(choices)}", f.name)
+        for f in fields(self):
+            if is_number(f.type) and getattr(self, f.name) is not None:
+                must = outside(getattr(self, f.name), interval_of(f) or "(-inf, inf)")
+                self.check(lambda value: not must, must, f.name)
         kind = "tiny" if self.model == "tiny" else "real"
         for name in ("lr", "epochs", "max_new_tokens", "max_length", "token_budget"):
             if getattr(self, name) is None:
@@ -86,12 +140,6 @@ class Config:
             self.reward_lr = 1e-4 if self.lora_rank else 1e-5
         if self.eval_temperature is None:
             self.eval_temperature = self.temperature
-        self.check(lambda value: value > 0, "be above 0", "lr", "batch_size", "token_budget", "temperature",
-                   "eval_temperature",
-                   "max_new_tokens", "eval_prompts", "eval_samples", "seeds", "jobs")
-        self.check(lambda value: 0 <= value < 0.5, "be in [0, 0.5)", "label_noise")
-        self.check(lambda value: value >= 0, "not be negative", "epochs", "limit", "seed", "eval_every",
-                   "save_every", "warmup", "rating_noise", "lora_rank")
         if self.max_new_tokens > self.max_length // 4:
             raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
                             f"{self.max_length}; prompts may take the other three: raise --max_length")

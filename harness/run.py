@@ -1,9 +1,11 @@
-"""One training run from start to finish: its directory, steps, records, checkpoints, and the command line."""
+"""One training run from start to finish: steps, records, checkpoints, and the command line."""
 import copy
 import inspect
 import json
 import os
 import random
+import shlex
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -18,21 +20,33 @@ from transformers import HfArgumentParser
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
-from common import UserError, warn
-from harness import adapters, loading
+from common import UserError
+from harness import adapters, directory, loading
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
 from harness.rewards import load_rewards
-from tasks import ROOT, Pair, Ranking, Task, chat, write_json, write_text
-from tasks.chat import Prompt
+from tasks import ROOT, Task, chat, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
                "rating_noise", "pair_labels", "eval_every", "save_every", "out", "resume", "reproduce",
                "seeds", "jobs", "quiet"}
 PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpoint keeps beside the weights
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: a step that is under way is ended first, so that it can be saved."""
+    stepping, signal = False, 0
+
+    @classmethod
+    def handle(cls, number, frame):
+        if not cls.stepping or cls.signal:                      # a second Ctrl-C does not wait
+            cls.signal = number
+            raise KeyboardInterrupt
+        cls.signal = number
+        print("\nstopping after this step", file=sys.stderr)
 
 
 def now():
@@ -67,35 +81,51 @@ class Run:
          "tokens_scored_reward", "tokens_scored_value", "seconds_generating", "seconds_training",
          "cpu_seconds"), 0))
     warned: bool = False
+    lock: Optional[object] = None                     # on the directory
     began: float = field(default_factory=time.time)
     clock: tuple = field(default_factory=now)         # what training took until then is counted
+
+    @property
+    def resumes(self):
+        """Is there a checkpoint to go on from?"""
+        return self.config.resume and any((self.out / name).exists() for name in directory.CHECKPOINTS)
 
     # ----------------------------------------------------------------------------- what a method's loop calls
 
     def steps(self, plan, trained, optimizer, schedule):
         """Yield (step, plan[step]), steps counted from 0, with a progress bar.
 
-        Every step starts from random numbers of its own, drawn from the seed. Every --save_every steps a
-        checkpoint is written: trained (a module), optimizer, schedule, run.state. With --resume they are
-        restored first, and the run goes on exactly as if it had not been cut.
+        Every step starts from random numbers of its own, drawn from the seed. Every --save_every steps, or
+        every two minutes, a checkpoint is written: trained (a module), optimizer, schedule, run.state. With
+        --resume they are restored first, and the run goes on exactly as if it had not been cut. Ctrl-C ends
+        the run after the step, with a checkpoint.
         """
         self.trained, self.optimizer, self.schedule, self.n_steps = trained, optimizer, schedule, len(plan)
-        if self.config.resume:
+        if self.resumes:
             self.restore()
         self.count_time()
-        self.open()
+        self.begin()
+        saved, wait = time.time(), directory.SAVE_SECONDS
         with tqdm(total=len(plan), initial=self.step, disable=self.config.quiet or None) as self.bar:
             first, began = self.step, time.time()
             for step in range(first, len(plan)):
                 torch.manual_seed(random.Random(f"{self.config.seed} {step}").getrandbits(62))
-                self.clock = now()                              # evaluations and checkpoints do not count
+                self.clock, Stop.stepping = now(), True         # evaluations and checkpoints do not count
                 yield step, plan[step]
+                Stop.stepping = False
                 self.bar.update()
                 minutes = (time.time() - began) / 60 * (len(plan) - first - 1)
                 if step == first and minutes > 2 and not self.config.quiet:
                     print(f"{len(plan)} steps, about {minutes:.0f} min", file=sys.stderr)
-                if self.config.save_every and (step + 1) % self.config.save_every == 0:
+                every = self.config.save_every
+                due = (step + 1) % every == 0 if every else time.time() - saved > wait
+                if due or Stop.signal:
+                    saved = time.time()
                     self.checkpoint()
+                    wait = max(wait, 20 * (time.time() - saved))        # at most a twentieth of the time
+                    saved = time.time()
+                if Stop.signal:
+                    raise KeyboardInterrupt
 
     def microbatches(self, rows):
         """Yield (indices [n], Batch [n*k, T]) of rows that have a prompt and k responses.
@@ -132,11 +162,11 @@ class Run:
 
         The first evaluation is the one before training. A run that is resumed has it already, and goes on.
         """
-        if self.config.resume and self.trained is None:
+        if self.resumes and self.trained is None:
             return
         if not self.trace:
             self.count_time()                                        # of what was made before training
-            self.open()
+            self.begin()
         check_policy(self.policy, self.tokenizer, self.task, self.step)
         first = not self.trace and self.known is not None
         key = what_initial_evaluation_needs(self.config, self.rewards) if first else None
@@ -156,7 +186,7 @@ class Run:
     def amend(self, **own):
         """Add metrics to the evaluation just made, where they need its samples (run.samples)."""
         self.clock = now()                                          # making `own` was part of the evaluation
-        if not own or self.config.resume and self.trained is None:
+        if not own or self.resumes and self.trained is None:
             return
         file = self.out / "metrics.jsonl"
         *lines, last = file.read_text(encoding="utf-8").splitlines(True)
@@ -179,13 +209,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------ directory and files
 
-    def open(self):
+    def begin(self):
         """Make the directory and args.json; drop lines of metrics.jsonl from beyond the current step."""
-        write_json(self.out / "args.json", asdict(self.config) | {"conversations": self.task.chat})
+        own = {"conversations": self.task.chat} | began_from(self.config)
+        write_json(self.out / "args.json", asdict(self.config) | own)
         file = self.out / "metrics.jsonl"
-        kept = file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= self.step]
-        write_text(file, "".join(kept))
+        write_text(file, "".join(directory.rows_until(file, self.step)))
 
     def write(self, row):
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -193,17 +222,14 @@ class Run:
 
     def checkpoint(self):
         """state.pt: everything that --resume needs, tensors and plain values only."""
-        part = self.out / "state.pt.part"
         state = {name: getattr(self, name).state_dict() for name in ("trained", "optimizer", "schedule")}
         weights = self.trained.named_parameters(remove_duplicate=False)
         for frozen in [name for name, weight in weights if not weight.requires_grad]:      # beside adapters
             del state["trained"][frozen]
-        torch.save(state | {name: getattr(self, name) for name in PLAIN}, part)
-        part.replace(self.out / "state.pt")
+        directory.save_state(self.out, state | {name: getattr(self, name) for name in PLAIN})
 
     def restore(self):
-        with torch.serialization.safe_globals([Pair, Ranking, Prompt, common.Sampled]):
-            state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu")
+        state = directory.load_state(self.out)
         self.trained.load_state_dict(state["trained"], strict=not self.config.lora_rank)
         for name in ("optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
@@ -213,6 +239,7 @@ class Run:
     def finish(self):
         """Save the policy and samples.txt, print before and after; returns the final metrics."""
         save_policy(self.policy, self.out, self.config.lora_rank)
+        (self.out / directory.CHECKPOINTS[1]).unlink(missing_ok=True)
         as_it_came(self.tokenizer).save_pretrained(self.out)
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
         texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
@@ -224,6 +251,9 @@ class Run:
         if not self.config.quiet:
             shown = texts[::self.config.eval_samples][:3]
             print(before_and_after(self.trace[0], self.trace[-1]), "", *shown, sep="\n")
+            pairs = len(self.task.pairs.get("test", []))
+            if 0 < pairs < 30:
+                print(f"{pairs} held-out pairs are too few to tell: accuracies move by {1 / pairs:.2f}")
             where = os.path.relpath(self.out)
             print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {where}")
             if counts["seconds_generating"]:
@@ -282,26 +312,30 @@ def method_name(config):
     return Path(inspect.getfile(type(config))).stem
 
 
+def began_from(config):
+    """What --resume compares: fingerprints of the initial weights and of the data file."""
+    return {"build": loading.fingerprint(config),
+            "data_fingerprint": directory.fingerprint_of_data(config.data)}
+
+
 def output_directory(config):
     """--out, or the first free number under runs/<method>. UserError for a directory of another run."""
     bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs")
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
-        home = ROOT / "runs" / method_name(config)
-        taken = [int(d.name) for d in home.glob("*") if d.name.isdigit()]
-        return home / f"{max(taken, default=0) + 1:03d}"
+        return directory.free_directory(ROOT / "runs" / method_name(config))
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a directory")
     if config.resume:
-        if not (out / "state.pt").exists():
+        if not any(out.glob("*.pt")):
             raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it")
-        old = json.loads((out / "args.json").read_text(encoding="utf-8"))
-        changed = [k for k, v in settings.items() if old.get(k) != v]
+        old = directory.read_args(out)
+        changed = [k for k, v in settings.items() if old.get(k, v) != v]
         if changed:
             raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} "
                             "as before")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(path.name not in (".lock", ".process") for path in out.iterdir()):
         raise UserError(f"{out} holds another run: --resume goes on with one that was cut; or give another "
                         "--out")
     return out
@@ -311,6 +345,18 @@ def start(config):
     """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
     torch.manual_seed(config.seed)
     out = output_directory(config)
+    lock, run = directory.claim(out), None
+    try:
+        run = prepare(config, out)
+    finally:
+        if not run:
+            directory.give_back(out, lock)
+    run.lock = lock
+    return run
+
+
+def prepare(config, out):
+    """A Run with everything loaded and checked."""
     check_checkpoint(loading.policy_path(config))
     task = loading.load_task(config)
     began = time.time()
@@ -328,12 +374,17 @@ def start(config):
     if config.data != "reviews":
         loading.fit_task(tokenizer, task, policy.embeddings_came)
         check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
-    pairs = len(task.pairs.get("test", []))
-    if 0 < pairs < 30:
-        warn(f"{pairs} held-out pairs are too few to tell: their accuracy moves in steps of {1 / pairs:.2f}")
     check_policy(policy, tokenizer, task, 0)
+    trained = [weight.nbytes for weight in policy.parameters() if weight.requires_grad]
+    directory.check_room(out, sum(trained) / 1e6)
+    run = Run(config, out, task, tokenizer, policy, rewards, began=began)
+    if config.resume:
+        old, new = directory.read_args(out), began_from(config)
+        for name, what in (("build", "initial weights are"), ("data_fingerprint", "data file is")):
+            if old.get(name, new[name]) != new[name]:
+                raise UserError(f"the {what} not what {out} was begun with: give another --out")
     torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
-    return Run(config, out, task, tokenizer, policy, rewards, began=began)
+    return run
 
 
 def what_initial_evaluation_needs(config, rewards):
@@ -353,8 +404,36 @@ def launch(train, config, known=None):
     """
     run = start(config)
     run.known = known
-    train(run)
-    return run.finish()
+    try:
+        train(run)
+        return run.finish()
+    finally:
+        Stop.stepping, error = False, sys.exc_info()[1]
+        if error and not isinstance(error, UserError) and (run.out / "args.json").exists():
+            print(f"the run's files are in {os.path.relpath(run.out)}", file=sys.stderr)
+            if any((run.out / name).exists() for name in directory.CHECKPOINTS):
+                words = [word for word in sys.argv if not word.startswith(("--resume", "--out="))]
+                words += [] if "--out" in words else ["--out", os.path.relpath(run.out)]
+                print("to go on:", shlex.join(["python", *words, "--resume", "True"]), file=sys.stderr)
+        directory.give_back(run.out, run.lock)
+
+
+def in_one_line(function):
+    """Run a command line's function: what a user can cause is one line and exit status 2, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):                        # a terminal that cannot show every letter
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        function()
+    except BrokenPipeError:                                        # ... | head
+        os.dup2(open(os.devnull, "wb").fileno(), sys.stdout.fileno())
+        sys.exit(0)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + (Stop.signal or signal.SIGINT))
 
 
 def main(config_class, train, answer=None):
@@ -362,12 +441,11 @@ def main(config_class, train, answer=None):
 
     A UserError is printed as one line, with exit status 2.
     """
-    for stream in (sys.stdout, sys.stderr):                        # a terminal that cannot show every letter
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
+    def command():
         about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
         config = config_class(**vars(HfArgumentParser(config_class, description=about).parse_args()))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, Stop.handle)
         if config.reproduce:
             from referee.runs import reproduce
             reproduce(method_name(config), config)
@@ -375,6 +453,5 @@ def main(config_class, train, answer=None):
             answer(config) if answer else ask(config, method_name(config))
         else:
             launch(train, config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    in_one_line(command)

@@ -10,6 +10,7 @@ import torch
 import common
 from common import UserError, warn
 from harness.evaluation import check_policy, held_out
+from harness.directory import kept
 from harness.loading import demonstrations
 from harness.rewards import reward_to_maximise
 from harness.stages import check_finite
@@ -126,6 +127,11 @@ def candidates(run, reward, given, n):
     Returns: one Ranking a prompt, in order, each response once; those with nothing to rank are counted on the
     screen.
     """
+    return kept(run, "candidates", lambda: scored_candidates(run, reward, given, n))
+
+
+def scored_candidates(run, reward, given, n):
+    """What candidates() returns, made anew."""
     prompts = [row.prompt for row in given] or run.task.prompts["train"]
     rankings = sample_rankings(run, prompts, n) if n else given
     if given and n:

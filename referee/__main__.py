@@ -13,6 +13,7 @@ import importlib
 import sys
 
 from harness import UserError
+from harness.run import in_one_line
 
 OWN_FLAGS = "--report", "--tune"                # all others are the method's
 
@@ -43,8 +44,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    in_one_line(lambda: main(sys.argv[1:]))

@@ -157,13 +157,14 @@ def read(path):
 
 
 def sample(policy, tokenizer, prompts, n):
-    """[{prompt, responses [n], ended [n], gold [n]}] of SFT samples, n for each prompt."""
+    """[{prompt, responses [n], ids [n], ended [n], gold [n]}] of SFT samples, n for each prompt."""
     batch = common.generate(policy, tokenizer, prompts, n, max_new_tokens=LIMITS["max_new_tokens"])
     responses, ended = common.decode(tokenizer, batch), common.finished(tokenizer, batch).tolist()
     rows = []
     for i, prompt in enumerate(prompts):
         own = slice(i * n, i * n + n)
         rows.append({"prompt": prompt, "responses": responses[own], "ended": ended[own],
+                     "ids": [response.ids for response in responses[own]],
                      "gold": [reviews.gold(prompt, r, e) for r, e in zip(responses[own], ended[own])]})
     return rows
 
@@ -219,12 +220,20 @@ def load_task(config):
                 pairs={"train": pairs,
                        "test": annotated(rows["test"], "test", config.seed), "off_policy": off_policy},
                 rankings={"train": rankings, "test": []},
-                pool={row["prompt"]: Ranking(row["prompt"], row["responses"], [], ended=row["ended"])
+                pool={row["prompt"]: Ranking(row["prompt"], sampled(row), [], ended=row["ended"])
                       for row in rows["pool"]},
                 ratings={"train": rated(rows["pool"], "train", config),
                          "test": rated(rows["test"], "test", config)},
                 annotate=annotate, opinion=functools.partial(reviews.opinion, seed=config.seed),
                 gold=reviews.gold, fluent=reviews.fluent, attributes=reviews.attributes)
+
+
+def sampled(row):
+    """The responses of a row of samples.json with the token ids that were sampled."""
+    responses = [*map(common.Sampled, row["responses"])]
+    for response, ids in zip(responses, row["ids"], strict=True):
+        response.ids = ids
+    return responses
 
 
 def rated(rows, split, config):

@@ -179,7 +179,8 @@ def own(scores, **kwargs):
     rows = [Ranking(p, ["abcdefgh"[i] for i in range(len(row))], row, (), [True] * len(row)) for p,
             row in scores.items()]
     config = SimpleNamespace(**{**dict(sources="P", systems="", validation=0.25, seed=0, candidates=0, bins=4,
-                                       control="tokens", share=0.5, beta=0.1, objective="dt"), **kwargs})
+                                       control="tokens", share=0.5, beta=0.1, objective="dt", resume=False),
+                                **kwargs})
     return SimpleNamespace(config=config, task=Task("own", {"train": list(scores), "test": []},
                                                     rankings={"train": rows}), step=0)
 

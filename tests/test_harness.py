@@ -6,7 +6,6 @@ import copy
 import importlib
 import json
 import math
-import pickle
 import re
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -43,7 +42,8 @@ MIXED = Ranking("d", ["a", "bb"], [1.0, 2.0], ["A", "B"], [True, False])
       ("lr", "batch_size", "token_budget", "temperature", "eval_temperature", "max_new_tokens",
        "eval_prompts", "eval_samples", "seeds")],
     *[({name: -1}, f"--{name} must not be negative") for name in
-      ("epochs", "limit", "seed", "eval_every", "save_every", "warmup")],
+      ("epochs", "limit", "seed", "eval_every", "save_every")],
+    (dict(warmup=-1), r"--warmup must be in \[0, 1\]"),
     (dict(lr=math.nan), "--lr"),
     (dict(max_new_tokens=41), "--max_new_tokens 41 is more than a quarter of --max_length 160"),
     (dict(resume=True), "--resume needs --out"),
@@ -114,8 +114,8 @@ def test_run_takes_a_number_that_is_in_use(toy, tmp_path):
     config, home = settings(toy, dpo.Config), tmp_path / "root" / "runs" / "dpo"
     assert output_directory(config) == home / "001"
     for name in ("001", "007", "notes"):
-        (home / name).mkdir(parents=True)
-    assert output_directory(config) == home / "008"
+        (home / name).mkdir(exist_ok=True)
+    assert output_directory(config) == home / "008" and (home / "008").is_dir()      # nobody else can have it
 
 
 def test_run_overwrites_another_or_resumes_nothing(toy, tmp_path):
@@ -836,12 +836,13 @@ class Stranger:
     value: int = 1
 
 
-def test_checkpoint_runs_code_when_it_is_loaded(toy, tmp_path):
+def test_checkpoint_runs_code_when_it_is_loaded(toy, tmp_path, capsys):
     run = toy_run(toy, out=tmp_path)
     run.state = {"pool": [Stranger()]}
     run.checkpoint()
-    with pytest.raises(pickle.UnpicklingError, match="Stranger"):
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
         run.restore()
+    assert "state.pt cannot be read (UnpicklingError" in capsys.readouterr().err
 
 
 def test_names_of_the_harness_are_other_objects_than_those_of_common_or_tasks():

@@ -1,0 +1,147 @@
+"""A run's directory: which is free, who writes it, its checkpoints, and what a crash leaves of them."""
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import filelock
+import torch
+
+from common import Sampled, UserError, warn
+from tasks import Pair, Ranking
+from tasks.chat import Prompt
+
+SAVE_SECONDS = 120                         # without --save_every, a checkpoint is written so often
+SLOW_SECONDS = 20                          # what took longer to make is kept for --resume
+UNREADABLE = OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError
+CHECKPOINTS = "state.pt", "state-before.pt"
+
+
+def free_directory(home):
+    """Make home/001, or the first number after the highest. Two runs never get the same."""
+    taken = [int(path.name) for path in home.glob("*") if path.name.isdigit()]
+    for number in itertools.count(max(taken, default=0) + 1):
+        try:
+            (home / f"{number:03d}").mkdir(parents=True)
+            return home / f"{number:03d}"
+        except FileExistsError:                                    # another run was faster
+            pass
+
+
+def claim(out):
+    """A lock on the directory, which is made; UserError where a living process has it.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock, owner = filelock.FileLock(out / ".lock"), out / ".process"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        pid = owner.read_text(encoding="utf-8") if owner.exists() else ""
+        if pid != str(os.getpid()):
+            raise UserError(f"process {pid or '?'} is writing {out}: wait, or give another --out") from None
+    owner.write_text(str(os.getpid()), encoding="utf-8")
+    return lock
+
+
+def give_back(out, lock):
+    """End the claim. A directory in which nothing was written goes too."""
+    for name in (".process", ".lock"):
+        (out / name).unlink(missing_ok=True)
+    lock.release()
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
+def check_room(out, megabytes):
+    """UserError where the disk has less room than the weights that will be saved."""
+    free = shutil.disk_usage(out).free / 1e6
+    if free < megabytes:
+        raise UserError(f"{free:,.0f} MB are free where {out} lies; the weights take {megabytes:,.0f} MB")
+
+
+def fingerprint_of_data(data):
+    """12 hex digits of a data file; "" for the embedded task and hub ids."""
+    if not Path(data).is_file():
+        return ""
+    with open(data, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12] if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(file.read()).hexdigest()[:12]
+
+
+def read_args(out):
+    """args.json of a run that is resumed; {} with a warning where it cannot be read."""
+    try:
+        found = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError) as error:
+        warn(f"{out / 'args.json'} cannot be read ({error}): other options are not noticed")
+        return {}
+
+
+def rows_until(file, step):
+    """Whole lines of metrics.jsonl up to this step; lines that a crash has torn are left out."""
+    kept = []
+    for line in file.read_bytes().splitlines(True) if file.exists() else []:
+        try:
+            row = json.loads(line)
+            if line.endswith(b"\n") and row["step"] <= step:
+                kept.append(line.decode("utf-8"))
+        except (ValueError, TypeError, KeyError):
+            pass
+    return kept
+
+
+def save_state(out, state):
+    """Write state.pt; the one before stays as state-before.pt."""
+    part, last, before = out / "state.pt.part", *(out / name for name in CHECKPOINTS)
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if last.exists():
+        last.replace(before)
+    part.replace(last)
+
+
+def load_plain(file):
+    """A file of torch.save: tensors, plain values and rows of tasks; nothing that runs code."""
+    with torch.serialization.safe_globals([Pair, Ranking, Prompt, Sampled]):
+        return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def load_state(out):
+    """The newest checkpoint that can be read. UserError where none can."""
+    for name in CHECKPOINTS:
+        if (out / name).exists():
+            try:
+                state = load_plain(out / name)
+                state["step"], state["trained"], state["optimizer"], state["schedule"]
+                if name != CHECKPOINTS[0]:
+                    warn(f"going on from {name}, step {state['step']}")
+                return state
+            except UNREADABLE as error:
+                reason = " ".join(str(error).split())[:100]
+                warn(f"{out / name} cannot be read ({type(error).__name__}: {reason})")
+    raise UserError(f"no checkpoint in {out} can be read: delete the directory, or give another --out")
+
+
+def kept(run, name, make):
+    """make(), whose value is kept in the run's directory if it was slow; --resume reads it from there."""
+    if run.config.resume and (run.out / f"{name}.pt").exists():
+        try:
+            return load_plain(run.out / f"{name}.pt")
+        except UNREADABLE:
+            warn(f"{run.out / name}.pt cannot be read: made anew")
+    began, value = time.time(), make()
+    if time.time() - began > SLOW_SECONDS:
+        run.begin()
+        torch.save(value, run.out / f"{name}.part")
+        (run.out / f"{name}.part").replace(run.out / f"{name}.pt")
+    return value
+

@@ -1,0 +1,359 @@
+"""Crashes, races, interruptions and damaged files: nothing is lost, nothing mixes, and one line says it."""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dpo
+import harness
+from common import UserError
+from conftest import ROOT, method_names, save_toy, settings, started
+from harness import directory
+from harness.config import interval_of, is_number, outside
+from harness.run import Stop, in_one_line
+from tasks import Ranking
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+
+# ---- options
+
+NUMBERS = [(name, field) for name in method_names() for field in dataclasses.fields(__import__(name).Config)
+           if is_number(field.type)]
+
+
+def test_a_number_has_no_interval():
+    assert len(NUMBERS) > 150
+    assert not [(name, field.name) for name, field in NUMBERS if not interval_of(field)]
+
+
+@pytest.mark.parametrize("name", method_names())
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(data=st.data())
+def test_number_outside_its_interval_passes_or_another_flag_is_named(name, data):
+    config = __import__(name).Config
+    field = data.draw(st.sampled_from([f for f in dataclasses.fields(config) if is_number(f.type)]))
+    value = data.draw(st.one_of(st.floats(), st.integers(-2 ** 80, 2 ** 80)))
+    if "int" in str(field.type):
+        value = int(value) if math.isfinite(value) else 2 ** 70
+    interval = interval_of(field)
+    low, high = (float(end) for end in interval[1:-1].split(", "))
+    inside = math.isfinite(value) and (low < value or interval[0] == "[" and value == low) and (
+        value < high or interval[-1] == "]" and value == high) and abs(value) <= (
+        2 ** 62 if isinstance(value, int) else math.inf)
+    assert bool(outside(value, interval)) != inside
+    if not inside:
+        with pytest.raises(UserError, match=f"^--{field.name} must "):
+            config(**{field.name: value})
+
+
+@pytest.mark.parametrize("value, interval, must", [
+    (0, "(0, inf)", "be above 0"), (-1, "[0, inf)", "not be negative"), (1, "[2, inf)", "be at least 2"),
+    (2, "[0, 1]", "be in [0, 1]"), (1.0, "[0, 1)", "be in [0, 1)"), (math.nan, "[0, 1)", "be in [0, 1)"),
+    (math.inf, "(0, inf)", "be a finite number that fits 64 bits"), (0, "[0, 1)", ""), (1, "[0, 1]", ""),
+    (2 ** 63, "[0, inf)", "be a finite number that fits 64 bits"), (3, "(0, inf)", "")])
+def test_what_a_number_must_be(value, interval, must):
+    assert outside(value, interval) == must
+
+
+# ---- races
+
+def test_two_runs_get_one_number(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
+            "from harness.directory import free_directory\n"
+            "for _ in range(20): print(free_directory(Path(sys.argv[2])).name)")
+    both = [subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path / "dpo")],
+                             stdout=subprocess.PIPE, text=True, encoding="utf-8") for _ in range(2)]
+    names = sum((process.communicate(timeout=120)[0].split() for process in both), [])
+    assert sorted(names) == [f"{number:03d}" for number in range(1, 41)]
+
+
+def held(out):
+    """A process that writes `out` until it is killed."""
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
+            "from harness.directory import claim\nlock = claim(Path(sys.argv[2]))\n"
+            "print('held', flush=True); time.sleep(300)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(out)], stdout=subprocess.PIPE,
+                               text=True, encoding="utf-8")
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_writer_is_let_in_or_a_dead_one_still_holds(toy, tmp_path):
+    other = held(tmp_path / "run")
+    try:
+        with pytest.raises(UserError, match=f"process {other.pid} is writing .*run: wait, or give"):
+            started(toy, tmp_path / "run")
+    finally:
+        other.kill()
+        other.wait()
+    run = started(toy, tmp_path / "run")                         # what the dead process left does not hold
+    directory.give_back(run.out, run.lock)
+    assert not (tmp_path / "run").exists()
+
+
+def test_failed_start_leaves_a_directory(toy, tmp_path):
+    with pytest.raises(UserError):
+        started(toy, tmp_path / "run", data="missing.jsonl")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="holds another run"):
+        started(toy, tmp_path / "kept")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes"]
+
+
+# ---- interruptions
+
+def config_of(toy, out, **more):
+    return settings(toy, dpo.Config, **{"out": str(out), "epochs": 2.0, "eval_every": 3, **more})
+
+
+@pytest.fixture
+def straight(toy, tmp_path):
+    """The files of a run that was not cut."""
+    harness.launch(dpo.train, config_of(toy, tmp_path / "straight"))
+    return {name: (tmp_path / "straight" / name).read_bytes()
+            for name in ("model.safetensors", "metrics.jsonl", "samples.txt")}
+
+
+def same(out, files):
+    return all((out / name).read_bytes() == content for name, content in files.items())
+
+
+@pytest.fixture(autouse=True)
+def no_signal():
+    yield
+    Stop.signal, Stop.stepping = 0, False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_step_is_lost_or_saved_in_halves(number, toy, tmp_path, monkeypatch, straight, capsys):
+    log = harness.Run.log
+
+    def interrupt(run, step, metrics):
+        log(run, step, metrics)
+        if step == 3:
+            Stop.handle(number, None)                             # within a step: it is ended first
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Run, "log", interrupt)
+        with pytest.raises(SystemExit) as left:
+            in_one_line(lambda: harness.launch(dpo.train, config_of(toy, tmp_path / "cut")))
+    error = capsys.readouterr().err
+    assert left.value.code == 128 + number and "stopping after this step" in error
+    assert "to go on: python" in error and "--resume True" in error and error.endswith("stopped\n")
+    assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 4
+    Stop.signal = 0
+    harness.launch(dpo.train, config_of(toy, tmp_path / "cut", resume=True))
+    assert same(tmp_path / "cut", straight)
+    assert not any((tmp_path / "cut" / name).exists() for name in (".process", "state-before.pt"))
+
+
+def test_second_interruption_waits():
+    Stop.stepping = True
+    Stop.handle(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        Stop.handle(signal.SIGINT, None)
+    Stop.stepping, Stop.signal = False, 0
+    with pytest.raises(KeyboardInterrupt):
+        Stop.handle(signal.SIGTERM, None)                        # between steps nothing has to be waited for
+
+
+def test_default_run_has_nothing_to_resume(toy, tmp_path, monkeypatch, straight):
+    """Without --save_every a checkpoint is due after a time, and seldom where writing it is slow."""
+    saved, clock = [], [0.0]
+    checkpoint = harness.Run.checkpoint
+
+    def slowly(run):
+        saved.append(run.step)
+        checkpoint(run)
+        clock[0] += 50 if len(saved) > 1 else 1
+
+    def tick(run, step, metrics, log=harness.Run.log):
+        clock[0] += 70
+        log(run, step, metrics)
+
+    monkeypatch.setattr(harness.Run, "checkpoint", slowly)
+    monkeypatch.setattr(harness.Run, "log", tick)
+    monkeypatch.setattr(harness.run.time, "time", lambda: clock[0])
+    harness.launch(dpo.train, config_of(toy, tmp_path / "run"))
+    assert saved == [2, 4]                                      # then not for 20 times 50 seconds
+    assert same(tmp_path / "run", straight)
+
+
+def test_candidates_that_took_minutes_are_drawn_again(toy, tmp_path, monkeypatch):
+    run, made = started(toy, tmp_path / "run"), []
+    rows = [Ranking("ab", ["c", "d"], [1.0, 0.5], ended=[True, False])]
+
+    def make():
+        made.append(1)
+        return rows
+
+    assert directory.kept(run, "candidates", make) == rows and not (run.out / "candidates.pt").exists()
+    monkeypatch.setattr(directory, "SLOW_SECONDS", -1)
+    assert directory.kept(run, "candidates", make) == rows and len(made) == 2
+    run.config = dataclasses.replace(run.config, resume=True)
+    assert directory.kept(run, "candidates", make) == rows and len(made) == 2
+    (run.out / "candidates.pt").write_bytes(b"cut")
+    assert directory.kept(run, "candidates", make) == rows and len(made) == 3
+    directory.give_back(run.out, run.lock)
+    again = started(toy, tmp_path / "run", resume=True)          # there is no checkpoint yet: it begins anew
+    assert not again.resumes
+
+
+# ---- what a crash leaves
+
+@pytest.fixture(scope="module")
+def cut(toy, tmp_path_factory):
+    """The directory of a run that was killed after two checkpoints."""
+    out = tmp_path_factory.mktemp("cut") / "run"
+
+    def kill(run, step, metrics, log=harness.Run.log):
+        log(run, step, metrics)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.Run, "log", kill)
+        with pytest.raises(KeyboardInterrupt):
+            harness.launch(dpo.train, config_of(toy, out, save_every=2))
+    assert {"state.pt", "state-before.pt", "args.json", "metrics.jsonl"} <= {*os.listdir(out)}
+    return out
+
+
+def damaged(content, kind, place):
+    place = min(int(place * len(content)), len(content) - 1)
+    before, byte, after = content[:place], content[place], content[place + 1:]
+    return {"cut": before, "padded": before + bytes(40), "appended": content + b"\0{torn",
+            "flipped": before + bytes([byte ^ 255]) + after, "empty": b""}[kind]
+
+
+@hypothesis.settings(max_examples=40, deadline=None,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(name=st.sampled_from(["state.pt", "args.json", "metrics.jsonl", "state-before.pt"]),
+                  kind=st.sampled_from(["cut", "padded", "appended", "flipped", "empty"]),
+                  place=st.floats(0, 1))
+def test_damaged_file_of_a_run_is_a_traceback(name, kind, place, toy, cut, tmp_path):
+    out = tmp_path / "again"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(cut, out)
+    (out / name).write_bytes(damaged((out / name).read_bytes(), kind, place))
+    try:
+        result = harness.launch(dpo.train, config_of(toy, out, save_every=2, resume=True))
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert math.isfinite(result["eval/loss"])
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            json.loads(line)
+
+
+def test_checkpoint_before_the_last_is_not_used_or_gives_another_run(toy, cut, tmp_path, straight, capsys):
+    for name in ("state.pt", "metrics.jsonl"):
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        shutil.copytree(cut, tmp_path / "again")
+        file = tmp_path / "again" / name
+        file.write_bytes(file.read_bytes()[:-200] + bytes(7))
+        harness.launch(dpo.train, config_of(toy, tmp_path / "again", save_every=2, resume=True))
+        error = capsys.readouterr().err
+        assert ("going on from state-before.pt, step 2" in error) == (name == "state.pt")
+        assert same(tmp_path / "again", straight)
+
+
+def test_other_data_or_weights_are_resumed_on(toy, cut, tmp_path):
+    shutil.copytree(toy, tmp_path / "model")
+    rows = (toy / "pairs.jsonl").read_text(encoding="utf-8").splitlines(True)
+    for what, change in (
+            ("data file is", lambda: (tmp_path / "model" / "pairs.jsonl").write_text(
+                "".join(rows[:-1]), encoding="utf-8")),
+            ("initial weights are", lambda: save_toy(tmp_path / "model", tie_word_embeddings=True))):
+        shutil.rmtree(tmp_path / "model")
+        shutil.copytree(toy, tmp_path / "model")
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(cut, tmp_path / "run")
+        args = json.loads((cut / "args.json").read_text(encoding="utf-8"))
+        args |= {"model": str(tmp_path / "model"), "data": str(tmp_path / "model" / "pairs.jsonl")}
+        (tmp_path / "run" / "args.json").write_text(json.dumps(args), encoding="utf-8")
+        change()
+        config = config_of(tmp_path / "model", tmp_path / "run", save_every=2, resume=True)
+        with pytest.raises(UserError, match=f"the {what} not what .*run was begun with"):
+            harness.launch(dpo.train, config)
+
+
+def test_disk_without_room_is_found_after_training(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10))
+    with pytest.raises(UserError, match="0 MB are free where .*run lies; the weights take 0 MB"):
+        started(toy, tmp_path / "run")
+
+
+# ---- the command line
+
+def left(function):
+    with pytest.raises(SystemExit) as caught:
+        in_one_line(function)
+    return caught.value.code
+
+
+def raising(error):
+    def function():
+        raise error
+    return function
+
+
+def test_what_a_user_causes_is_a_traceback(tmp_path, capsys):
+    assert left(raising(UserError("too much"))) == 2 and capsys.readouterr().err == "error: too much\n"
+    assert left(lambda: (tmp_path / "missing").read_bytes()) == 2
+    assert str(tmp_path / "missing") in (error := capsys.readouterr().err) and error.count("\n") == 1
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert left(lambda: directory.claim(tmp_path / "file" / "run")) == 2
+    assert "file" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert left(raising(KeyboardInterrupt())) == 130 and capsys.readouterr().err == "stopped\n"
+    with pytest.raises(ZeroDivisionError):                         # a mistake of ours stays one
+        in_one_line(lambda: 1 / 0)
+
+
+def test_mistake_of_ours_hides_where_the_files_are(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness.Run, "finish", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        harness.launch(dpo.train, config_of(toy, tmp_path / "run", epochs=0.2))
+    assert "the run's files are in" in capsys.readouterr().err
+
+
+def test_closed_pipe_is_a_traceback(toy, tmp_path):
+    command = (f'"{sys.executable}" "{ROOT}/dpo.py" --help | head -c 100; echo "${{PIPESTATUS[0]}}"')
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, encoding="utf-8",
+                          timeout=120)
+    assert not done.stderr and done.stdout.rstrip().endswith("0")
+
+
+def test_killed_run_resumes_to_the_same_bytes(toy, tmp_path, straight):
+    """A real process, killed where nobody can catch it."""
+    flags = [f"--{name}={value}" for name, value in (
+        ("model", toy), ("data", toy / "pairs.jsonl"), ("reward", "none"), ("max_length", 64),
+        ("max_new_tokens", 5), ("lr", 1e-2), ("warmup", 0.0), ("batch_size", 6), ("eval_prompts", 3),
+        ("eval_samples", 4), ("device", "cpu"), ("epochs", 2.0), ("eval_every", 3), ("save_every", 1),
+        ("out", tmp_path / "killed"))]
+    command = [sys.executable, str(ROOT / "dpo.py"), *flags, "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time() + 120
+    while not (tmp_path / "killed" / "state-before.pt").exists() and process.poll() is None:
+        assert time.time() < until
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    done = subprocess.run([*command, "--resume", "True"], capture_output=True, text=True, encoding="utf-8",
+                          timeout=120)
+    if process.returncode == 0:                                   # it was faster than we: nothing to resume
+        pytest.skip("the run ended before it could be killed")
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "killed", straight)
