@@ -28,6 +28,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
 UNREADABLE = OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError    # of from_pretrained
+CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}   # harmless on a terminal
 
 
 class UserError(ValueError):
@@ -35,7 +36,7 @@ class UserError(ValueError):
 
 
 def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {text}".translate(CONTROL), file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -120,7 +120,7 @@ def train_regression(run, samples):
         for part, batch in common.batches(score.tokenizer, prompts, texts, config.token_budget, model.device):
             scores = common.sequence_scores(model, batch)               # [n, attributes], at the last token
             losses = (scores - targets[[indices[i] for i in part]]).square().sum(1)                     # [n]
-            harness.check_finite(losses, step + 1, [prompts[i] for i in part])
+            harness.check_finite(losses, step + 1, [prompts[i] for i in part], flag="--predictor_lr")
             (losses.sum() / len(indices)).backward()                    # the mean over responses, in parts
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -137,7 +137,7 @@ def train_writer(run, samples):
     tags = [format_attributes(row.levels) for row in samples]
     rows = [Demonstration(row.prompt + row.responses[0], text) for row, text in zip(samples, tags)]
     recipe = harness.Recipe(config.predictor_lr, batch_size=32, epochs=config.predictor_epochs,
-                            token_budget=config.token_budget, seed=config.seed)
+                            token_budget=config.token_budget, seed=config.seed, flag="--predictor_lr")
     harness.train_sft(model, run.tokenizer, rows, recipe)       # Eq. 1: the sum over the tokens of the tags
     room = 1 + max(map(len, run.tokenizer(tags, add_special_tokens=False).input_ids))
     wanted = "".join(rf"<{re.escape(name)}:\d>" for name in names)

@@ -5,6 +5,7 @@ alpha = 2 r. Only A and B are trained; B starts at 0, so that training starts fr
 run holds the adapter alone, and names the model that it belongs to.
 """
 import json
+import warnings
 from pathlib import Path
 
 import common
@@ -38,7 +39,9 @@ def add(model, rank, kind=None):
     peft = library()
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
     try:
-        keep(model, peft.get_peft_model(model, settings, TRAINED))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)                   # of peft's about transformers
+            keep(model, peft.get_peft_model(model, settings, TRAINED))
     except ValueError as error:                                              # Mamba's layers, for one
         raise UserError(f"no LoRA for {type(model).__name__} ({error}): leave out --lora_rank") from None
 
@@ -55,7 +58,8 @@ def load(path, rank, device, dtype):
         raise UserError(f"{path} is an adapter of rank {own}: give --lora_rank {own} to train it on, or no "
                         "--lora_rank to merge it into its model and train that")
     policy = common.load_policy(base, device, dtype)
-    with common.readable("an adapter", path):
+    with common.readable("an adapter", path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         handle = peft.PeftModel.from_pretrained(policy, path, START)         # frozen: the reference
         if rank:
             handle.load_adapter(path, TRAINED, is_trainable=True)

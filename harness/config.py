@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Optional, get_args, get_origin
 
 from common import UserError
 
-LARGEST = 2 ** 62                                                    # of whole numbers: they must fit 64 bits
+LARGEST = {int: 2 ** 62, float: 1e30}                       # what 64 and 32 bits can hold, with some room
 
 
 class Help(str):
@@ -29,14 +29,17 @@ def outside(value, interval):
     """What the number must be, if it is not in the interval: "be above 0"; else ""."""
     opening, low, high, closing = re.fullmatch(r"([(\[])(\S+), (\S+)([)\]])", interval).groups()
     low, high = float(low), float(high)
-    inside = math.isfinite(value) and (low < value or opening == "[" and low == value) and (
-        value < high or closing == "]" and high == value)
-    if inside and not (isinstance(value, int) and abs(value) > LARGEST):
-        return ""
-    if not math.isfinite(value) or high < math.inf or value > low:
-        return f"be in {interval}" if high < math.inf else "be a finite number that fits 64 bits"
-    return "not be negative" if (opening, low) == ("[", 0) else \
-        f"be {'at least' if opening == '[' else 'above'} {low:g}"
+    if not math.isfinite(value):
+        return "be a finite number"
+    if low > value or low == value and opening == "(":
+        if high < math.inf:
+            return f"be in {interval}"
+        return "not be negative" if interval == "[0, inf)" else \
+            f"be {'at least' if opening == '[' else 'above'} {low:g}"
+    if high < value or high == value and closing == ")":
+        return f"be in {interval}"
+    largest = LARGEST[int if isinstance(value, int) else float]
+    return f"be at most {largest:g}" if value > largest else ""
 
 
 def is_number(kind):

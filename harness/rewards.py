@@ -71,7 +71,7 @@ def load_rewards(config, task):
             tokenizer = common.load_tokenizer(start, config.max_length)
             model = load_scorer(config)
             recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear",
-                            token_budget=config.token_budget, seed=config.seed)
+                            token_budget=config.token_budget, seed=config.seed, flag="--reward_lr")
             train_reward_model(model, tokenizer, pairs, recipe)
             tasks.save_model(adapters.merge(model) if config.lora_rank else model, tokenizer, path)
     return {"proxy": load(path, config.reward_label)}

@@ -1,4 +1,5 @@
 """One training run from start to finish: steps, records, checkpoints, and the command line."""
+import contextlib
 import copy
 import inspect
 import json
@@ -418,18 +419,33 @@ def launch(train, config, known=None):
         directory.give_back(run.out, run.lock)
 
 
+class Plain:
+    """A stream on which control characters of texts, names and labels are shown, not obeyed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.stream.write(text.translate(common.CONTROL))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def in_one_line(function):
     """Run a command line's function: what a user can cause is one line and exit status 2, not a traceback."""
     for stream in (sys.stdout, sys.stderr):                        # a terminal that cannot show every letter
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        function()
+        with contextlib.redirect_stdout(Plain(sys.stdout)):
+            function()
+            sys.stdout.flush()
     except BrokenPipeError:                                        # ... | head
         os.dup2(open(os.devnull, "wb").fileno(), sys.stdout.fileno())
         sys.exit(0)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

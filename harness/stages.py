@@ -22,6 +22,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     token_budget: int = 16384
     seed: int = 0
+    flag: str = "--lr"                                             # whose learning rate it is, for messages
 
 
 def shuffled_batches(n, epochs, batch_size, seed):
@@ -36,11 +37,11 @@ def shuffled_batches(n, epochs, batch_size, seed):
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def check_finite(values, step, prompts, name="loss"):
+def check_finite(values, step, prompts, name="loss", flag="--lr"):
     """UserError, naming step and prompt, where one of the values [n] is not finite."""
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower --lr, or "
+            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower {flag}, or "
                             "correct the data or the reward")
 
 
@@ -55,7 +56,7 @@ def fit(model, tokenizer, rows, losses_of, recipe, title):
         prompts, responses = zip(*(rows[i] for i in indices))
         for part, batch in common.batches(tokenizer, prompts, responses, recipe.token_budget, model.device):
             losses = losses_of(model, batch, [indices[i] for i in part])
-            check_finite(losses, step + 1, [prompts[i] for i in part])
+            check_finite(losses, step + 1, [prompts[i] for i in part], f"{title} loss", recipe.flag)
             (losses.sum() / len(indices)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()

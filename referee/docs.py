@@ -6,6 +6,7 @@ writes every block anew, and draws the README's figure. All paths are below the 
 """
 import importlib.util
 import itertools
+import re
 from pathlib import Path
 
 from harness import UserError
@@ -105,13 +106,15 @@ def overview_block(results_dir="results"):
 
 
 def block(path, kind="results", results_dir="results"):
-    """What has to stand between the marks of a file."""
+    """What has to stand between the marks of a file. Tags and marks of HTML in stored names are text."""
     name = Path(path).stem
     if name.startswith("README") and kind == "results":
-        return overview_block(results_dir)
-    if name not in method_names():
+        text = overview_block(results_dir)
+    elif name not in method_names():
         raise UserError(f"{path} is not the page of a method: it may not have the line {MARKS[kind][0]}")
-    return method_block(name, results_dir) if kind == "results" else tuning_block(name, results_dir)
+    else:
+        text = method_block(name, results_dir) if kind == "results" else tuning_block(name, results_dir)
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def split(path, kind="results"):

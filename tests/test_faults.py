@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 import dpo
 import harness
@@ -19,6 +20,7 @@ from conftest import ROOT, method_names, save_toy, settings, started
 from harness import directory
 from harness.config import interval_of, is_number, outside
 from harness.run import Stop, in_one_line
+from referee import docs
 from tasks import Ranking
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -48,19 +50,62 @@ def test_number_outside_its_interval_passes_or_another_flag_is_named(name, data)
     interval = interval_of(field)
     low, high = (float(end) for end in interval[1:-1].split(", "))
     inside = math.isfinite(value) and (low < value or interval[0] == "[" and value == low) and (
-        value < high or interval[-1] == "]" and value == high) and abs(value) <= (
-        2 ** 62 if isinstance(value, int) else math.inf)
+        value < high or interval[-1] == "]" and value == high) and value <= (
+        2 ** 62 if isinstance(value, int) else 1e30)
     assert bool(outside(value, interval)) != inside
     if not inside:
         with pytest.raises(UserError, match=f"^--{field.name} must "):
             config(**{field.name: value})
 
 
+def edges(field):
+    """Numbers of a field that are allowed, the extreme ones too; few where each costs time."""
+    interval = interval_of(field)
+    low, high = (float(end) for end in interval[1:-1].split(", "))
+    if "int" in str(field.type):
+        return [value for value in (0, 1, 2, 3) if not outside(value, interval)]
+    return [value for value in (low, 1e-30, 1e-3, 0.4, min(high, 1e30), 1e300)
+            if not outside(value, interval)]
+
+
+LONG = {"epochs", "predictor_epochs", "bootstrap_epochs", "max_length", "max_new_tokens", "seeds", "jobs",
+        "demonstrations", "rated", "lora_rank"}              # huge ones take for ever, or belong elsewhere
+
+
+@pytest.mark.parametrize("name", method_names())
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=st.data())
+def test_allowed_number_gives_neither_finite_numbers_nor_one_line(name, data, toy, tmp_path):
+    module = __import__(name)
+    field = data.draw(st.sampled_from([f for f in dataclasses.fields(module.Config)
+                                       if is_number(f.type) and f.name not in LONG]))
+    value = data.draw(st.sampled_from(edges(field)))
+    out = tmp_path / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    flags = {"epochs": 0.5, "reward": str(save_reward(tmp_path)), "out": str(out), field.name: value}
+    flags |= {"sources": "P", "control": "tokens"} if name == "decision_transformer" else {}
+    flags |= {"labels": "human"} if name == "steerlm" else {}
+    try:
+        result = harness.launch(module.train, settings(toy, module.Config, **flags))
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        numbers = [value for key, value in result.items() if key.startswith("eval/")]
+        assert numbers and all(math.isfinite(value) for value in numbers if value is not None)
+
+
+def save_reward(folder):
+    path = folder / "reward"
+    return path if path.exists() else save_toy(path, LlamaForSequenceClassification, num_labels=1)
+
+
 @pytest.mark.parametrize("value, interval, must", [
     (0, "(0, inf)", "be above 0"), (-1, "[0, inf)", "not be negative"), (1, "[2, inf)", "be at least 2"),
-    (2, "[0, 1]", "be in [0, 1]"), (1.0, "[0, 1)", "be in [0, 1)"), (math.nan, "[0, 1)", "be in [0, 1)"),
-    (math.inf, "(0, inf)", "be a finite number that fits 64 bits"), (0, "[0, 1)", ""), (1, "[0, 1]", ""),
-    (2 ** 63, "[0, inf)", "be a finite number that fits 64 bits"), (3, "(0, inf)", "")])
+    (2, "[0, 1]", "be in [0, 1]"), (1.0, "[0, 1)", "be in [0, 1)"), (-0.1, "[0, 1)", "be in [0, 1)"),
+    (math.nan, "[0, 1)", "be a finite number"), (math.inf, "(0, inf)", "be a finite number"),
+    (2 ** 63, "[0, inf)", "be at most 4.61169e+18"), (1e31, "[0, inf)", "be at most 1e+30"),
+    (0, "[0, 1)", ""), (1, "[0, 1]", ""), (3, "(0, inf)", ""), (1e30, "(0, inf)", "")])
 def test_what_a_number_must_be(value, interval, must):
     assert outside(value, interval) == must
 
@@ -294,6 +339,30 @@ def test_disk_without_room_is_found_after_training(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(UserError, match="0 MB are free where .*run lies; the weights take 0 MB"):
         started(toy, tmp_path / "run")
+
+
+# ---- what texts do to a terminal and to README
+
+def test_control_characters_reach_the_terminal(toy, tmp_path, capsys):
+    evil = "\x1b]0;title\x07\x1b[2J\r\x9b"
+    with pytest.raises(SystemExit):
+        in_one_line(raising(UserError(f"no {evil}")))
+    harness.warn(f"a {evil}")
+    in_one_line(lambda: print(f"{evil}\nnext\tline"))
+    shown = capsys.readouterr()
+    assert not {"\x1b", "\x07", "\r", "\x9b"} & {*shown.out, *shown.err}
+    assert shown.out.endswith("\\x9b\nnext\tline\n") and shown.err.count("\\x1b") == 4
+
+
+def test_marks_in_stored_names_reach_a_page(monkeypatch):
+    text = "| <script>x</script> | <!-- results:end --> a < b |"
+    monkeypatch.setattr(docs, "method_block", lambda *args: text)
+    assert docs.block("docs/dpo.md") == "| &lt;script>x&lt;/script> | &lt;!-- results:end --> a < b |"
+
+
+def test_learning_rate_of_another_model_is_blamed(toy, tmp_path, no_traces):
+    with pytest.raises(UserError, match="step .: reward model loss is nan .*; lower --reward_lr, or"):
+        started(toy, tmp_path / "run", reward="", reward_lr=1e30)
 
 
 # ---- the command line
