@@ -594,6 +594,24 @@ def test_learning_rate_falls_to_0(train, monkeypatch, method, flags):
     assert runs[0].schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if "check_finite" in (
+    ROOT / f"{name}.py").read_text(encoding="utf-8")])
+def test_loss_that_is_not_finite_is_of_another_step(train, monkeypatch, method):
+    """What a script says of a step has the number of that step in metrics.jsonl."""
+    seen, steps, check, log = [], [], harness.check_finite, harness.Run.log
+
+    def note(values, step, prompts, name="loss", flag="--lr"):
+        seen.append((step, len(steps) + 1, flag))
+        check(values, step, prompts, name, flag)
+
+    monkeypatch.setattr(harness, "check_finite", note)
+    monkeypatch.setattr(harness.Run, "log", lambda *args: steps.append(args[1]) or log(*args))
+    run = train(method, "--epochs", 0.5)
+    assert run.status == 0, run.err
+    of_steps = [(step, expected) for step, expected, flag in seen if flag == "--lr"]
+    assert len({step for step, _ in of_steps}) > 1 and all(step == expected for step, expected in of_steps)
+
+
 @every
 def test_small_forward_passes_change_nothing(first_run, train, method):
     """A step is split into parts that fit --token_budget: a mean over a part instead of the step would show.
