@@ -1,8 +1,8 @@
 """Memory and time of LoRA against training all weights, DPO and PPO, each in a process of its own.
 
-    python benchmarks/lora.py --model DIR --data FILE --limit 16 --batch_size 4 --token_budget 512
+    python benchmarks/lora.py --model DIR --data FILE
 
-Flags go to all runs. Trained: weights, gradients and optimizer state of what is trained, in MB (1e6). Peak:
+These and more flags go to all runs, after FLAGS. Trained: weights, gradients and optimizer state of what is trained, in MB (1e6). Peak:
 the process's largest resident set, or on CUDA the largest allocation. Saved: the weights in the run's
 directory. A step's time leaves evaluation out. PPO's reward is `brief`, below.
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16
+FLAGS = ["--limit", "16", "--max_length", "256", "--max_new_tokens", "32", "--batch_size", "4",
+         "--token_budget", "512"]
 RUNS = {"DPO": ("dpo", ["--reward", "none"]), "PPO": ("ppo", ["--reward", "lora:brief"])}
 
 
@@ -43,12 +45,14 @@ def measure(method, out, flags):
 
 
 def main(flags):
+    if not {"--model", "--data"} <= {*flags}:
+        sys.exit("give --model and --data")
     print("| method | weights | MB trained | MB peak | MB saved | s a step |")
     print("| --- " * 6 + "|")
     for name, (method, own) in RUNS.items():
         for kind, more in (("all", []), (f"LoRA, rank {RANK}", ["--lora_rank", str(RANK)])):
             with tempfile.TemporaryDirectory() as folder:
-                own_flags = [*own, *more, *flags]
+                own_flags = [*own, *more, *FLAGS, *flags]
                 command = [sys.executable, __file__, "--measure", method, folder + "/run", *own_flags]
                 process = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
             if process.returncode:

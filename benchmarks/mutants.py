@@ -3,9 +3,9 @@
     python benchmarks/mutants.py --number 60 --seed 0         # a quarter of an hour, prints the survivors
 
 A mutant swaps an operator (+ -, * /, < <=, == !=, and or), removes a `not`, a minus or a `.detach()`, changes
-a number (n + 1, or twice a float), swaps True and False, or deletes a call that stands alone. Places are drawn
-from all functions, messages of errors apart; every file of FILES gets as many. Mutants live in a copy of the
-project. A mutant whose change has no effect counts as a survivor too.
+a number (n + 1, or twice a float), swaps True and False, or deletes a call that stands alone. Places are
+drawn from all functions, messages of errors apart; every file of FILES gets as many. Mutants live in a copy
+of the project. A mutant whose change has no effect counts as a survivor too.
 """
 import argparse
 import ast

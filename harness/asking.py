@@ -1,5 +1,7 @@
 """--prompt: what a finished run's policy answers, beside what the policy that it began from answers."""
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +36,16 @@ def load_attributes(path, method):
     return found
 
 
-def answers(config, prompt, tags, conversation):
-    """eval_samples responses of config's policy to the prompt, with tags after it."""
+def answers(config, prompt, tags, conversation, check=False):
+    """eval_samples responses of config's policy to the prompt and tags. check: does it know the words?"""
     policy, tokenizer = load_policy(config), load_tokenizer(config)
     if conversation:
         chat.end_turns(tokenizer)
         prompt = chat.render(tokenizer, [{"role": "user", "content": prompt}])
     tokenizer.more_stop_ids = more_stop_ids(policy, tokenizer)
-    check_vocabulary(tokenizer, [prompt], tokenizer([prompt], add_special_tokens=False).input_ids,
-                     policy.get_input_embeddings().num_embeddings)
+    if check:
+        check_vocabulary(tokenizer, [prompt], tokenizer([prompt], add_special_tokens=False).input_ids,
+                         policy.get_input_embeddings().num_embeddings)
     torch.manual_seed(config.seed)
     batch = common.generate(policy, tokenizer, [prompt + tags], config.eval_samples, config.temperature,
                             max_new_tokens=config.max_new_tokens)
@@ -66,10 +69,12 @@ def ask(config, method, tags_of=None):
     usual = {name: of_run[name] for name in OF_RUN if of_run and now[name] == plain[name]}
     after = replace(config, **usual | {"policy": str(path), "lora_rank": 0})
     conversation = of_run.get("conversations", attributes.get("chat", False))
+    if not config.policy:
+        print(f"asking {os.path.relpath(path)}", file=sys.stderr)
     print(config.prompt + tags)
     if of_run:
         before = replace(after, policy=of_run["policy"])
         print("before training:", *answers(before, config.prompt, "", conversation), sep="\n  ")
         print("after training:")
-    for text in answers(after, config.prompt, tags, conversation):
+    for text in answers(after, config.prompt, tags, conversation, check=True):
         print(f"  {text}")

@@ -41,6 +41,8 @@ def check_checkpoint(path, policy=True):
     policy: an encoder-decoder or an encoder is refused too, and an adapter is not.
     """
     folder = Path(path)
+    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+        raise UserError(f"there is no directory {path}")
     if settings_of(path) is not None:
         if policy:
             return

@@ -133,7 +133,7 @@ class UserReward:
                                 "not a list with a number for each")
             for row, (value, prompt) in enumerate(zip(values, prompts)):
                 if not isinstance(value, (int, float)) or not math.isfinite(value):
-                    raise UserError(f"--reward {name} returned {value!r} for row {row} of {len(texts)}: "
+                    raise UserError(f"--reward {name} returned {value!r} for row {row + 1} of {len(texts)}: "
                                     f"prompt {str(prompt)[:60]!r}, response {texts[row][:60]!r}")
             total += weight * torch.tensor(values, dtype=torch.float32)
         return (total - self.mean) / self.std

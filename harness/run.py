@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import sys
@@ -28,7 +29,7 @@ from harness.checkpoints import check_checkpoint, check_model
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
 from harness.rewards import load_rewards
-from tasks import ROOT, Task, chat, write_json, write_text
+from tasks import ROOT, Task, chat, preferences, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
@@ -104,6 +105,8 @@ class Run:
         self.trained, self.optimizer, self.schedule, self.n_steps = trained, optimizer, schedule, len(plan)
         if self.resumes:
             self.restore()
+            if not self.config.quiet:
+                print(f"going on after step {self.step} of {len(plan)}", file=sys.stderr)
         self.count_time()
         self.begin()
         saved, wait = time.time(), directory.SAVE_SECONDS
@@ -358,6 +361,8 @@ def start(config):
 
 def prepare(config, out):
     """A Run with everything loaded and checked."""
+    if config.data != "reviews":
+        preferences.locate(config.data)                   # a wrong path is said before any model is built
     check_checkpoint(loading.policy_path(config))
     task = loading.load_task(config)
     began = time.time()
@@ -413,10 +418,18 @@ def launch(train, config, known=None):
         if error and not isinstance(error, UserError) and (run.out / "args.json").exists():
             print(f"the run's files are in {os.path.relpath(run.out)}", file=sys.stderr)
             if any((run.out / name).exists() for name in directory.CHECKPOINTS):
-                words = [word for word in sys.argv if not word.startswith(("--resume", "--out="))]
-                words += [] if "--out" in words else ["--out", os.path.relpath(run.out)]
-                print("to go on:", shlex.join(["python", *words, "--resume", "True"]), file=sys.stderr)
+                print("to go on:", command_that_resumes(run.out), file=sys.stderr)
+            else:
+                print("it had no checkpoint yet: delete them, or leave them", file=sys.stderr)
         directory.give_back(run.out, run.lock)
+
+
+def command_that_resumes(out):
+    """This command line, to go on with its run."""
+    words = re.sub(r"\0--resume(=\w+)?(\0(True|False|true|false))?(?=\0|$)", "", "\0".join(sys.argv))
+    words = words.split("\0")
+    given = any(word == "--out" or word.startswith("--out=") for word in words)
+    return shlex.join(["python", *words, *([] if given else ["--out", os.path.relpath(out)]), "--resume"])
 
 
 class Plain:

@@ -2,16 +2,18 @@
 
 `tasks/reviews.py` makes one out of nothing, with a gold reward; `tasks/preferences.py` reads one from a file.
 """
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
-from filelock import FileLock                # comes with huggingface_hub
+from filelock import FileLock, Timeout                # comes with huggingface_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
@@ -53,6 +55,21 @@ def lock(path):
     """`with lock(path):` keeps other processes out that do the same. The file <path>.lock stays."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock")
+
+
+@contextlib.contextmanager
+def lock_or_say(path, text):
+    """The same, with a line on the screen where another process has it."""
+    held = lock(path)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        print(text, file=sys.stderr)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class Pair(NamedTuple):

@@ -23,7 +23,7 @@ from transformers import (AutoModelForSequenceClassification, LlamaConfig, Llama
 import common
 import tasks
 from harness.stages import Recipe, fit, reward_model_losses, shuffled_batches, train_reward_model, train_sft
-from tasks import Demonstration, Pair, Ranking, Task, lock, reviews, write_json
+from tasks import Demonstration, Pair, Ranking, Task, lock, lock_or_say, reviews, write_json
 
 DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
 POOL = 512, 16               # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
@@ -78,10 +78,11 @@ def models(config):
     path = home(config)
     if (path / "vitals.json").exists():
         return path
-    with lock(path):
+    with lock_or_say(path, "waiting for another process that builds the embedded task's models"):
         if (path / "vitals.json").exists():                              # another process has built them
             return path
-        print(f"building the embedded task's models for seed {config.seed} (once, up to two minutes)")
+        print(f"building the embedded task's models for seed {config.seed} (once, up to two minutes)",
+              flush=True)
         began, rng = time.time(), random.Random(config.seed)
         torch.manual_seed(config.seed)
         prompts = reviews.make_prompts("train", 3000, config.seed)

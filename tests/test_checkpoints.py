@@ -160,6 +160,9 @@ def test_probe_changes_what_the_policy_computes_in(toy):
 def test_checks_are_made_after_the_data_is_read_or_not_at_all(toy, tmp_path):
     save_toy(tmp_path / "model")
     shortened(tmp_path / "model" / "model.safetensors", lambda old: POINTER)
+    (tmp_path / "model" / "pairs.jsonl").write_text("broken", encoding="utf-8")
     with pytest.raises(UserError, match="git-lfs pointer"):
+        started(tmp_path / "model", tmp_path / "run")
+    with pytest.raises(UserError, match="no such file: missing.jsonl"):      # before a model is built or loaded
         started(tmp_path / "model", tmp_path / "run", data="missing.jsonl")
     assert not (tmp_path / "run").exists()

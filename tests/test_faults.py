@@ -19,7 +19,7 @@ from common import UserError
 from conftest import ROOT, method_names, save_toy, settings, started
 from harness import directory
 from harness.config import interval_of, is_number, outside
-from harness.run import Stop, in_one_line
+from harness.run import Stop, command_that_resumes, in_one_line
 from referee import docs
 from tasks import Ranking
 
@@ -196,12 +196,23 @@ def test_interrupted_step_is_lost_or_saved_in_halves(number, toy, tmp_path, monk
             in_one_line(lambda: harness.launch(dpo.train, config_of(toy, tmp_path / "cut")))
     error = capsys.readouterr().err
     assert left.value.code == 128 + number and "stopping after this step" in error
-    assert "to go on: python" in error and "--resume True" in error and error.endswith("stopped\n")
+    assert "to go on: python" in error and " --resume\n" in error and error.endswith("stopped\n")
     assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 4
     Stop.signal = 0
     harness.launch(dpo.train, config_of(toy, tmp_path / "cut", resume=True))
     assert same(tmp_path / "cut", straight)
     assert not any((tmp_path / "cut" / name).exists() for name in (".process", "state-before.pt"))
+
+
+@pytest.mark.parametrize("given, printed", [
+    ("dpo.py --epochs 2", "python dpo.py --epochs 2 --out runs/x --resume"),
+    ("dpo.py --resume True --out runs/x", "python dpo.py --out runs/x --resume"),
+    ("dpo.py --out=runs/x --resume=True", "python dpo.py --out=runs/x --resume"),
+    ("dpo.py --resume --out runs/x --quiet", "python dpo.py --out runs/x --quiet --resume")])
+def test_printed_command_is_not_the_one_that_goes_on(given, printed, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", given.split())
+    assert command_that_resumes(tmp_path / "runs" / "x") == printed
 
 
 def test_second_interruption_waits():

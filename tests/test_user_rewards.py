@@ -70,8 +70,8 @@ def test_function_gets_other_texts_than_the_data_has(mine):
     ("my_rewards:letters*much", "letters.much'.*could not convert"),
     ("my_rewards:one", "my_rewards:one returned '1.0' for 3 responses, not a list"),
     ("my_rewards:few", r"few returned '\[1.0, 1.0\]' for 3 responses, not a list"),
-    ("my_rewards:words", "words returned 'good' for row 1 of 3: prompt 'q', response 'ba'"),
-    ("my_rewards:infinite", "infinite returned nan for row 2 of 3: prompt 'r', response 'b'"),
+    ("my_rewards:words", "words returned 'good' for row 2 of 3: prompt 'q', response 'ba'"),
+    ("my_rewards:infinite", "infinite returned nan for row 3 of 3: prompt 'r', response 'b'"),
     ("my_rewards:value", "my_rewards:value is no function")])
 def test_bad_function_is_a_traceback_or_its_row_is_not_named(text, message, mine):
     with pytest.raises(UserError, match=message):
