@@ -2,9 +2,9 @@
 
     python benchmarks/lora.py --model DIR --data FILE
 
-These and more flags go to all runs, after FLAGS. Trained: weights, gradients and optimizer state of what is trained, in MB (1e6). Peak:
-the process's largest resident set, or on CUDA the largest allocation. Saved: the weights in the run's
-directory. A step's time leaves evaluation out. PPO's reward is `brief`, below.
+These and more flags go to all runs, after FLAGS. Trained: weights, gradients and optimizer state of what is
+trained, in MB (1e6). Peak: the process's largest resident set, or on CUDA the largest allocation. Saved: the
+weights in the run's directory. A step's time leaves evaluation out. PPO's reward is `brief`, below.
 """
 import importlib
 import json
