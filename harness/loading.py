@@ -49,6 +49,7 @@ def load_task(config):
         from tasks import build
         return build.load_task(config)
     from tasks import preferences
+    preferences.locate(config.data)                       # a wrong path: before the tiny model is built
     tokenizer = load_tokenizer(config)
     return preferences.load(config.data, tokenizer, config.limit, config.chat, config.skip_bad_rows,
                             config.columns)

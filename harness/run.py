@@ -29,7 +29,7 @@ from harness.checkpoints import check_checkpoint, check_model
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
 from harness.rewards import load_rewards
-from tasks import ROOT, Task, chat, preferences, write_json, write_text
+from tasks import ROOT, Task, chat, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
@@ -361,9 +361,8 @@ def start(config):
 
 def prepare(config, out):
     """A Run with everything loaded and checked."""
-    if config.data != "reviews":
-        preferences.locate(config.data)                   # a wrong path is said before any model is built
-    check_checkpoint(loading.policy_path(config))
+    if config.policy or config.model != "tiny":
+        check_checkpoint(loading.policy_path(config))
     task = loading.load_task(config)
     began = time.time()
     rewards = load_rewards(config, task)

@@ -163,6 +163,6 @@ def test_checks_are_made_after_the_data_is_read_or_not_at_all(toy, tmp_path):
     (tmp_path / "model" / "pairs.jsonl").write_text("broken", encoding="utf-8")
     with pytest.raises(UserError, match="git-lfs pointer"):
         started(tmp_path / "model", tmp_path / "run")
-    with pytest.raises(UserError, match="no such file: missing.jsonl"):       # before any model is read
-        started(tmp_path / "model", tmp_path / "run", data="missing.jsonl")
+    with pytest.raises(UserError, match="no such file: missing.jsonl"):
+        started(toy, tmp_path / "run", data="missing.jsonl", model="tiny")             # before it is built
     assert not (tmp_path / "run").exists()

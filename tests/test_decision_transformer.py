@@ -897,5 +897,6 @@ def test_misspelled_choice_passes():
 
 def test_policy_that_learned_from_scores_of_the_data_is_not_scored_by_the_reward_model(whole):
     rankings = [Ranking(prompt, ["a", "bb", "ccc"], [0.1, 0.5, 0.9]) for prompt in PROMPTS]
-    result = whole("own", task(rankings={"train": rankings, "test": []}), sources="P", bins=2)[0]
+    data = task(rankings={"train": rankings, "test": []})
+    result = whole("own", data, lambda *rows: letters(*rows).float(), sources="P", bins=2)[0]
     assert len(result["calibration"]) == 2 and all("reward" in row for row in result["calibration"])
