@@ -30,7 +30,7 @@ def outside(value, interval):
     opening, low, high, closing = re.fullmatch(r"([(\[])(\S+), (\S+)([)\]])", interval).groups()
     low, high = float(low), float(high)
     if not math.isfinite(value):
-        return "be a finite number"
+        return f"be in {interval}" if high < math.inf else "be a finite number"
     if low > value or low == value and opening == "(":
         if high < math.inf:
             return f"be in {interval}"

@@ -25,7 +25,7 @@ def held_out(metrics):
     """Of {name: values [n]} of n held-out pairs: {"eval/<name>": mean, "eval/<name>_se": its error}."""
     found = {}
     for name, values in metrics.items():
-        found[f"eval/{name}"], error = mean_and_error(values[:, None])
+        found[f"eval/{name}"], (_, error) = values.float().mean().item(), mean_and_error(values[:, None])
         found |= {} if error is None else {f"eval/{name}_se": error}
     return found
 

@@ -56,7 +56,7 @@ def fit(model, tokenizer, rows, losses_of, recipe, title):
         prompts, responses = zip(*(rows[i] for i in indices))
         for part, batch in common.batches(tokenizer, prompts, responses, recipe.token_budget, model.device):
             losses = losses_of(model, batch, [indices[i] for i in part])
-            check_finite(losses, step + 1, [prompts[i] for i in part], f"{title} loss", recipe.flag)
+            check_finite(losses, step + 1, [prompts[i] for i in part], f"{title} loss".strip(), recipe.flag)
             (losses.sum() / len(indices)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()

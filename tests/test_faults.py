@@ -103,7 +103,7 @@ def save_reward(folder):
 @pytest.mark.parametrize("value, interval, must", [
     (0, "(0, inf)", "be above 0"), (-1, "[0, inf)", "not be negative"), (1, "[2, inf)", "be at least 2"),
     (2, "[0, 1]", "be in [0, 1]"), (1.0, "[0, 1)", "be in [0, 1)"), (-0.1, "[0, 1)", "be in [0, 1)"),
-    (math.nan, "[0, 1)", "be a finite number"), (math.inf, "(0, inf)", "be a finite number"),
+    (math.nan, "[0, 1)", "be in [0, 1)"), (math.inf, "(0, inf)", "be a finite number"),
     (2 ** 63, "[0, inf)", "be at most 4.61169e+18"), (1e31, "[0, inf)", "be at most 1e+30"),
     (0, "[0, 1)", ""), (1, "[0, 1]", ""), (3, "(0, inf)", ""), (1e30, "(0, inf)", "")])
 def test_what_a_number_must_be(value, interval, must):

@@ -724,7 +724,7 @@ def unbuilt(tmp_path, monkeypatch):
     texts = sorted((reviews.write("crowd", prompt, rng) for _ in range(20)),
                    key=lambda text: reviews.gold(prompt, text))
     row = {"prompt": prompt, "responses": texts[-4:], "gold": [0.0, 1.0, 0.5, 2.0],
-           "ended": [True, True, False, True]}
+           "ended": [True, True, False, True], "ids": [[]] * 4}
     (tmp_path / "samples.json").write_text(json.dumps(dict.fromkeys(("pool", "shown", "test"), [row] * 50)),
                                            encoding="utf-8")
     tasks.write_json(tmp_path / "rankings.json", build.ranked([prompt, prompt], 0))
