@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if (ROOT / path.name).exists())
 FILES = {f"{name}.py": [f"test_{name}.py"] for name in METHODS} | {
     "common.py": ["test_common.py"], "harness/samples.py": ["test_samples.py"],
-    "harness/stages.py": ["test_samples.py", "test_harness.py"], "harness/rewards.py": ["test_samples.py"],
-    "harness/conditioning.py": ["test_conditioning.py"], "harness/evaluation.py": ["test_harness.py"]}
+    "harness/stages.py": ["test_samples.py", "test_harness.py"],
+    "harness/rewards.py": ["test_samples.py", "test_user_rewards.py"],
+    "harness/conditioning.py": ["test_conditioning.py", "test_steerlm.py"],
+    "harness/evaluation.py": ["test_harness.py", "test_conditioning.py"]}
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE,
          ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.And: ast.Or, ast.Or: ast.And}

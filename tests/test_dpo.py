@@ -539,3 +539,14 @@ def test_run_without_held_out_pairs_crashes(toy, tmp_path):
 def test_zero_epochs_crash_or_train(toy, tmp_path):
     run, rows = trained(toy, tmp_path / "run", epochs=0.0)
     assert rows == [] and len(run.trace) == 1 and run.trace[0]["eval/kl"] == 0
+
+
+def test_held_out_pairs_are_of_another_kind_than_those_that_are_trained_on():
+    rows = [Ranking("ab", ["a", "b", "c"], [2.0, 1.0, 0.0], ["x", "y", "z"])] * 3
+    data = Task("toy", {"train": ["ab"], "test": ["c"]}, {"test": [Pair("ab", "d", "e")] * 4}, {"test": rows})
+    own, pairs = [Pair("ab", "d", "e")], [Pair("ab", "a", "c")]
+    for options, want in (({}, own * 4), ({"eval_pairs": 2}, own * 2), ({"pairs": "x>z"}, pairs * 3),
+                          ({"pairs": "x>z", "eval_pairs": 1}, pairs)):
+        assert dpo.held_out_pairs(dpo.Config(**options), data) == want
+    data.rankings = {}
+    assert dpo.held_out_pairs(dpo.Config(pairs="x>z"), data) == own * 4

@@ -684,3 +684,9 @@ def test_AE_run_is_not_reproducible_or_heeds_evaluations_or_not_its_seed(whole):
     assert torch.equal(weights, watched_weights)
     before, after = (json.loads(line)["objective/kl"] for line in steps)     # a reference that moves along: 0
     assert abs(before) < 1e-5 and abs(after) > 1e-3
+
+
+def test_default_minibatch_is_not_half_of_a_rollout():
+    for batch_size, minibatch_size in ((128, 64), (10, 5), (9, 9), (15, 15), (2, 1), (1, 1)):
+        assert ppo.Config(batch_size=batch_size).minibatch_size == minibatch_size
+    assert ppo.Config(batch_size=12, minibatch_size=4).minibatch_size == 4

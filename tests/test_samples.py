@@ -103,6 +103,22 @@ def test_O_token_budget_changes_the_gradient_of_fit(toy, monkeypatch):
     assert all((r - results[0]).abs().max() < 1e-6 for r in results)
 
 
+def test_O_fit_adds_the_losses_of_a_batch_up(toy, monkeypatch):
+    """One step of 0.01 times the gradient of the mean loss, worked out apart."""
+    monkeypatch.setattr(common, "adamw", sgd)
+    config, rows = settings(toy), [("a", ["bc"]), ("abcd", ["h"]), ("ef", ["gh"])]
+    model, tokenizer = harness.load_policy(config).double(), harness.load_tokenizer(config)
+    start = parameters(model).clone()
+    batch = common.encode(tokenizer, [p for p, _ in rows], [r for _, (r,) in rows])
+    (-common.sequence_logps(model, batch).mean()).backward()
+    want = start - 0.01 * torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    model.zero_grad()
+    harness.fit(model, tokenizer, rows, lambda model, batch, _: -common.sequence_logps(model, batch),
+                recipe(batch_size=3, max_grad_norm=1e9), "")
+    assert (want - start).abs().max() > 1e-3
+    torch.testing.assert_close(parameters(model), want, rtol=1e-9, atol=1e-9)
+
+
 def test_O_fit_clips_each_tensor_or_keeps_gradients_or_the_learning_rate(toy, monkeypatch):
     """Two steps on the same batch; of the second, the schedule says that it is half as long."""
     def halving(model, lr, steps, schedule, warmup):
