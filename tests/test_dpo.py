@@ -550,3 +550,13 @@ def test_held_out_pairs_are_of_another_kind_than_those_that_are_trained_on():
         assert dpo.held_out_pairs(dpo.Config(**options), data) == want
     data.rankings = {}
     assert dpo.held_out_pairs(dpo.Config(pairs="x>z"), data) == own * 4
+
+
+def test_curriculum_of_two_steps_does_not_end_with_hard_pairs_or_one_step_divides_by_0():
+    rows = [Ranking(f"p{i}", ["a", "b", "c"], [2.0, 1.0, 0.0], ["x", "y", "z"]) for i in range(8)]
+    data = Task("toy", {"train": [], "test": []}, rankings={"train": rows})
+    options = dict(pairs="x>z", hard_pairs="x>y", batch_size=4, epochs=1.0)
+    easy, hard = dpo.training_plan(dpo.Config(**options), data)
+    assert {pair.rejected for pair in easy} == {"c"} and {pair.rejected for pair in hard} == {"b"}
+    (only,) = dpo.training_plan(dpo.Config(**options | {"batch_size": 8}), data)
+    assert {pair.rejected for pair in only} == {"c"}
