@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
+from harness import UserError
 
 SET_HERE = {"seed", "seeds", "jobs", "out", "quiet", "reproduce", "resume"}      # filled in by the referee
 EVALUATION = {"eval_prompts": 512, "eval_samples": 8}          # of every arm, unless the user gave another
@@ -132,5 +133,13 @@ def defaults(method_names):
 
 
 def load(path):
-    """What a results file holds; {} where there is none."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+    """What a results file holds; {} where there is none. UserError for one that is damaged."""
+    if not Path(path).exists():
+        return {}
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("no JSON object")
+        return stored
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): restore or delete it") from None

@@ -20,7 +20,7 @@ from conftest import ROOT, method_names, save_toy, settings, started
 from harness import directory
 from harness.config import interval_of, is_number, outside
 from harness.run import Stop, command_that_resumes, in_one_line
-from referee import docs
+from referee import docs, tables
 from tasks import Ranking
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -312,6 +312,33 @@ def test_damaged_file_of_a_run_is_a_traceback(name, kind, place, toy, cut, tmp_p
         assert math.isfinite(result["eval/loss"])
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             json.loads(line)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(name=st.sampled_from(["model.safetensors", "config.json", "tokenizer.json",
+                                        "tokenizer_config.json", "generation_config.json"]),
+                  kind=st.sampled_from(["cut", "padded", "appended", "flipped", "empty"]),
+                  place=st.floats(0, 1))
+def test_damaged_file_of_a_policy_is_a_traceback(name, kind, place, toy, tmp_path):
+    model = tmp_path / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(toy, model)
+    (model / name).write_bytes(damaged((model / name).read_bytes(), kind, place))
+    try:
+        run = started(toy, tmp_path / "run", policy=str(model))
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        directory.give_back(run.out, run.lock)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"runs": [}'])
+def test_damaged_results_are_a_traceback(content, tmp_path):
+    (tmp_path / "dpo.json").write_bytes(content)
+    with pytest.raises(UserError, match="dpo.json cannot be read .*: restore or delete it"):
+        tables.report("dpo", tmp_path)
 
 
 def test_checkpoint_before_the_last_is_not_used_or_gives_another_run(toy, cut, tmp_path, straight, capsys):
