@@ -25,7 +25,13 @@ def library():
 def settings_of(path):
     """adapter_config.json of a directory that holds an adapter only; None of any other directory or id."""
     file = Path(path) / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not file.exists():
+        return None
+    with common.readable("an adapter", path):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or not settings.get("base_model_name_or_path"):
+            raise ValueError("adapter_config.json names no base model")
+        return settings
 
 
 def base_path(path):
@@ -54,6 +60,8 @@ def keep(model, handle):
 def load(path, rank, device, dtype):
     """A policy from a saved adapter: to be trained on, where `rank` is its own; with rank 0 merged."""
     peft, base, own = library(), base_path(path), settings_of(path).get("r")
+    if not own:
+        raise UserError(f"{path} is an adapter, but not LoRA: merge it first (peft's merge_and_unload)")
     if rank and rank != own:
         raise UserError(f"{path} is an adapter of rank {own}: give --lora_rank {own} to train it on, or no "
                         "--lora_rank to merge it into its model and train that")

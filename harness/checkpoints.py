@@ -43,9 +43,12 @@ def check_checkpoint(path, policy=True):
     folder = Path(path)
     if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
         raise UserError(f"there is no directory {path}")
-    if settings_of(path) is not None:
-        if policy:
-            return
+    adapter = settings_of(path)
+    if adapter and policy:
+        for file in folder.glob("adapter_model.*"):
+            check_weights(file)
+        return check_checkpoint(adapter["base_model_name_or_path"])
+    if adapter:
         raise UserError(f"{path} is an adapter, not a whole model: merge it first (peft's merge_and_unload)")
     with common.readable("a model", path):
         settings, _ = PreTrainedConfig.get_config_dict(path)

@@ -66,7 +66,7 @@ class Config:
     model: str = option("tiny", "'tiny' (built here, no download) or any causal LM: a directory or a hub id")
     policy: str = option("", "start from this saved policy, which is then the reference too")
     lora_rank: int = option(
-        0, "train LoRA adapters of this rank, ten times as fast (0: all weights)", "[0, inf)")
+        0, "train LoRA adapters of this rank, by default with ten times the lr (0: all weights)", "[0, inf)")
     prompt: str = option("", "no training: what --policy, or the last run, answers to this, before and after")
     data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
     reward: str = option(

@@ -69,9 +69,11 @@ def fingerprint_of_data(data):
     """12 hex digits of a data file; "" for the embedded task and hub ids."""
     if not Path(data).is_file():
         return ""
+    digest = hashlib.sha256()
     with open(data, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12] if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(file.read()).hexdigest()[:12]
+        for block in iter(lambda: file.read(2 ** 20), b""):
+            digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 def read_args(out):
@@ -132,16 +134,18 @@ def load_state(out):
 
 
 def kept(run, name, make):
-    """make(), whose value is kept in the run's directory if it was slow; --resume reads it from there."""
+    """make(), kept in the run's directory with what it cost if it was slow; --resume reads it from there."""
     if run.config.resume and (run.out / f"{name}.pt").exists():
         try:
-            return load_plain(run.out / f"{name}.pt")
+            value, counts = load_plain(run.out / f"{name}.pt")
+            run.counts |= counts
+            return value
         except UNREADABLE:
             warn(f"{run.out / name}.pt cannot be read: made anew")
     began, value = time.time(), make()
     if time.time() - began > SLOW_SECONDS:
         run.begin()
-        torch.save(value, run.out / f"{name}.part")
+        torch.save((value, run.counts), run.out / f"{name}.part")
         (run.out / f"{name}.part").replace(run.out / f"{name}.pt")
     return value
 

@@ -55,14 +55,18 @@ def load_task(config):
                             config.columns)
 
 
-def check_vocabulary(tokenizer, texts, tokenised, embeddings):
-    """UserError for tokens that the model has no embedding of; for unknown words too, if half are unknown."""
+def check_embeddings(texts, tokenised, embeddings):
+    """UserError for tokens that the model has no embedding of."""
     beyond = [text for text, ids in zip(texts, tokenised) if max(ids, default=0) >= embeddings]
     if beyond:
         raise UserError(f"the tokenizer has tokens that the model has no embedding of, as in {beyond[0]!r}: "
                         "they do not belong together")
-    every = [token for ids in tokenised for token in ids]
-    unknown = every.count(tokenizer.unk_token_id) / max(len(every), 1)
+
+
+def check_vocabulary(tokenizer, prompts, tokenised, embeddings):
+    """check_embeddings, and a warning or (if half are unknown) UserError for unknown words."""
+    check_embeddings(prompts, tokenised, embeddings)
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in tokenised) / max(sum(map(len, tokenised)), 1)
     text = (f"{unknown:.0%} of the words of the prompts are unknown to the model (tiny knows only those of "
             "its film reviews): give --model")
     if unknown > 0.5:
@@ -90,6 +94,7 @@ def fit_task(tokenizer, task, embeddings=math.inf):
     if not texts:
         return
     whole = common.response_ids(tokenizer, [text for _, text in texts])
+    check_embeddings([text for _, text in texts], whole, embeddings)
     kept = dict(zip(texts, (tuple(ids[:room - len(p)]) for p, ids in zip(
         common.prompt_ids(tokenizer, [prompt for prompt, _ in texts]), whole))))
     cut = sum(len(ids) < len(before) for ids, before in zip(kept.values(), whole))
@@ -136,7 +141,7 @@ def without_scorer(config):
 
 
 def load_scorer(config, labels=1):
-    """The initial policy with a new linear head for so many scores, to be trained: a reward model."""
+    """The initial policy (of an adapter, its base) with a new linear head for scores, to be trained."""
     family = without_scorer(config)
     if family:
         raise UserError(f"transformers has no class for models of scores of the family {family}")

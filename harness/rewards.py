@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import numbers
 import os
 import pkgutil
 import random
@@ -132,7 +133,7 @@ class UserReward:
                 raise UserError(f"--reward {name} returned {str(values)[:60]!r} for {len(texts)} responses, "
                                 "not a list with a number for each")
             for row, (value, prompt) in enumerate(zip(values, prompts)):
-                if not isinstance(value, (int, float)) or not math.isfinite(value):
+                if not isinstance(value, numbers.Real) or not math.isfinite(value):
                     raise UserError(f"--reward {name} returned {value!r} for row {row + 1} of {len(texts)}: "
                                     f"prompt {str(prompt)[:60]!r}, response {texts[row][:60]!r}")
             total += weight * torch.tensor(values, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """One training run from start to finish: steps, records, checkpoints, and the command line."""
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import os
@@ -87,6 +88,12 @@ class Run:
     began: float = field(default_factory=time.time)
     clock: tuple = field(default_factory=now)         # what training took until then is counted
 
+    @functools.cached_property
+    def origin(self):
+        """What --resume compares: fingerprints of the initial weights and of the data file."""
+        return {"build": loading.fingerprint(self.config),
+                "data_fingerprint": directory.fingerprint_of_data(self.config.data)}
+
     @property
     def resumes(self):
         """Is there a checkpoint to go on from?"""
@@ -118,8 +125,8 @@ class Run:
                 yield step, plan[step]
                 Stop.stepping = False
                 self.bar.update()
-                minutes = (time.time() - began) / 60 * (len(plan) - first - 1)
-                if step == first and minutes > 2 and not self.config.quiet:
+                minutes = (time.time() - began) / 60 * (len(plan) - step - 1) if step == first else 0
+                if minutes > 2 and not self.config.quiet:
                     print(f"{len(plan)} steps, about {minutes:.0f} min", file=sys.stderr)
                 every = self.config.save_every
                 due = (step + 1) % every == 0 if every else time.time() - saved > wait
@@ -202,9 +209,9 @@ class Run:
         return loading.load_reference(self.config, self.policy)
 
     def load_value_model(self, path=""):
-        """A model of the values of states, from the path or the initial policy: common.ValueModel."""
+        """A common.ValueModel that starts from the path or the initial policy (of an adapter, its base)."""
         if path:
-            check_checkpoint(path)
+            check_checkpoint(path, policy=False)
         model = common.load_value_model(path or loading.weights_path(self.config), self.tokenizer,
                                         self.config.device, self.config.dtype)
         if self.config.lora_rank:
@@ -215,7 +222,7 @@ class Run:
 
     def begin(self):
         """Make the directory and args.json; drop lines of metrics.jsonl from beyond the current step."""
-        own = {"conversations": self.task.chat} | began_from(self.config)
+        own = {"conversations": self.task.chat} | self.origin
         write_json(self.out / "args.json", asdict(self.config) | own)
         file = self.out / "metrics.jsonl"
         write_text(file, "".join(directory.rows_until(file, self.step)))
@@ -267,7 +274,7 @@ class Run:
             for note in self.notes:
                 print(note)
         final = {k: v for k, v in self.trace[-1].items() if k.startswith("eval/")}
-        final |= {"build": loading.fingerprint(self.config),
+        final |= {"build": self.origin["build"],
                   "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         return final | counts | {"seconds": seconds, "trace": self.trace, "out": str(self.out)} | self.results
 
@@ -314,12 +321,6 @@ def training_state_mb(optimizer):
 def method_name(config):
     """The method whose Config this is: the name of its file."""
     return Path(inspect.getfile(type(config))).stem
-
-
-def began_from(config):
-    """What --resume compares: fingerprints of the initial weights and of the data file."""
-    return {"build": loading.fingerprint(config),
-            "data_fingerprint": directory.fingerprint_of_data(config.data)}
 
 
 def output_directory(config):
@@ -384,7 +385,7 @@ def prepare(config, out):
     directory.check_room(out, sum(trained) / 1e6)
     run = Run(config, out, task, tokenizer, policy, rewards, began=began)
     if config.resume:
-        old, new = directory.read_args(out), began_from(config)
+        old, new = directory.read_args(out), run.origin
         for name, what in (("build", "initial weights are"), ("data_fingerprint", "data file is")):
             if old.get(name, new[name]) != new[name]:
                 raise UserError(f"the {what} not what {out} was begun with: give another --out")
@@ -414,7 +415,8 @@ def launch(train, config, known=None):
         return run.finish()
     finally:
         Stop.stepping, error = False, sys.exc_info()[1]
-        if error and not isinstance(error, UserError) and (run.out / "args.json").exists():
+        alone = known is None                                     # an arm of the referee is not resumed
+        if error and alone and not isinstance(error, UserError) and (run.out / "args.json").exists():
             print(f"the run's files are in {os.path.relpath(run.out)}", file=sys.stderr)
             if any((run.out / name).exists() for name in directory.CHECKPOINTS):
                 print("to go on:", command_that_resumes(run.out), file=sys.stderr)

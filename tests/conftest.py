@@ -1,4 +1,5 @@
 """Fixtures and helpers that several test files share; the helpers are imported from here."""
+import contextlib
 import importlib.util
 import json
 import os
@@ -129,6 +130,21 @@ def toy_run(toy, task=None, step=0, rewards=(), out=None, **kwargs):
     run.trained = run.policy
     run.optimizer, run.schedule = common.adamw(run.policy, config.lr, 10, config.schedule, config.warmup)
     return run
+
+
+@contextlib.contextmanager
+def killed_after(step):
+    """Runs in this block are killed at the end of this step, counted from 0."""
+    log = harness.Run.log
+
+    def kill(run, now, metrics):
+        log(run, now, metrics)
+        if now == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(harness.Run, "log", kill)
+        yield
 
 
 class Counting:

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 import common
 import harness
 from common import UserError
-from conftest import PAIRS, method_names, parameters, save_toy, settings, started
+from conftest import PAIRS, killed_after, method_names, parameters, save_toy, settings, started
 from harness import adapters, loading
 
 every = pytest.mark.parametrize("method", method_names())
@@ -154,8 +154,7 @@ def test_method_trains_more_than_its_adapter_or_nothing(method, toy, tmp_path, m
     torch.testing.assert_close(logps(saved, batch), logps(policy, batch))
 
 
-def test_resumed_adapter_differs_from_a_straight_one_or_its_checkpoint_holds_the_base(toy, tmp_path,
-                                                                                       monkeypatch):
+def test_resumed_adapter_differs_from_a_straight_one_or_its_checkpoint_holds_the_base(toy, tmp_path):
     import ppo
     reward = save_toy(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
     options = dict(reward=str(reward), lora_rank=2, epochs=1.0, save_every=2)
@@ -164,16 +163,8 @@ def test_resumed_adapter_differs_from_a_straight_one_or_its_checkpoint_holds_the
         return settings(toy, ppo.Config, out=str(tmp_path / name), **options, **more)
 
     harness.launch(ppo.train, config("straight"))
-    log = harness.Run.log
-
-    def kill(run, step, metrics):
-        log(run, step, metrics)
-        if step == 2:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            harness.launch(ppo.train, config("cut"))
+    with killed_after(2):
+        harness.launch(ppo.train, config("cut"))
     state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
     assert all("lora_" in name or name.startswith("1.score") for name in state["trained"])
     harness.launch(ppo.train, config("cut", resume=True))
@@ -210,3 +201,24 @@ def test_peft_that_is_missing_is_a_traceback(toy, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_peft)
     with pytest.raises(UserError, match="pip install peft"):
         harness.load_policy(settings(toy, lora_rank=2))
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "cannot load an adapter from"), ("[]", "names no base model"), ("{}", "names no base model"),
+    ('{"base_model_name_or_path": "BASE", "peft_type": "PREFIX_TUNING"}', "an adapter, but not LoRA"),
+    ('{"base_model_name_or_path": "/no/such/model", "r": 4}', "there is no directory /no/such/model")])
+def test_adapter_that_cannot_be_used_is_a_traceback(content, message, toy, tmp_path):
+    adapters.save(harness.load_policy(settings(toy, lora_rank=4)), tmp_path / "adapter")
+    harness.load_tokenizer(settings(toy)).save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(content.replace("BASE", str(toy)), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        started(toy, tmp_path / "run", policy=str(tmp_path / "adapter"))
+
+
+def test_weights_of_an_adapter_are_cut(toy, tmp_path):
+    adapters.save(harness.load_policy(settings(toy, lora_rank=4)), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="adapter_model.safetensors is cut off"):
+        started(toy, tmp_path / "run", policy=str(tmp_path / "adapter"))

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 import dpo
 import harness
 from common import UserError
-from conftest import ROOT, method_names, save_toy, settings, started
+from conftest import ROOT, killed_after, method_names, save_toy, settings, started
 from harness import directory
 from harness.config import interval_of, is_number, outside
 from harness.run import Stop, command_that_resumes, in_one_line
@@ -257,9 +257,12 @@ def test_candidates_that_took_minutes_are_drawn_again(toy, tmp_path, monkeypatch
 
     assert directory.kept(run, "candidates", make) == rows and not (run.out / "candidates.pt").exists()
     monkeypatch.setattr(directory, "SLOW_SECONDS", -1)
+    run.counts["tokens_generated"] = 7
     assert directory.kept(run, "candidates", make) == rows and len(made) == 2
     run.config = dataclasses.replace(run.config, resume=True)
+    run.counts["tokens_generated"] = 0
     assert directory.kept(run, "candidates", make) == rows and len(made) == 2
+    assert run.counts["tokens_generated"] == 7                   # what they cost counts
     (run.out / "candidates.pt").write_bytes(b"cut")
     assert directory.kept(run, "candidates", make) == rows and len(made) == 3
     directory.give_back(run.out, run.lock)
@@ -273,16 +276,8 @@ def test_candidates_that_took_minutes_are_drawn_again(toy, tmp_path, monkeypatch
 def cut(toy, tmp_path_factory):
     """The directory of a run that was killed after two checkpoints."""
     out = tmp_path_factory.mktemp("cut") / "run"
-
-    def kill(run, step, metrics, log=harness.Run.log):
-        log(run, step, metrics)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            harness.launch(dpo.train, config_of(toy, out, save_every=2))
+    with killed_after(4):
+        harness.launch(dpo.train, config_of(toy, out, save_every=2))
     assert {"state.pt", "state-before.pt", "args.json", "metrics.jsonl"} <= {*os.listdir(out)}
     return out
 

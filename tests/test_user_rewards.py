@@ -33,6 +33,9 @@ def words(prompts, responses):
     return [1.0, "good", 2.0][:len(responses)]
 def infinite(prompts, responses):
     return [1.0, 2.0, math.nan][:len(responses)]
+def singles(prompts, responses):
+    import numpy
+    return [numpy.float32(len(text)) for text in responses]
 value = 3
 '''
 
@@ -55,6 +58,7 @@ def test_functions_are_not_called_or_not_weighted(mine):
     assert scores("my_rewards:letters") == [2, 1, 0]
     assert scores("my_rewards:letters*0.5, my_rewards:short*2") == [1 - 4, 0.5 - 4, -2]
     assert scores("my_rewards:letters*-1") == [-2, -1, 0]
+    assert scores("my_rewards:singles") == [2, 2, 1]
 
 
 def test_function_gets_other_texts_than_the_data_has(mine):
