@@ -13,10 +13,8 @@ from the attention mask. Prompt and response are tokenised apart and their ids a
 has the same ids before every response. Log-probabilities are in nats and are reduced in float32 at least.
 """
 import contextlib
-import inspect
 import sys
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import transformers
@@ -28,6 +26,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
 UNREADABLE = OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError    # of from_pretrained
+FEW_LOGITS, ROOM = 2 ** 22, {"cpu": 2 ** 14, "cuda": 2 ** 16, "mps": 2 ** 14}  # see token_logps, generate
 CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}   # harmless on a terminal
 
 
@@ -58,8 +57,20 @@ class Batch:
         return Batch(*(t[rows] for t in self.tensors()))
 
     def split(self, budget):
-        """Row indices of consecutive parts that fit a budget of padded tokens, one row at least."""
-        return torch.arange(len(self)).split(max(1, budget // self.input_ids.shape[1]))
+        """Row indices of parts that fit a budget of padded tokens, one row at least; long rows first."""
+        lengths = self.attention_mask.sum(1)
+        left, parts = lengths.argsort(descending=True, stable=True), []
+        while len(left):
+            n = max(1, budget // max(1, int(lengths[left[0]])))
+            parts, left = parts + [left[:n]], left[n:]
+        return parts
+
+    def compact(self):
+        """The same rows from column 0 on, all padding after them: a causal model then needs no mask."""
+        lengths, first = self.attention_mask.sum(1, keepdim=True), self.attention_mask.argmax(1, keepdim=True)
+        columns = torch.arange(int(lengths.max()), device=lengths.device)
+        places, inside = (columns + first).clamp(max=self.input_ids.shape[1] - 1), (columns < lengths).long()
+        return Batch(self.input_ids.gather(1, places), inside, self.response_mask.gather(1, places) * inside)
 
     def to(self, device):
         return Batch(*(t.to(device) for t in self.tensors()))
@@ -70,13 +81,9 @@ class Batch:
         return self.response_mask.sum(1)
 
     @property
-    def position_ids(self):
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
-
-    @property
     def last(self):
         """Column of each row's last token [B]."""
-        return self.position_ids.argmax(1)
+        return self.attention_mask.cumsum(1).argmax(1)                        # the first of equal ones
 
 
 def prompt_ids(tokenizer, prompts):
@@ -157,18 +164,14 @@ def batches(tokenizer, prompts, responses, budget, device="cpu", ended=None):
     answers = iter(response_ids(tokenizer, [text for texts in responses for text in texts], flags))
     rows = [[(p, next(answers)[:tokenizer.model_max_length - len(p)]) for _ in texts]
             for texts, p in zip(responses, prompt_ids(tokenizer, prompts))]
-    sizes = [(len(group), len(group[0][0]), max(len(ids) for _, ids in group)) for group in rows]
-    group, before, after = [], 0, 0                               # columns for the group's prompts, responses
-    for i in sorted(range(len(prompts)), key=lambda i: (sizes[i][0], sum(sizes[i]))) + [None]:
-        if i is not None:
-            k, *columns = sizes[i]
-            before, after = max(before, columns[0]), max(after, columns[1])
-        full = i is None or (len(group) + 1) * k * (before + after) > budget
-        if group and (full or k != sizes[group[0]][0]):
+    sizes = [(len(group), max(len(p) + len(ids) for p, ids in group)) for group in rows]   # k, longest row
+    group = []
+    for i in sorted(range(len(prompts)), key=lambda i: sizes[i]) + [None]:
+        k, longest = sizes[i] if i is not None else (0, 0)
+        if group and (k != sizes[group[0]][0] or (len(group) + 1) * k * longest > budget):
             yield group, pack([row for j in group for row in rows[j]], tokenizer.pad_token_id).to(device)
-            group, (before, after) = [], columns
-        if i is not None:
-            group.append(i)
+            group = []
+        group.append(i)
 
 
 # ------------------------------------------------------------------------------------------ log-probabilities
@@ -184,11 +187,11 @@ def gather_logps(logits, input_ids, temperature=1.0):
     return pick_logps(logits[:, :-1], input_ids[:, 1:], temperature)
 
 
-def token_logps(model, batch, temperature=1.0, chunk=256):
+def token_logps(model, batch, temperature=1.0, chunk=None):
     """log p of every response token [B, T-1], 0 elsewhere, without ever holding the logits [B, T, V].
 
-    The LM head is applied to `chunk` tokens at a time and recomputed in the backward pass, so memory grows
-    with chunk * V. Models that do more to their logits (soft caps, scales) take the plain path.
+    Beyond FEW_LOGITS, the LM head is applied to `chunk` tokens at a time (256) and recomputed in the backward
+    pass, so memory grows with chunk * V. Models that change their logits (soft caps) take the plain path.
     """
     where = batch.response_mask[:, 1:].bool()
     with compute(model):
@@ -197,18 +200,23 @@ def token_logps(model, batch, temperature=1.0, chunk=256):
         def chunk_logps(states, targets):
             return pick_logps(head(states), targets, temperature)
 
-        logps = torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False) for s, t in
-                           zip(states.split(chunk), batch.input_ids[:, 1:][where].split(chunk))])
+        targets, vocabulary = batch.input_ids[:, 1:][where], model.get_input_embeddings().num_embeddings
+        if chunk is None and len(states) * vocabulary <= FEW_LOGITS:
+            logps = chunk_logps(states, targets)
+        else:
+            chunks = zip(*(t.split(chunk or 256) for t in (states, targets)))
+            logps = torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False) for s, t in chunks])
         return logps.new_zeros(where.shape).masked_scatter(where, logps)
 
 
 def response_states(model, batch):
     """States [N, D] that predict the N response tokens of a batch, row by row; the head that makes logits."""
+    whole, batch = not head_is_all(model, batch), batch.compact()
     where = batch.response_mask[:, 1:].bool()
-    if not head_is_all(model, batch):
-        return model(**inputs(model, batch)).logits[:, :-1][where], torch.nn.Identity()
-    hidden = model.base_model(**inputs(model, batch)).last_hidden_state
-    return hidden[:, :-1][where], model.get_output_embeddings()
+    if whole:
+        return model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][where], torch.nn.Identity()
+    states = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return states[:, :-1][where], model.get_output_embeddings()
 
 
 def sequence_logps(model, batch, temperature=1.0):
@@ -219,25 +227,18 @@ def sequence_logps(model, batch, temperature=1.0):
 @torch.no_grad()
 def in_parts(function, batch, budget, device):
     """function(part) of each part of the batch that fits the budget, without gradient, joined on `device`."""
-    return torch.cat([function(batch[rows].to(device)) for rows in batch.split(budget)])
-
-
-def inputs(model, batch):
-    """What the model's forward takes; a few families (BLOOM, OPT of old) count positions themselves."""
-    everything = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-                      position_ids=batch.position_ids)
-    return {k: v for k, v in everything.items() if k in inspect.signature(model.forward).parameters}
+    parts = batch.split(budget)
+    found = torch.cat([function(batch[rows].to(device)) for rows in parts])
+    return found[torch.cat(parts).argsort().to(found.device)]                            # rows as they were
 
 
 @torch.no_grad()
 def head_is_all(model, batch):
     """Are the model's logits just head(hidden states)? Checked once per model, on 16 tokens of a batch."""
     if not hasattr(model, "head_is_all"):
-        ids = batch.input_ids[:1, -16:]
-        few = inputs(model, Batch(ids, torch.ones_like(ids), batch.response_mask[:1, -16:]))
+        few = dict(input_ids=batch.input_ids[:1, -16:], use_cache=False)
         logits, hidden = model(**few).logits, getattr(model.base_model(**few), "last_hidden_state", None)
-        # a soft cap changes small logits too little to be seen below
-        capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+        capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)   # unseen if small
         model.head_is_all = hidden is not None and not capped and torch.allclose(
             logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3, equal_nan=True)
         if not model.head_is_all:
@@ -292,8 +293,8 @@ def load(auto_class, path, device="auto", dtype="auto", **head):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0                                     # some classes hard-code a dropout of their own
     device = pick_device(device)
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    model.compute_dtype = getattr(torch, auto if dtype == "auto" else dtype)
+    dtype = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    model.compute_dtype = getattr(torch, dtype)
     return model.to(device).eval()
 
 
@@ -338,9 +339,11 @@ def load_value_model(path, tokenizer=None, device="auto", dtype="auto"):
 
 def token_values(model, batch):
     """Value of the state before each next token [B, T-1], float32: entry t has seen input_ids[:, :t + 1]."""
+    rows, where = batch.compact(), (batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]).bool()
     with compute(model):
-        states = model.base_model(**inputs(model.base_model, batch)).last_hidden_state
-        return model.score(states)[:, :-1, 0].float()
+        states = model.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
+        values = model.score(states)[:, :-1, 0].float()[rows.attention_mask[:, 1:].bool()]
+    return values.new_zeros(where.shape).masked_scatter(where, values)
 
 
 @dataclass
@@ -352,7 +355,7 @@ class RewardModel:
     mean: float = 0.0
     std: float = 1.0
     budget: int = 16384
-    render: Callable[[list], list] = list                      # prompts in the form that this model reads
+    render: object = list                                      # prompts in the form that this model reads
     tokens: int = 0                                            # read so far, without padding
 
     @torch.no_grad()
@@ -376,9 +379,10 @@ def sequence_scores(model, batch):
 
     Hugging Face's own forward takes the last token that is not PAD, and so misses the EOS where PAD is EOS.
     """
+    rows = batch.compact()
     with compute(model):
-        hidden = model.base_model(**inputs(model.base_model, batch)).last_hidden_state
-        return model.score(hidden[torch.arange(len(batch)), batch.last]).float()
+        states = model.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
+        return model.score(states[torch.arange(len(rows)), rows.last]).float()
 
 
 def load_reward_model(path, max_length, device="auto", dtype="auto", label="", budget=16384):
@@ -393,15 +397,15 @@ def load_reward_model(path, max_length, device="auto", dtype="auto", label="", b
     return RewardModel(model, tokenizer, labels.get(label.lower(), 0), **scale, budget=budget)
 
 
-# --------------------------------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------------------- sampling, optimizer
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=65536):
+def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=None):
     """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
 
-    Returns a Batch of len(prompts) * n rows on the CPU, in order, the n rows of a prompt together. As many
-    rows are sampled at once as fit the budget of padded tokens. After as many new tokens as a row was long,
-    those that have not ended are read again and go on. The model and its own settings stay as they were.
+    Returns a Batch of len(prompts) * n rows on the CPU, in order, n rows of a prompt together. A budget of
+    padded tokens is sampled at once. After as many new tokens as a row was long, those that have not ended
+    are read again and go on. The model and its own settings stay as they were.
     """
     rows = [(ids, []) for ids in prompt_ids(tokenizer, prompts) for _ in range(n)]
     stops, pad, todo, left = stop_ids(tokenizer), tokenizer.pad_token_id, [*range(len(rows))], max_new_tokens
@@ -419,14 +423,13 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
                 pad_token_id=pad)
             waiting = todo
             while waiting:
-                count = max(1, budget // (len(read[waiting[0]]) + new))
+                count = max(1, (budget or ROOM[model.device.type]) // (len(read[waiting[0]]) + new))
                 part, waiting = waiting[:count], waiting[count:]
                 prompt = pack([(read[i], []) for i in part], pad).to(model.device)
                 with compute(model):
                     texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
                 for i, ids in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
-                    end = next((t for t, token in enumerate(ids) if token in stops), len(ids))
-                    rows[i][1].extend(ids[:end + 1])
+                    rows[i][1].extend(ids[:next((t for t, v in enumerate(ids) if v in stops), len(ids)) + 1])
             todo, left = [i for i in todo if rows[i][1][-1] not in stops], left - new
     finally:
         model.train(mode)
@@ -434,13 +437,10 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
     return pack(rows, pad)
 
 
-# ------------------------------------------------------------------------------------------- optimizer
-
 def adamw(model, lr, steps, schedule="constant_with_warmup", warmup=0.1):
     """AdamW (betas 0.9 and 0.95, no weight decay) and the schedule of its learning rate over so many steps.
 
-    warmup: the share of the steps over which the learning rate rises linearly from 0.
-    steps: a number, or a list of numbers: the schedule is then run once for each, one after the other.
+    warmup: the share of the steps over which the rate rises from 0. steps: of a list, one schedule for each.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -131,7 +131,7 @@ def refresh(run, reward, prompts, turn):
             new.append(Pair(row.prompt, *((a, b) if prefers_a else (b, a))))
     pairs = new + rng.sample(older, min(len(new), len(older)))
     recipe = harness.Recipe(lr=1e-3, batch_size=32, schedule="cosine", seed=run.config.seed)
-    harness.train_reward_model(reward.model, reward.tokenizer, pairs, recipe)
+    harness.train_reward_model(reward.model, reward.tokenizer, pairs, recipe, run.counts)
     run.state |= {"labels": older + new, "rater": reward.model.state_dict()}
 
 

@@ -122,6 +122,7 @@ def train_regression(run, samples):
             losses = (scores - targets[[indices[i] for i in part]]).square().sum(1)                     # [n]
             harness.check_finite(losses, step + 1, [prompts[i] for i in part], flag="--predictor_lr")
             (losses.sum() / len(indices)).backward()                    # the mean over responses, in parts
+            run.counts["tokens_trained"] += int(batch.attention_mask.sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -138,7 +139,7 @@ def train_writer(run, samples):
     rows = [Demonstration(row.prompt + row.responses[0], text) for row, text in zip(samples, tags)]
     recipe = harness.Recipe(config.predictor_lr, batch_size=32, epochs=config.predictor_epochs,
                             token_budget=config.token_budget, seed=config.seed, flag="--predictor_lr")
-    harness.train_sft(model, run.tokenizer, rows, recipe)       # Eq. 1: the sum over the tokens of the tags
+    harness.train_sft(model, run.tokenizer, rows, recipe, run.counts)         # Eq. 1: the sum over the tags
     room = 1 + max(map(len, run.tokenizer(tags, add_special_tokens=False).input_ids))
     wanted = "".join(rf"<{re.escape(name)}:\d>" for name in names)
 
@@ -192,7 +193,7 @@ def train(run):
     fit = train_writer if config.predictor == "lm" else train_regression
     predict = fit(run, ratings) if config.labels == "predicted" else None                             # step 1
     samples = rate_anew(predict, ratings + unrated) if predict else ratings                           # step 2
-    errors = harness.label_errors(ratings, samples, held_out, predict, truth)
+    errors = harness.label_errors(run, ratings, samples, held_out, predict, truth)
     keep = max(1, round(config.share * len(samples)))
     samples = sorted(samples, key=lambda row: -sum(row.levels[name] for name in quality))[:keep]
     rows = samples if conditioned or config.share < 1 else ratings + unrated

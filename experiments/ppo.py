@@ -5,7 +5,7 @@ The form of arms, claims and panels is described in docs/protocol.md.
 QUICK = []                       # flags of the short run that the tests make
 
 COEFFICIENTS = (0.0, 0.02, 0.05, 0.2, 1.0)
-LONG = {"epochs": 6, "eval_every": 2}
+LONG = {"epochs": 6, "eval_every": 3}
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
            "eval/fluency": "fluency", "cpu_seconds": "CPU s"}
 
@@ -17,7 +17,7 @@ EXPERIMENTS = {
         question="What does the KL penalty buy, and when does the proxy stop meaning gold?",
         arms={"SFT, temperature 0.5": {"epochs": 0, "eval_temperature": 0.5}, "default": {}}
         | {f"KL {kl:g}": LONG | {"kl_coef": kl} for kl in COEFFICIENTS} | {
-            "pushed": {"epochs": 12, "eval_every": 4, "kl_coef": 0.0, "lr": 3e-3}},       # longer, lr x 3
+            "pushed": {"epochs": 12, "eval_every": 6, "kl_coef": 0.0, "lr": 3e-3}},       # longer, lr x 3
         columns=COLUMNS,
         claims=[
             dict(claim="PPO raises gold", source="Stiennon et al.", paper="no number checked:",

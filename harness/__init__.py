@@ -11,7 +11,7 @@ from harness.conditioning import (add_tags, check_ratings, complete_request, cur
                                   report_steering, reward_curve, slope, steering, steering_metrics, table,
                                   trends, true_levels)
 from harness.config import Config, option
-from harness.evaluation import held_out, probe
+from harness.evaluation import best_of, held_out, probe
 from harness.loading import (demonstrations, fingerprint, load_base, load_policy, load_scorer, load_task,
                              load_tokenizer, policy_path, test_pool)
 from harness.rewards import reward_to_maximise

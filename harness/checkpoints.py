@@ -1,4 +1,5 @@
 """What is wrong with a checkpoint, found before anything is trained: its files, its kind, how it masks."""
+import inspect
 import json
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def check_checkpoint(path, policy=True):
             check_weights(file)
 
 
+def inputs(model, batch):
+    """What a forward pass over a padded batch takes; a few families (BLOOM) count positions themselves."""
+    everything = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                      position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0))
+    return {k: v for k, v in everything.items() if k in inspect.signature(model.forward).parameters}
+
+
 @torch.no_grad()
 def check_model(model, tokenizer, prompt, path):
     """UserError for a policy whose log-probs depend on padding or on later tokens; probed on one prompt."""
@@ -87,14 +95,13 @@ def check_model(model, tokenizer, prompt, path):
     ids = (common.prompt_ids(tokenizer, [prompt])[0] * 12)[:12]
     changed = ids[:-1] + [(ids[-1] + 1) % known]
     pad, rows = tokenizer.pad_token_id, [(ids[:6], ids[6:]), (ids[:6], changed[6:])]
-    padded = common.pack([rows[0], ([pad] * 5 + ids, ids)], pad)[:1]         # PAD on both sides
+    padded = common.pack([rows[0], ([pad] * 5 + ids, ids)], pad)[:1].to(model.device)      # PAD on both sides
     dtype, model.compute_dtype = model.compute_dtype, torch.float32
-    alone, other, beside = (common.token_logps(model, batch.to(model.device))[0] for batch in
-                            (common.pack(rows[:1], pad), common.pack(rows[1:], pad), padded))
+    alone, other = (common.token_logps(model, common.pack([row], pad).to(model.device))[0, -6:]
+                    for row in rows)
     model.compute_dtype = dtype
-    start = int(padded.response_mask[0].argmax()) - 1
-    beside = beside[start:start + 6]
-    alone, other = alone[-6:], other[-6:]
+    logits = model(**inputs(model, padded)).logits                     # as in sampling, with PAD on the left
+    beside = common.gather_logps(logits, padded.input_ids)[padded.response_mask[:, 1:].bool()]
     if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise UserError(f"{path} ({type(model).__name__}) ignores the attention mask: log-probs change by "
                         f"{(alone - beside).abs().max():.2g} nats with the padding of their batch, so it "

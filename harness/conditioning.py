@@ -144,13 +144,14 @@ def rating_error(samples, judge):
     return statistics.fmean(gaps) if gaps else math.nan
 
 
-def label_errors(ratings, samples, held_out, predict, truth):
+def label_errors(run, ratings, samples, held_out, predict, truth):
     """Metrics of labels, as far as they can be known: predictor_error, of predictions for held-out responses
     against people's levels; human_error and label_error, of people's and the samples' levels against the
-    truth."""
-    errors = {"eval/predictor_error": rating_error(held_out, predict)} if predict and held_out else {}
-    return errors | ({"eval/human_error": rating_error(ratings, truth),
-                      "eval/label_error": rating_error(samples, truth)} if truth else {})
+    truth. No cost of training."""
+    with run.aside():
+        errors = {"eval/predictor_error": rating_error(held_out, predict)} if predict and held_out else {}
+        return errors | ({"eval/human_error": rating_error(ratings, truth),
+                          "eval/label_error": rating_error(samples, truth)} if truth else {})
 
 
 def curve(run, asked, measure):

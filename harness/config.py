@@ -76,7 +76,9 @@ class Config:
         None, "learning rate of a reward model trained from the pairs of --data (1e-5; with LoRA 1e-4)",
         "(0, inf)")
     columns: str = option("", "'prompt=question,chosen=answer_a': other names of the data's fields")
-    limit: int = option(0, "read only the first LIMIT rows of the data file (0: all)", "[0, inf)")
+    limit: int = option(
+        0, "read only the first LIMIT rows of the data file, or prompts of the embedded task (0: all)",
+        "[0, inf)")
     skip_bad_rows: bool = option(False, "leave out (and count) empty, equal or mismatched rows, do not stop")
     chat: bool = option(False, "wrap plain-text prompts as a user turn of the tokenizer's chat template")
     max_length: Optional[int] = option(
@@ -110,6 +112,9 @@ class Config:
         "annotators", "embedded task: who labels the pairs that are trained on; the proxy's are annotators'")
     proxy_pairs: Literal["samples", "off_policy"] = option(
         "samples", "embedded task: the proxy learns from pairs of SFT samples, or of another writer's texts")
+    layers: int = option(
+        1, "embedded task: layers of the tiny model; with several it is wider too (3: a million weights)",
+        "[1, inf)")
     rating_noise: float = option(
         2.0, "embedded task: standard deviation of the raters' errors, in levels", "[0, inf)")
     seed: int = option(

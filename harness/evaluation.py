@@ -30,11 +30,12 @@ def held_out(metrics):
     return found
 
 
-def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
+def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str, draw=None):
     """Sample the test prompts and measure; the same prompts and random numbers at every call with one config.
 
     Args: rewards: {name: RewardModel}. start: what this function returned as samples before training. ask:
         what the policy is asked in place of a prompt; the reference and the rewards see the prompt itself.
+        draw: how it answers, in place of common.generate (see best_of).
     Returns: metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts, if there are
             several}. gold, fluency if the task has them; proxy, judge; kl = KL(policy || initial policy) in
             nats per sequence: on the policy's own samples, the sum over tokens of the exact KL of the
@@ -48,8 +49,8 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         asked = [ask(prompt) for prompt in prompts]
-        batch = common.generate(policy, tokenizer, asked, n, config.eval_temperature,
-                                max_new_tokens=config.max_new_tokens)
+        batch = (draw or common.generate)(policy, tokenizer, asked, n, config.eval_temperature,
+                                          max_new_tokens=config.max_new_tokens)
     same = asked == prompts
     prompts = [prompt for prompt in prompts for _ in range(n)]
     plain = None if same else with_prompts(tokenizer, batch, prompts)
@@ -77,16 +78,22 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str):
     return metrics, samples
 
 
+def best_of(n, reward):
+    """In place of common.generate: each answer is the one of n samples that has the highest reward."""
+    def draw(policy, tokenizer, prompts, answers, temperature, max_new_tokens):
+        batch = common.generate(policy, tokenizer, prompts, answers * n, temperature,
+                                max_new_tokens=max_new_tokens)
+        asked = [prompt for prompt in prompts for _ in range(answers * n)]
+        scores = reward(asked, common.decode(tokenizer, batch)).view(-1, n)
+        return batch[torch.arange(0, len(batch), n) + scores.argmax(1)]
+    return draw
+
+
 def with_prompts(tokenizer, batch, prompts):
     """The responses of the batch, token for token, as answers to other prompts [B]."""
     responses = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.response_mask)]
     rows = zip(common.prompt_ids(tokenizer, prompts), responses, strict=True)
     return common.pack([*rows], tokenizer.pad_token_id)
-
-
-def trimmed(batch):
-    """The batch without the columns in which every row has padding."""
-    return common.Batch(*(t[:, batch.attention_mask.any(0)] for t in batch.tensors()))
 
 
 @torch.no_grad()
@@ -121,9 +128,9 @@ def kl_to_reference(config, policy, batch, plain=None):
     if len(embeddings) > known:                                     # tags, see conditioning.add_tags
         extend_vocabulary(reference, embeddings[known:])
     temperatures, plain = (config.eval_temperature, config.temperature), plain or batch
-    order, kls = batch.lengths.argsort(), torch.zeros(len(batch))            # rows of like length together
-    for rows in (order[part] for part in batch.split(config.token_budget)):
-        both = [trimmed(b[rows]).to(policy.device) for b in (batch, plain)]
+    kls = torch.zeros(len(batch))
+    for rows in batch.split(config.token_budget):
+        both = [b[rows].to(policy.device) for b in (batch, plain)]
         kls[rows] = sequence_kl((policy, reference), both, temperatures).cpu()
     return kls
 

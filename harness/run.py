@@ -68,6 +68,7 @@ class Run:
     rewards: dict[str, common.RewardModel]
     state: dict = field(default_factory=dict)       # a method's own plain values, which --resume must restore
     ask: Callable[[str], str] = str                   # what a trained policy is asked in place of a prompt
+    draw: Optional[Callable] = None                   # how a trained policy answers: see evaluation.best_of
     results: dict = field(default_factory=dict)       # a method's own numbers beside the final metrics
     notes: list[str] = field(default_factory=list)    # a method's own text for the screen, after all is saved
     trained: Optional[torch.nn.Module] = None         # with optimizer and schedule: what run.steps registered
@@ -163,6 +164,14 @@ class Run:
         for name, since, until in zip(("seconds_training", "cpu_seconds"), then, self.clock):
             self.counts[name] += until - since
 
+    @contextlib.contextmanager
+    def aside(self):
+        """What is done within is measurement: neither its time nor its tokens are a cost of training."""
+        self.count_time()
+        counts = dict(self.counts)
+        yield
+        self.counts, self.clock = counts, now()
+
     def evaluation_due(self, step):
         """After every --eval_every steps, and after the last one."""
         n = self.config.eval_every
@@ -183,7 +192,7 @@ class Run:
         key = what_initial_evaluation_needs(self.config, self.rewards) if first else None
         metrics, samples = (self.known or {}).get(key) or evaluate(
             self.config, self.task, self.policy, self.tokenizer, self.rewards, self.samples.get("before"),
-            self.ask if self.trace else str)
+            *((self.ask, self.draw) if self.trace else ()))
         if key:
             self.known[key] = metrics, samples
         self.samples["after" if self.trace else "before"] = samples
@@ -311,6 +320,8 @@ class Means:
 
 def training_state_mb(optimizer):
     """Megabytes (1e6) of what is trained: weights, their gradients and the optimizer's moments."""
+    if not optimizer.state:                                             # no step was made: nothing is trained
+        return 0.0
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     return sum(tensor.nbytes for tensor in (*weights, *weights, *moments)) / 1e6

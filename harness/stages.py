@@ -45,11 +45,13 @@ def check_finite(values, step, prompts, name="loss", flag="--lr"):
                             "correct the data or the reward")
 
 
-def fit(model, tokenizer, rows, losses_of, recipe, title):
+def fit(model, tokenizer, rows, losses_of, recipe, title, counts=None):
     """Train on the mean loss of rows (prompt, responses).
 
-    losses_of(model, batch, part) -> [n], where part lists which n of the rows the batch holds.
+    losses_of(model, batch, part) -> [n], where part lists which n of the rows the batch holds. The tokens
+    that are read are added to counts["tokens_trained"].
     """
+    counts = {"tokens_trained": 0} if counts is None else counts
     plan = shuffled_batches(len(rows), recipe.epochs, recipe.batch_size, recipe.seed)
     optimizer, schedule = common.adamw(model, recipe.lr, len(plan), recipe.schedule, recipe.warmup)
     for step, indices in enumerate(tqdm(plan, title, leave=False, disable=None)):
@@ -58,6 +60,7 @@ def fit(model, tokenizer, rows, losses_of, recipe, title):
             losses = losses_of(model, batch, [indices[i] for i in part])
             check_finite(losses, step + 1, [prompts[i] for i in part], f"{title} loss".strip(), recipe.flag)
             (losses.sum() / len(indices)).backward()
+            counts["tokens_trained"] += int(batch.attention_mask.sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -65,10 +68,10 @@ def fit(model, tokenizer, rows, losses_of, recipe, title):
     return model
 
 
-def train_sft(model, tokenizer, demonstrations, recipe):
+def train_sft(model, tokenizer, demonstrations, recipe, counts=None):
     """Maximum likelihood of the responses: summed over tokens, averaged over examples."""
     return fit(model, tokenizer, [(d.prompt, [d.response]) for d in demonstrations],
-               lambda model, batch, _: -common.sequence_logps(model, batch), recipe, "SFT")
+               lambda model, batch, _: -common.sequence_logps(model, batch), recipe, "SFT", counts)
 
 
 def reward_model_losses(model, batch):
@@ -77,7 +80,8 @@ def reward_model_losses(model, batch):
     return -F.logsigmoid(chosen - rejected)
 
 
-def train_reward_model(model, tokenizer, pairs, recipe):
+def train_reward_model(model, tokenizer, pairs, recipe, counts=None):
     """Fit a sequence-classification model with one label to preference pairs: texts, read as complete."""
     return fit(model, tokenizer, [(p.prompt, [str(p.chosen), str(p.rejected)]) for p in pairs],
-               lambda model, batch, _: reward_model_losses(model, batch), recipe, "reward model")
+               lambda model, batch, _: reward_model_losses(model, batch), recipe, "reward model",
+               counts)

@@ -5,6 +5,7 @@
     python -m referee dpo --report      # tables and figure from results/dpo.json; runs nothing. Runs with
                                         # other flags have a file of their own: give the same flags
     python -m referee dpo --tune        # choose settings on validation seeds; --jobs, --report as above
+    python -m referee comparison        # all methods at equal time; --tune, --report, --jobs as above
     python -m referee --docs            # write the results into README.md and docs/*.md anew
 
 docs/protocol.md says how claims are judged.
@@ -22,18 +23,22 @@ def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         return print(__doc__)
     # Imported here, so that a UserError of theirs (scipy is missing) is one line too.
-    from referee import docs, runs, tables, tuning
-    from referee.arms import given_flags, method_names
+    from referee import comparison, docs, runs, side_by_side, tables, tuning
+    from referee.arms import config_class, given_flags, method_names
     if argv == ["--docs"]:
         return print("written:", *docs.write_all())
     name, *flags = argv
-    if name not in method_names():
-        raise UserError(f"no method {name!r}; there are: {', '.join(method_names())}")
+    if name not in (*method_names(), comparison.NAME):
+        raise UserError(f"no method {name!r}; there are: {', '.join(method_names())}, {comparison.NAME}")
     from transformers import HfArgumentParser
-    Config = importlib.import_module(name).Config
+    Config = config_class(name)
     parser = HfArgumentParser(Config, prog=f"python -m referee {name}")
     config = Config(**vars(parser.parse_args([flag for flag in flags if flag not in OWN_FLAGS])))
-    if "--tune" in flags and "--report" in flags:
+    if name == comparison.NAME:
+        if "--report" not in flags:
+            comparison.tune(config) if "--tune" in flags else comparison.run(config)
+        side_by_side.report_tuning() if "--tune" in flags else side_by_side.report()
+    elif "--tune" in flags and "--report" in flags:
         tuning.report(name, given_flags(config))
     elif "--tune" in flags:
         tuning.tune(name, config)

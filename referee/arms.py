@@ -38,6 +38,11 @@ def method_names():
     return sorted(path.stem for path in root.glob("experiments/*.py") if (root / path.name).exists())
 
 
+def config_class(name):
+    """The Config of a method; for what is no script (the comparison of all) the options that all share."""
+    return harness.Config if name == "comparison" else importlib.import_module(name).Config
+
+
 def experiments_of(method_name):
     return importlib.import_module(f"experiments.{method_name}").EXPERIMENTS
 
@@ -71,7 +76,7 @@ def identity(config, then={}):
 
 
 def config_of(arm, **more):
-    return importlib.import_module(arm.method).Config(**arm.settings | more)
+    return config_class(arm.method)(**arm.settings | more)
 
 
 def plan(method_name, given, experiments=None, then={}):
@@ -92,7 +97,7 @@ def plan(method_name, given, experiments=None, then={}):
         # dpo's --beta is not rso's, nor is its --lr: another method gets only the model, the data and so on.
         reaching = {k: v for k, v in given.items() if method == method_name or k in situation}
         settings = experiment.get("evaluation", EVALUATION) | reaching | overrides
-        changes = identity(importlib.import_module(method).Config(**settings), then.get(method, {}))
+        changes = identity(config_class(method)(**settings), then.get(method, {}))
         text = json.dumps([method, changes, starter and starter.key], sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         arms[name] = Arm(name, method, settings, changes, starter, key)
@@ -127,7 +132,7 @@ def default_arm(method_name, given, untrained=False):
 
 def defaults(method_names):
     """{method: {option: default}}, stored with the runs, since a key holds only what differs from it."""
-    configs = {name: importlib.import_module(name).Config() for name in sorted(method_names)}
+    configs = {name: config_class(name)() for name in sorted(method_names)}
     return {name: {k: v for k, v in dataclasses.asdict(config).items() if k not in NO_IDENTITY}
             for name, config in configs.items()}
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from harness import UserError
-from referee import figures
+from referee import figures, side_by_side
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
 from referee.tables import (COLUMNS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
@@ -110,6 +110,8 @@ def block(path, kind="results", results_dir="results"):
     name = Path(path).stem
     if name.startswith("README") and kind == "results":
         text = overview_block(results_dir)
+    elif name == side_by_side.NAME:
+        text = side_by_side.block(results_dir) if kind == "results" else side_by_side.tuning_block(results_dir)
     elif name not in method_names():
         raise UserError(f"{path} is not the page of a method: it may not have the line {MARKS[kind][0]}")
     else:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import harness
 from referee import jobs
-from referee.arms import config_of, experiments_of, given_flags, load, plan
+from referee.arms import config_class, config_of, experiments_of, given_flags, load, plan
 from referee.statistics import best_of_n_curve
 from referee.store import Store, curve_name, results_path, run_id
 from referee.tables import report
@@ -47,7 +47,7 @@ class Work:
 
     def __init__(self, method_name, given, seeds, results_dir, runs_dir, experiments):
         self.method_name, self.given, self.seeds = method_name, given, list(seeds)
-        self.config_class = importlib.import_module(method_name).Config
+        self.config_class = config_class(method_name)
         methods = {arm.get("method", method_name) for e in experiments.values() for arm in e["arms"].values()}
         self.store = Store(method_name, given, methods, results_path(method_name, given, results_dir))
         self.runs_dir = Path(runs_dir) / self.store.path.stem             # keys are of one file of results

@@ -47,10 +47,15 @@ def settings_of(title, entry):
 
 
 def experiments_to_tune(method_name):
-    """TUNING in the form of EXPERIMENTS: an experiment for each title, an arm for each setting."""
+    """TUNING in the form of EXPERIMENTS. UserError where a method has none."""
     tuning = getattr(importlib.import_module(f"experiments.{method_name}"), "TUNING", {})
     if not tuning:
         raise UserError(f"experiments/{method_name}.py has no TUNING: nothing to tune")
+    return as_experiments(tuning)
+
+
+def as_experiments(tuning):
+    """TUNING in the form of EXPERIMENTS: an experiment for each title, an arm for each setting."""
     experiments = {}
     for title, entry in tuning.items():
         shared = entry.get("arm", {}) | {k: entry[k] for k in ("method",) if k in entry}

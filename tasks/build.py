@@ -14,6 +14,7 @@ import inspect
 import json
 import random
 import time
+from dataclasses import replace
 
 import tokenizers
 import torch
@@ -32,6 +33,7 @@ TEST = 512, 4                 # test prompts, SFT samples of each for annotated 
 BEST_OF = 128, 64             # test prompts, SFT samples of each for best-of-n curves
 RANKED = 2048                 # train prompts answered by every writer
 RATED = 8                     # samples of each prompt that people rate, at most
+LAST = {}                     # the task that was loaded last
 LIMITS = {"max_length": 160, "max_new_tokens": 40}      # tokens, whatever the user's options are
 TOKEN_BUDGET = 2048           # small: rows of similar length share a batch, which saves a third of padding
 
@@ -47,17 +49,22 @@ def tiny_tokenizer(max_length):
                                    unk_token="<unk>", model_max_length=max_length)
 
 
-def tiny_model(tokenizer):
-    """A Llama of 0.2 million parameters: one layer, of a width that a laptop trains in a minute."""
+def tiny_model(tokenizer, layers=1):
+    """A Llama of 0.2 million parameters: one layer, of a width that a laptop trains in a minute.
+
+    With three layers, half as wide again, it has 1.1 million.
+    """
+    width = 128 if layers == 1 else 192
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True,
         initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
 
 
 def home(config):
-    return tasks.CACHE / "reviews" / code_hash() / f"seed{config.seed}"
+    size = f"-{config.layers}layers" if config.layers > 1 else ""
+    return tasks.CACHE / "reviews" / code_hash() / f"seed{config.seed}{size}"
 
 
 @functools.cache
@@ -92,7 +99,7 @@ def models(config):
             written = [Demonstration(prompt, reviews.write("crowd", prompt, rng))
                        for prompt in rng.choices(prompts, k=DEMONSTRATIONS)]
             write_json(path / "demonstrations.json", [row[:2] for row in written])
-            model = tiny_model(tokenizer).to(common.pick_device(config.device))
+            model = tiny_model(tokenizer, config.layers).to(common.pick_device(config.device))
             tasks.save_model(model, tokenizer, path / "base")
             recipe = Recipe(lr=8e-3, batch_size=64, warmup=0.05, token_budget=TOKEN_BUDGET, seed=config.seed)
             tasks.save_model(train_sft(model, tokenizer, written, recipe), tokenizer, path / "sft")
@@ -157,6 +164,12 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def samples(path, config):
+    """The SFT samples: {"pool", "shown", "test"}; of train prompts the first --limit (0: all)."""
+    rows = read(path / "samples.json")
+    return rows | {name: rows[name][:config.limit or None] for name in ("pool", "shown")}
+
+
 def sample(policy, tokenizer, prompts, n):
     """[{prompt, responses [n], ids [n], ended [n], gold [n]}] of SFT samples, n for each prompt."""
     batch = common.generate(policy, tokenizer, prompts, n, max_new_tokens=LIMITS["max_new_tokens"])
@@ -197,10 +210,21 @@ def load_task(config):
     """The reviews task of this seed: annotated pairs of SFT samples, and rankings of known writers.
 
     The scores of the rankings are gold. Their systems are the writers; the last two, chatty and dry, differ
-    only in style.
+    only in style. The last task is kept for the next run of this process.
     """
-    path = models(config)
-    rows, rankings = read(path / "samples.json"), [Ranking(*row) for row in read(path / "rankings.json")]
+    options = "seed", "limit", "label_noise", "pair_labels", "rating_noise"
+    key = models(config), *(getattr(config, name) for name in options)
+    if key not in LAST:
+        LAST.clear()
+        LAST[key] = make_task(config, models(config))
+    own = {name: dict(value) for name, value in vars(LAST[key]).items() if isinstance(value, dict)}
+    return replace(LAST[key], **own)
+
+
+def make_task(config, path):
+    """What load_task returns, from the models in `path`."""
+    rows, rankings = samples(path, config), [Ranking(*row) for row in read(path / "rankings.json")]
+    rankings = rankings[:len(rows["pool"]) * RANKED // POOL[0]]
 
     def annotate(prompt, a, b, rng):
         prefers_a = reviews.annotate(reviews.gold(prompt, a), reviews.gold(prompt, b), rng)
@@ -266,13 +290,13 @@ def with_noise(pairs, config):
 def proxy(config):
     """The directory of the reward model that methods may use.
 
-    With label noise, or with --proxy_pairs off_policy, it is trained on the pairs that this makes, and is
+    With label noise, --limit, or --proxy_pairs off_policy, it is trained on the pairs that this makes, and is
     kept in the cache too.
     """
-    path, kind = models(config), config.proxy_pairs
-    if not config.label_noise and kind == "samples":
+    path, kind, few = models(config), config.proxy_pairs, f"-{config.limit}" * bool(config.limit)
+    if not config.label_noise and kind == "samples" and not few:
         return path / "proxy"
-    rows, other = read(path / "samples.json"), path / f"proxy-{kind}-{config.label_noise:g}"
+    rows, other = samples(path, config), path / f"proxy-{kind}-{config.label_noise:g}{few}"
     pairs = (with_noise(annotated(rows["shown"], "proxy", config.seed), config) if kind == "samples" else
              load_task(config).pairs[kind])
     with lock(other):
@@ -336,6 +360,7 @@ def report(config):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tasks.build", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     report(parser.parse_args())

@@ -19,6 +19,7 @@ to see.
 
 Every text is the concatenation of its TOKEN_PATTERN matches, and all of these are in VOCABULARY.
 """
+import functools
 import hashlib
 import itertools
 import math
@@ -165,6 +166,7 @@ VOCABULARY = sorted({token for text in [*REQUESTS, *JOINERS, *(f" {piece}" for p
                      for token in re.findall(TOKEN_PATTERN, text)})
 
 
+@functools.lru_cache(2 ** 16)                                # the samples of a policy share their clauses
 def _parse_clause(text: str) -> Clause | None:
     for shape, pattern in SHAPES.items():
         if found := pattern.fullmatch(text):

@@ -130,7 +130,7 @@ class IgnoresTheMask(torch.nn.Module):
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 
-    def forward(self, input_ids, attention_mask, use_cache):
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
         return self.model(input_ids=input_ids, use_cache=use_cache)
 
 

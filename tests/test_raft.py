@@ -411,7 +411,7 @@ def test_refresh_trains_the_evaluations_proxy_or_on_old_samples_or_the_wrong_way
         sampled.append((n, parameters(run.policy), sample(run, prompts, n)))
         return sampled[-1][2]
 
-    def fit_and_note(model, tokenizer, pairs, recipe):
+    def fit_and_note(model, tokenizer, pairs, recipe, counts):
         seen.append(pairs)
         score = common.RewardModel(model, tokenizer)
         prompts, better, worse = zip(*pairs)

@@ -1,0 +1,179 @@
+"""What the comparison's runs say: tables, the matrix of who beats whom, whether it holds, the figure."""
+import importlib.util
+import textwrap
+from pathlib import Path
+from statistics import fmean
+
+from experiments.comparison import RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS
+from referee import figures
+from referee.comparison import NAME, QUARTER, cost, experiments, start_of, tuned
+from referee.ranking import agreement, duels, order, ranks
+from referee.statistics import plus_minus, t_interval
+from referee.store import results_path, shown
+from referee.tables import arm_rows, collect, markdown_table, provenance, stored, text_table
+from referee.tuning import COLUMNS as TUNED_COLUMNS
+from referee.tuning import START
+
+METRIC = "eval/gold"
+COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/win_rate": "win rate",
+           "eval/kl": "KL, nats", "eval/fluency": "fluency", "eval/length": "length, tokens"}
+COSTS = {"cpu_seconds": "CPU s", "tokens_generated": "tokens generated", "tokens_trained": "tokens trained",
+         "tokens_scored_reference": "scored: reference", "tokens_scored_reward": "scored: reward",
+         "tokens_scored_value": "scored: value", "state_mb": "MB trained"}
+RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean gold, with its 95% bootstrap "
+         "interval over seeds. KL is to the SFT policy; that of best of n is an upper bound. The papers' own "
+         "recipes take the place of SFT and need its time, so they have no rank.")
+
+
+def with_starts(arms):
+    """{arm: {seed: run}} without arms that others start from; their costs are added to those others'."""
+    found = {}
+    for name, runs in arms.items():
+        starts = arms.get(start_of(name), {})
+        if not name.endswith(": start"):
+            found[name] = {seed: run | {"cpu_seconds": cost(run, starts.get(seed))} | {
+                k: run[k] + starts[seed][k] for k in COSTS if k.startswith("tokens") and seed in starts}
+                for seed, run in runs.items()}
+    return found
+
+
+def gathered(results_dir="results", given={}):
+    """(view of the file, {title: {arm: {seed: run}}}); UserError where nothing is stored."""
+    results, planned = stored(NAME, results_dir, given, ""), experiments(results_dir, given)
+    collected = collect(NAME, results, planned)
+    return shown(NAME, results, planned), {title: with_starts(arms) for title, arms in collected.items()}
+
+
+def of_seeds(arms, seeds):
+    """The arms with these seeds only."""
+    return {name: {seed: run for seed, run in runs.items() if seed in seeds} for name, runs in arms.items()}
+
+
+def ranked(arms):
+    """{arm: {seed: gold}} of the arms that have a rank: within the budget, with all seeds of the others."""
+    found = {name: {seed: run[METRIC] for seed, run in runs.items()} for name, runs in arms.items()
+             if runs and name not in RECIPES}
+    most = max(map(len, found.values()), default=0)
+    return {name: values for name, values in found.items() if len(values) == most}
+
+
+def main_rows(arms, quarter={}):
+    """A row for each arm, the best first: number, rank, metrics, gold after a quarter of the time."""
+    values = ranked(arms)
+    places = ranks(values) if len(values) > 1 and min(map(len, values.values())) > 1 else {}
+    gold = {name: fmean(run[METRIC] for run in runs.values()) for name, runs in arms.items() if runs}
+    best_first = sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))
+    header, *body = arm_rows({name: arms[name] for name in best_first}, COLUMNS | {"cpu_seconds": "CPU s"})
+    rows = [["", header[0], "rank", *header[1:], *(["gold, a quarter of the time"] if quarter else [])]]
+    for i, (name, *cells) in enumerate(body, 1):
+        rank = "{:.0f} ({:.0f} to {:.0f})".format(*places[name]) if name in places else "-"
+        less = [run[METRIC] for run in quarter.get(name, {}).values()]
+        rows.append([str(i), name, rank, *cells]
+                    + ([plus_minus(*t_interval(less), size=1) if less else "-"] if quarter else []))
+    return rows
+
+
+def matrix_rows(arms):
+    """Who beats whom: > or < where the arm of the row has more or less gold, after Holm's correction."""
+    values = ranked(arms)
+    best_first = sorted(values, key=lambda name: -fmean(values[name].values()))
+    found = duels({name: values[name] for name in best_first})
+    rows = [["", *(str(i) for i in range(1, len(best_first) + 1))]]
+    for i, name in enumerate(best_first, 1):
+        marks = [{">": "<", "<": ">", "=": "="}[found[other, name].verdict] for other in best_first[:i - 1]]
+        rows.append([f"{i} {name}", *marks, "", *(found[name, other].verdict for other in best_first[i:])])
+    return rows
+
+
+def holds(arms, others, what):
+    """A sentence: how many verdicts of two sets of seeds agree, and how far the order does."""
+    first, second = ranked(arms), ranked(others)
+    if min(len(first), len(second)) < 3:
+        return f"{what}: not run yet."
+    found, (rho, low, high) = agreement(duels(first), duels(second)), order(first, second)
+    return (f"{what}: {found.same} of {found.pairs} pairwise verdicts are the same "
+            f"({found.same / found.pairs:.0%}), {found.opposite} are opposite. Spearman's correlation of the "
+            f"two orders is {rho:.2f} ({low:.2f} to {high:.2f}).")
+
+
+def parts(results_dir="results"):
+    """[(heading, rows of a table or None, text)]: everything that is known, in order."""
+    view, collected = gathered(results_dir)
+    clean = collected["clean"]
+    found = []
+    for title, (question, _) in SITUATIONS.items():
+        arms = of_seeds(collected[title], SEEDS)
+        if any(arms.values()):
+            quarter = of_seeds(collected[QUARTER], SEEDS) if title == "clean" else {}
+            found.append((title, main_rows(arms, quarter), question))
+    first = of_seeds(clean, SEEDS)
+    found.append(("costs", arm_rows({name: runs for name, runs in first.items() if runs}, COSTS),
+                  "Of training; evaluation is excluded."))
+    if len(ranked(first)) > 1 and min(map(len, ranked(first).values())) > 1:
+        found.append(("who beats whom", matrix_rows(first),
+                      "Gold, paired within seeds, with Holm's correction over all pairs (5%). The arm of the "
+                      "row has more (>) or less (<) than that of the column; = where neither is shown."))
+    found.append(("does it hold?", None, holds(first, of_seeds(clean, SECOND_SEEDS), "Other seeds")))
+    larger = results_path(NAME, {"layers": 3}, results_dir)
+    if larger.exists():
+        found.append(("a larger model", None, holds(
+            first, gathered(results_dir, {"layers": 3})[1]["clean"], "Three layers, 1.1 million weights")))
+    return found + [("", None, f"{RULES} {provenance(view)}")]
+
+
+def tuning_parts(results_dir="results"):
+    """[(title, rows, what is chosen)] of what was tried on the validation seeds."""
+    tuning, collected, chosen = tuned(results_dir)
+    found = []
+    for title in chosen:
+        settings, why = chosen[title]
+        arms = {name: runs for name, runs in collected[title].items() if name != START}
+        found.append((title, arm_rows(arms, TUNED_COLUMNS, "setting"), why))
+    return found
+
+
+def report(results_dir="results"):
+    """Print everything and draw the figure."""
+    for heading, rows, text in parts(results_dir):
+        print(f"\n{heading}\n" * bool(heading) + "\n".join(
+            ([text_table(rows, 150)] if rows else []) + [textwrap.fill(text, 110)]))
+    print("figure:", draw(results_dir) or 'none: pip install -e ".[plot]"')
+
+
+def report_tuning(results_dir="results"):
+    """Print what was tried on the validation seeds."""
+    for title, rows, why in tuning_parts(results_dir):
+        print(f"\n{title}\n{text_table(rows)}\n{textwrap.fill(why, 110)}")
+
+
+def draw(results_dir="results"):
+    """Gold against KL and against CPU seconds, one mark an arm; returns the path."""
+    if not importlib.util.find_spec("matplotlib"):
+        return None
+    view, collected = gathered(results_dir)
+    arms = {name: runs for name, runs in of_seeds(collected["clean"], SEEDS).items() if runs}
+    path = results_path(NAME, {}, results_dir).with_suffix(".png")
+    panels = [dict(kind="points", x="eval/kl", y=[METRIC], best_of_n=True),
+              dict(kind="points", x="cpu_seconds", y=[METRIC])]
+    figures.draw_rows([("gold against KL, and against the time of training", panels, arms)],
+                      view["best_of_n"], path)
+    return path
+
+
+def block(results_dir="results"):
+    """The same in Markdown, for docs/comparison.md."""
+    if not results_path(NAME, {}, results_dir).exists():
+        return f"Not run yet: `python -m referee {NAME}`."
+    found = []
+    for heading, rows, text in parts(results_dir):
+        found += [f"### {heading[0].upper()}{heading[1:]}"] * bool(heading)
+        found += [markdown_table(rows)] if rows else []
+        found.append(text)
+    return "\n\n".join(found)
+
+
+def tuning_block(results_dir="results"):
+    if not results_path(NAME, {}, Path(results_dir) / "tuning").exists():
+        return f"Not tuned yet: `python -m referee {NAME} --tune`."
+    return "\n\n".join(part for title, rows, why in tuning_parts(results_dir)
+                       for part in (f"**{title}**", markdown_table(rows), why))
