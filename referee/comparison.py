@@ -181,13 +181,14 @@ def experiments(results_dir="results", given={}):
     return found
 
 
-def run(config, seeds=SEEDS, results_dir="results", runs_dir="runs/referee"):
+def run(config, seeds=(), results_dir="results", runs_dir="runs/referee"):
     """Run what is missing: every situation on the first seeds, the clean one on the second seeds too.
 
-    With flags that make another experiment, or other seeds, only the clean one.
+    With flags that make another experiment, or with `seeds`, only the clean one, on these (or the first).
     """
-    planned, given = experiments(results_dir, given_flags(config)), given_flags(config)
+    given = given_flags(config)
+    planned = experiments(results_dir, given)
     clean = {"clean": planned["clean"]}
-    complete(NAME, config, seeds, results_dir, runs_dir, clean if given or seeds is not SEEDS else planned)
-    if seeds is SEEDS and not given:
+    complete(NAME, config, seeds or SEEDS, results_dir, runs_dir, clean if given or seeds else planned)
+    if not (seeds or given):
         complete(NAME, config, SECOND_SEEDS, results_dir, runs_dir, clean)

@@ -111,7 +111,7 @@ def block(path, kind="results", results_dir="results"):
     if name.startswith("README") and kind == "results":
         text = overview_block(results_dir)
     elif name == side_by_side.NAME:
-        text = side_by_side.block(results_dir) if kind == "results" else side_by_side.tuning_block(results_dir)
+        text = (side_by_side.block if kind == "results" else side_by_side.tuning_block)(results_dir)
     elif name not in method_names():
         raise UserError(f"{path} is not the page of a method: it may not have the line {MARKS[kind][0]}")
     else:

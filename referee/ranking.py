@@ -50,8 +50,8 @@ def ranks(values):
     """{arm: (rank, low, high)}: the rank of its mean, and the 95% percentile interval over draws of seeds."""
     arms, _, numbers = table_of(values)
     low, high = np.quantile(rank_of(bootstrap(numbers)), (0.025, 0.975), axis=1)
-    return {arm: row for arm, *row in zip(arms, rank_of(numbers.mean(1)).tolist(), low.tolist(),
-                                          high.tolist())}
+    rows = zip(rank_of(numbers.mean(1)).tolist(), low.tolist(), high.tolist())
+    return dict(zip(arms, rows))
 
 
 def duels(values):

@@ -166,7 +166,7 @@ def block(results_dir="results"):
         return f"Not run yet: `python -m referee {NAME}`."
     found = []
     for heading, rows, text in parts(results_dir):
-        found += [f"### {heading[0].upper()}{heading[1:]}"] * bool(heading)
+        found += [f"### {heading[0].upper()}{heading[1:]}"] if heading else []
         found += [markdown_table(rows)] if rows else []
         found.append(text)
     return "\n\n".join(found)

@@ -449,7 +449,7 @@ def test_a_value_is_of_another_label_or_position_than_its_state(cls, config):   
     batch = some_batch()
     got = common.token_values(model, batch)
     assert got.shape == (4, 9) and got.requires_grad and got.dtype == torch.float32
-    known = (batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]).bool()      # a token is there and next
+    known = (batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]).bool()     # a token is here and next
     want = classifier(**inputs(classifier, batch)).logits[:, :-1, 0]
     torch.testing.assert_close(got[known], want[known])
     assert (got[~known] == 0).all() and known[batch.response_mask[:, 1:].bool()].all()

@@ -767,7 +767,7 @@ def test_training_state_leaves_out_gradients_moments_or_a_network(toy, tmp_path,
     run.trained = networks(run).to(dtype)
     run.optimizer, run.schedule = common.adamw(run.trained, 1e-2, 3)
     size = sum(p.numel() for p in run.policy.parameters()) + 12
-    assert training_state_mb(run.optimizer) == 0                                     # no step, nothing trained
+    assert training_state_mb(run.optimizer) == 0                                    # no step, nothing trained
     random_updates(run)
     assert training_state_mb(run.optimizer) == pytest.approx(size * each / 1e6, rel=0.01)  # and step counters
 
