@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 import common
 from common import UserError
 from harness.adapters import settings_of
+from tasks import hub
 
 POINTER = b"version https://git-lfs"
 
@@ -44,6 +45,8 @@ def check_checkpoint(path, policy=True):
     folder = Path(path)
     if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
         raise UserError(f"there is no directory {path}")
+    if not folder.exists():
+        hub.check_hub(str(path))
     adapter = settings_of(path)
     if adapter and policy:
         for file in folder.glob("adapter_model.*"):

@@ -33,7 +33,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from common import UserError, warn
-from tasks import Demonstration, Pair, Ranking, Task, shapes, words
+from tasks import Demonstration, Pair, Ranking, Task, hub, shapes, words
 from tasks.chat import Prompt, render as render_chat
 
 KIND_OF_FIELD = {
@@ -86,11 +86,12 @@ def locate(source: str) -> tuple[Path, str]:
         raise UserError(f"{source} is a directory; pass one file (.jsonl, .json, .parquet, .csv)")
     if path.exists():
         return path, re.sub(r"\.(jsonl?|parquet|csv|arrow)(\.gz)?$", "", path.name)
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", source)
+    named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", source)
     meant_as_path = "/" in source and path.parent.is_dir()
-    if not hub or meant_as_path or hub[1].endswith((".jsonl", ".jsonl.gz", ".json", *TABLES)):
+    if not named or meant_as_path or named[1].endswith((".jsonl", ".jsonl.gz", ".json", *TABLES)):
         raise UserError(f"no such file: {source}")
-    dataset, file = hub.groups()
+    dataset, file = named.groups()
+    hub.check_hub(dataset, file, "dataset")
     # A named file needs no listing, so it is also found in the hub's cache when there is no network.
     file = file or choose_file(dataset, ask_hub(HfApi().list_repo_files, dataset))
     return Path(ask_hub(HfApi().hf_hub_download, dataset, filename=file)), dataset

@@ -148,7 +148,8 @@ def toys(monkeypatch, tmp_path):
     monkeypatch.setattr(comparison, "SECOND_SEEDS", range(4, 8))
     monkeypatch.setattr(side_by_side, "SEEDS", range(4))
     monkeypatch.setattr(side_by_side, "SECOND_SEEDS", range(4, 8))
-    monkeypatch.setattr(figures, "draw_rows", lambda rows, curves, path: path.write_text("drawn", encoding="utf-8"))
+    monkeypatch.setattr(figures, "draw_rows",
+                        lambda rows, curves, path: path.write_text("drawn", encoding="utf-8"))
     return module
 
 

@@ -16,7 +16,9 @@ from transformers import HfArgumentParser
 
 from conftest import ROOT, method_names
 from harness import UserError
+from referee import comparison
 from referee.__main__ import OWN_FLAGS
+from referee.arms import config_class
 from referee.docs import BEGIN, END
 
 SKELETON = ["Quick facts", "Idea", "Key equations", "What is elsewhere", "Commands and expected numbers",
@@ -102,7 +104,7 @@ def docstring_commands(source):
 
 @functools.cache
 def parser_of(name):
-    return HfArgumentParser(importlib.import_module(name).Config)
+    return HfArgumentParser(config_class(name))
 
 
 def flag_faults(name, flags):
@@ -128,7 +130,8 @@ def command_faults(command):
         if words == ["--docs"]:
             return []
         name, *flags = words or [""]
-        faults = [] if name in method_names() else [f"the referee knows no method {name!r}"]
+        known = name in (*method_names(), comparison.NAME)
+        faults = [] if known else [f"the referee knows no method {name!r}"]
         return faults or flag_faults(name, [flag for flag in flags if flag not in OWN_FLAGS])
     if module:
         file, flags = ROOT / f"{module.replace('.', '/')}.py", words

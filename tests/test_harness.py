@@ -708,6 +708,18 @@ def test_loading_counts_as_training_or_clock_of_the_processor_is_the_one_on_the_
     assert later[0] - wall > 0.3 > 0.2 > later[1] - processor > 0.02             # sleeping is no work
 
 
+def test_measurement_is_a_cost_or_what_came_before_it_is_not(toy, tmp_path, clock):
+    run = started(toy, tmp_path / "run")
+    clock.now += 3
+    run.counts["tokens_scored_reward"] += 5
+    with run.aside():
+        clock.now += 10
+        run.counts["tokens_scored_reward"] += 7
+    clock.now += 2
+    run.count_time()
+    assert run.counts["seconds_training"] == 3 + 2 and run.counts["tokens_scored_reward"] == 5
+
+
 def test_AF_seconds_and_tokens_start_anew_at_resume(toy, tmp_path, monkeypatch, clock):
     cut = sampling_run(started(toy, tmp_path / "run", save_every=1), monkeypatch, clock, stop=2)
     kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["counts"]

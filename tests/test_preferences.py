@@ -10,8 +10,10 @@ from huggingface_hub import errors
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+import tasks.hub
 from common import UserError
 from conftest import ROOT
+from harness.checkpoints import check_checkpoint
 from tasks import Demonstration, Pair, Ranking
 from tasks.preferences import best_of, choose_file, choose_test_prompts, load, pairs_of
 
@@ -427,6 +429,7 @@ def hub(monkeypatch, tmp_path):
         assert (repo_id, repo_type) == ("owner/name", "dataset")
         return write(tmp_path / Path(filename).name, files[filename])
 
+    monkeypatch.setattr(tasks.hub, "answers", lambda: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files",
                         lambda self, repo_id, *, repo_type: list(files))
     monkeypatch.setattr(huggingface_hub.HfApi, "hf_hub_download", download)
@@ -463,6 +466,7 @@ def test_choose_file():
 def test_hub_out_of_reach(monkeypatch, error, source, method):
     def fail(*_, **__):
         raise error
+    monkeypatch.setattr(tasks.hub, "answers", lambda: True)
     monkeypatch.setattr(huggingface_hub.HfApi, method, fail)
     assert message(source) == (f"cannot read owner/name from the hub ({type(error).__name__}); "
                                "pass a local .jsonl file instead")
@@ -473,6 +477,44 @@ def test_hub_offline(monkeypatch, source):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     text = message(source)
     assert text.startswith("cannot read owner/") and text.endswith("; pass a local .jsonl file instead")
+
+
+def test_hub_that_does_not_answer_is_waited_for(monkeypatch, tmp_path):
+    """Unknown ids are one line at once; what the cache has is used, in offline mode."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    tasks.hub.answers.cache_clear()
+    asked, known = [], {}
+
+    def model_info(self, name, timeout):
+        asked.append(timeout)
+        raise HTTP.ConnectError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    for method in ("list_repo_files", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub.HfApi, method, lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(tasks.hub, "try_to_load_from_cache",
+                        lambda name, file, repo_type: known.get((name, file, repo_type)))
+    for source in ("owner/name", "owner/name:a.jsonl"):
+        assert message(source).startswith("cannot load owner/name: the hub does not answer within 5 seconds.")
+    with pytest.raises(UserError, match="cannot load some/model: the hub does not answer"):
+        check_checkpoint("some/model")
+    assert asked == [5]                                                              # once for all of them
+    known["some/model", "config.json", "model"] = str(tmp_path / "config.json")
+    tasks.hub.check_hub("some/model")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    tasks.hub.answers.cache_clear()
+
+
+def test_hub_that_refuses_counts_as_out_of_reach(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    tasks.hub.answers.cache_clear()
+
+    def refused(self, name, timeout):
+        raise errors.HfHubHTTPError("no", response=REFUSED)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    assert tasks.hub.answers()
+    tasks.hub.answers.cache_clear()
 
 
 # ---- real data, where it is at hand

@@ -103,6 +103,19 @@ def test_O_token_budget_changes_the_gradient_of_fit(toy, monkeypatch):
     assert all((r - results[0]).abs().max() < 1e-6 for r in results)
 
 
+def test_tokens_of_a_stage_count_padding_or_not_every_pass(toy):
+    config, rows = settings(toy), [Demonstration("a", "bc"), Demonstration("abcd", "h")]
+    model, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
+    counts = {"tokens_trained": 100}
+    harness.train_sft(model, tokenizer, rows, recipe(epochs=3.0), counts)
+    assert counts == {"tokens_trained": 100 + 3 * (1 + 2 + 1 + 4 + 1 + 1)}                          # with EOS
+    score = common.load(AutoModelForSequenceClassification, toy, num_labels=1)
+    counts = {"tokens_trained": 0}
+    harness.train_reward_model(score, tokenizer, [Pair("a", "bc", "d")], recipe(epochs=2.0), counts)
+    assert counts == {"tokens_trained": 2 * (4 + 3)}
+    harness.train_sft(model, tokenizer, rows, recipe())                          # nobody counts: no matter
+
+
 def test_O_fit_adds_the_losses_of_a_batch_up(toy, monkeypatch):
     """One step of 0.01 times the gradient of the mean loss, worked out apart."""
     monkeypatch.setattr(common, "adamw", sgd)
@@ -763,6 +776,40 @@ def test_noisy_proxy_is_the_clean_one_or_sees_other_labels_than_the_method(unbui
     right, noisy_right = (sum(task.annotate(prompt, texts[-1], texts[0], rng) for _ in range(2000)) / 2000
                           for task in (clean, noisy))
     assert right > 0.7 and noisy_right == pytest.approx(0.75 * right + 0.25 * (1 - right), abs=0.04)
+
+
+def test_few_data_are_other_rows_or_leave_the_proxy_or_the_test_as_it_was(unbuilt, monkeypatch):
+    whole, few = build.load_task(Config()), build.load_task(Config(limit=10))
+    for name in ("train", "off_policy"):
+        assert few.pairs[name] == whole.pairs[name][:len(whole.pairs[name]) // 5]
+    assert few.prompts["train"] == whole.prompts["train"][:10]
+    assert len(few.ratings["train"]) * 5 == len(whole.ratings["train"])
+    for name in ("prompts", "pairs"):
+        assert getattr(few, name)["test"] == getattr(whole, name)["test"]
+    paths = [build.proxy(Config(**options)) for options in
+             ({}, dict(limit=10), dict(limit=20), dict(limit=10, label_noise=0.1))]
+    assert len({*paths}) == 4 and paths[0] == unbuilt.path / "proxy"
+    assert unbuilt.trained[paths[1].name] == few.pairs["train"]
+    monkeypatch.setattr(build, "RANKED", 52)                       # about a tenth as many as prompts
+    few = build.load_task(Config(limit=10, seed=1))
+    assert few.rankings["train"] == whole.rankings["train"][:1] and len(whole.rankings["train"]) == 2
+
+
+def test_task_is_shared_between_runs_that_change_it(unbuilt):
+    first, again = build.load_task(Config()), build.load_task(Config())
+    assert first.pairs["train"] is again.pairs["train"]                          # made once
+    first.ratings["train"] = first.prompts["train"] = []
+    assert again.ratings["train"] and again.prompts["train"] and build.load_task(Config()).ratings["train"]
+    assert build.load_task(Config(rating_noise=0.0)).ratings["train"] != again.ratings["train"]
+
+
+@pytest.mark.parametrize("layers, low, high", [(1, 0.15e6, 0.25e6), (3, 1.0e6, 1.3e6)])
+def test_larger_tiny_model_is_not_larger_or_lies_where_the_small_one_does(layers, low, high):
+    model = build.tiny_model(build.tiny_tokenizer(160), layers)
+    assert low < sum(weight.numel() for weight in model.parameters()) < high
+    assert model.config.num_hidden_layers == layers
+    homes = {build.home(Config(layers=n, seed=seed)) for n in (1, 2, 3) for seed in (0, 1)}
+    assert len(homes) == 6 and build.home(Config()).name == "seed0"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
