@@ -5,7 +5,6 @@ Builds no model.
 import ast
 import contextlib
 import functools
-import importlib
 import io
 import re
 import shlex
@@ -113,7 +112,7 @@ def flag_faults(name, flags):
     try:
         with contextlib.redirect_stderr(said):
             values = parser_of(name).parse_args([flag for flag in flags if flag != "--help"])
-        importlib.import_module(name).Config(**vars(values))
+        config_class(name)(**vars(values))
     except SystemExit:
         return said.getvalue().strip().splitlines()[-1:]
     except UserError as error:
