@@ -69,6 +69,8 @@ class Config:
         0, "train LoRA adapters of this rank, by default with ten times the lr (0: all weights)", "[0, inf)")
     prompt: str = option("", "no training: what --policy, or the last run, answers to this, before and after")
     data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
+    test_data: str = option("", "file or hub id: all its rows are the test split; --data is trained on whole")
+    gold: str = option("", "'module:function': the true reward, measured in evaluations, never trained on")
     reward: str = option(
         "", "a model (directory, hub id), 'module:function', 'gold' or 'none'; default: trained on pairs")
     reward_label: str = option("", "which label of a reward model with several labels is the reward")
@@ -153,6 +155,8 @@ class Config:
                             f"{self.max_length}; prompts may take the other three: raise --max_length")
         if self.resume and not self.out:
             raise UserError("--resume needs --out: the directory of the run to go on with")
+        if self.data == "reviews" and (self.test_data or self.gold):
+            raise UserError("--test_data and --gold are for --data; the built-in task has its own")
         if self.model != "tiny" and self.data == "reviews":
             raise UserError(f"--model {self.model} needs --data: a .jsonl file or a hub data set id")
 

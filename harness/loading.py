@@ -51,8 +51,12 @@ def load_task(config):
     from tasks import preferences
     preferences.locate(config.data)                       # a wrong path: before the tiny model is built
     tokenizer = load_tokenizer(config)
-    return preferences.load(config.data, tokenizer, config.limit, config.chat, config.skip_bad_rows,
+    task = preferences.load(config.data, tokenizer, config.limit, config.chat, config.skip_bad_rows,
                             config.columns)
+    if config.test_data:
+        preferences.use_for_test(task, preferences.load(config.test_data, tokenizer, 0, config.chat,
+                                                        config.skip_bad_rows, config.columns))
+    return task
 
 
 def check_embeddings(texts, tokenised, embeddings):

@@ -161,6 +161,14 @@ class TrueReward:
         return (scores - self.mean) / self.std
 
 
+def gold_of(text):
+    """--gold "module:function" as the gold of a task: (prompt, response, ended) -> number."""
+    if ":" not in text:
+        raise UserError(f"--gold {text!r}: write module:function, see --reward")
+    true = UserReward(functions_of(text))
+    return lambda prompt, response, ended=True: true([prompt], [response]).item()
+
+
 @dataclass
 class NoisyReward:
     """A reward plus noise of deviation 1: one draw for all responses to a prompt, or for each response."""

@@ -29,7 +29,7 @@ from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
-from harness.rewards import load_rewards
+from harness.rewards import gold_of, load_rewards
 from tasks import ROOT, Task, chat, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
@@ -376,6 +376,8 @@ def prepare(config, out):
     if config.policy or config.model != "tiny":
         check_checkpoint(loading.policy_path(config))
     task = loading.load_task(config)
+    if config.gold:
+        task.gold = gold_of(config.gold)
     began = time.time()
     rewards = load_rewards(config, task)
     policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)

@@ -383,6 +383,17 @@ def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> 
     return task
 
 
+def use_for_test(task: Task, other: Task):
+    """Train on all rows of the task whose prompt is not in `other`, and test on all rows of that."""
+    test = {prompt for prompts in other.prompts.values() for prompt in prompts}
+    for name in ("prompts", "pairs", "rankings", "demonstrations", "ratings"):
+        own, rows = (sum(getattr(t, name).values(), []) for t in (task, other))
+        own = [row for row in own if (row if name == "prompts" else row.prompt) not in test]
+        setattr(task, name, {"train": own, "test": rows})
+    if not task.prompts["train"]:
+        raise UserError(f"{task.name}: every prompt is in the test data too, so none is left to train on")
+
+
 def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
          skip_bad_rows: bool = False, columns: str = "") -> Task:
     """The task in a file or hub data set.

@@ -15,7 +15,7 @@ from common import UserError
 from conftest import ROOT
 from harness.checkpoints import check_checkpoint
 from tasks import Demonstration, Pair, Ranking
-from tasks.preferences import best_of, choose_file, choose_test_prompts, load, pairs_of
+from tasks.preferences import best_of, choose_file, choose_test_prompts, load, pairs_of, use_for_test
 
 REAL_DATA = ROOT.parent / "shared" / "data"
 USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "content": "yes"}
@@ -350,6 +350,17 @@ def test_limit_stops_reading(tmp_path, capsys):
     assert rows_of(load(path, limit=3, skip_bad_rows=True).prompts) == ["prompt 1", "prompt 2"]
     assert capsys.readouterr().err == ("left out 2 of 4 rows: 1 equal responses, 1 not JSON (Expecting value "
                                        "at column 1)\n")
+
+
+def test_test_data_lose_rows_or_leak_into_training(tmp_path):
+    task = load(write(tmp_path / "rows.jsonl", [pair(i) for i in range(30)]))
+    other = load(write(tmp_path / "test.jsonl", [{"prompt": f"prompt {i}"} for i in (3, 40, 41)]))
+    use_for_test(task, other)
+    assert sorted(task.prompts["test"]) == ["prompt 3", "prompt 40", "prompt 41"] and task.pairs["test"] == []
+    assert {*task.prompts["train"]} == {f"prompt {i}" for i in range(30)} - {"prompt 3"}
+    assert {row.prompt for row in task.pairs["train"]} == {*task.prompts["train"]}
+    with pytest.raises(UserError, match="every prompt is in the test data too"):
+        use_for_test(*(load(str(tmp_path / "rows.jsonl")) for _ in range(2)))
 
 
 def test_broken_gzip(tmp_path):

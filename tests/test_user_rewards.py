@@ -1,6 +1,6 @@
 """--reward module:function: a reward of the user's own; and --prompt, which asks a finished run."""
 import dataclasses
-
+import json
 
 import pytest
 import torch
@@ -52,6 +52,32 @@ def mine(tmp_path, monkeypatch):
 
 def scores(text, prompts=("p", "q", "r"), responses=("aa", "ba", "b")):
     return rewards.UserReward(rewards.functions_of(text))(list(prompts), list(responses)).tolist()
+
+
+def test_gold_of_the_user_is_not_measured_or_is_what_is_trained_on(toy, mine):
+    lines = [json.dumps({"prompt": letter * 3}) + "\n" for letter in "abcdef"]
+    (mine / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+    options = dict(test_data=str(mine / "test.jsonl"), reward="my_rewards:short", eval_prompts=6)
+    run = started(toy, mine / "run", gold="my_rewards:letters", **options)
+    assert {*run.task.prompts["test"]} == {x * 3 for x in "abcdef"} and len(run.task.prompts["train"]) == 36
+    run.evaluate()
+    run.evaluate()
+    for name in ("before", "after"):
+        texts = run.samples[name]["responses"]
+        assert run.samples[name]["gold"] == [text.count("a") for text in texts]
+    assert "eval/gold" in run.trace[1] and run.trace[1]["eval/win_rate"] == 0.5          # by gold, all ties
+    seen = []
+    reward = harness.reward_to_maximise(run)
+    plain = run.rewards["proxy"].functions[0][0]
+    run.rewards["proxy"].functions[0] = (lambda *rows: seen.append(rows) or plain(*rows), 1.0, "short")
+    reward(["a"], ["aaa"])
+    assert len(seen) == 1
+    for text, fault in (("letters", "write module:function"), ("my_rewards:nothing", "my_rewards"),
+                        ("my_rewards:value", "no function")):
+        with pytest.raises(UserError, match=fault):
+            started(toy, mine / "other", gold=text, **options)
+    with pytest.raises(UserError, match="--test_data and --gold are for --data"):
+        harness.Config(gold="my_rewards:letters")
 
 
 def test_functions_are_not_called_or_not_weighted(mine):
