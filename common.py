@@ -8,9 +8,9 @@ which a method may rely:
     response_mask    0   0   0   0   0   0  |  1   1   1   1   0      1 = trained and counted, EOS included
     token_logps      0   0   0   0   0   *  |  *   *   *   0          entry t is log p(input_ids[t + 1])
 
-Masks come from lengths, never from `ids != pad`, because PAD is EOS in many tokenizers. Position ids come
-from the attention mask. Prompt and response are tokenised apart and their ids are joined, so that a prompt
-has the same ids before every response. Log-probabilities are in nats and are reduced in float32 at least.
+Masks come from lengths, never from `ids != pad`, because PAD is EOS in many tokenizers. Models read the rows
+from column 0 on (compact), so positions are right. Prompt and response are tokenised apart and their ids are
+joined: a prompt has the same ids before every response. Log-probs are in nats, summed in float32 at least.
 """
 import contextlib
 import sys
