@@ -1203,7 +1203,7 @@ def built():
     """`python -m tasks.build`, and the directory of seed 0's models that it built or found."""
     process = command("-m", "tasks.build")
     assert process.status == 0, process.err
-    return process, build.home(SimpleNamespace(seed=0))
+    return process, build.home(harness.Config())
 
 
 def test_build_prints_the_vital_figures(built):
@@ -1314,7 +1314,7 @@ def test_killed_build_goes_on_with_the_missing_proxy(built, tmp_path, monkeypatc
     kept = {name: (half / name).stat().st_mtime_ns for name in files}
     monkeypatch.setattr(tasks, "CACHE", tmp_path)
     monkeypatch.setattr(build, "Recipe", lambda **settings: harness.Recipe(**settings | {"epochs": 1}))
-    build.report(SimpleNamespace(seed=0, device="auto", dtype="auto"))
+    build.report(harness.Config())
     assert {name: (half / name).stat().st_mtime_ns for name in files} == kept
     made = AutoModelForSequenceClassification.from_pretrained(half / "proxy")
     assert set(made.config.reward_scale) == {"mean", "std"}

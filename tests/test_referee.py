@@ -972,11 +972,12 @@ def test_report_before_any_run_is_a_user_error(toy):
 def test_unknown_method_is_one_line_and_status_2(tmp_path):
     shutil.copytree(ROOT / "referee", tmp_path / "referee", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("other.py", "rrhf.py", "steerlm.py", "experiments/__init__.py", "experiments/rrhf.py",
-                 "experiments/steerlm.py", "experiments/comparison.py"):
+                 "experiments/steerlm.py"):
         page(tmp_path / name, "")
+    shutil.copy(ROOT / "experiments" / "comparison.py", tmp_path / "experiments")
     done = python("-m", "referee", "dpp", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm\n"
+    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm, comparison\n"
 
 
 @pytest.mark.parametrize("arguments", [("-m", "referee", STORED[0], "--report"),
