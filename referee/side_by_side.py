@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from experiments.comparison import RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS
+from experiments.comparison import RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS, UNTRAINED
 from referee import figures
 from referee.comparison import NAME, QUARTER, cost, experiments, start_of, tuned
 from referee.ranking import agreement, duels, order, ranks
@@ -146,17 +146,32 @@ def report_tuning(results_dir="results"):
         print(f"\n{title}\n{text_table(rows)}\n{textwrap.fill(why, 110)}")
 
 
+def by_cost(arms, quarter):
+    """{arm: {seed: run}} whose trace goes from the SFT policy over a quarter of the time to all of it."""
+    found = {}
+    for name, runs in arms.items():
+        for seed, run in runs.items() if name not in UNTRAINED else ():
+            points = arms["SFT"].get(seed), quarter.get(name, {}).get(seed), run
+            trace = [{"step": i, METRIC: point[METRIC], "cpu_seconds": point["cpu_seconds"] * (i > 0)}
+                     for i, point in enumerate(points) if point]
+            found.setdefault(name, {})[seed] = {"trace": trace}
+    return found
+
+
 def draw(results_dir="results"):
-    """Gold against KL and against CPU seconds, one mark an arm; returns the path."""
+    """Gold against KL, and gold against the seconds of training; returns the path."""
     if not importlib.util.find_spec("matplotlib"):
         return None
     view, collected = gathered(results_dir)
-    arms = {name: runs for name, runs in of_seeds(collected["clean"], SEEDS).items() if runs}
+    arms, quarter = (of_seeds(collected[title], SEEDS) for title in ("clean", QUARTER))
     path = results_path(NAME, {}, results_dir).with_suffix(".png")
-    panels = [dict(kind="points", x="eval/kl", y=[METRIC], best_of_n=True),
-              dict(kind="points", x="cpu_seconds", y=[METRIC])]
-    figures.draw_rows([("gold against KL, and against the time of training", panels, arms)],
-                      view["best_of_n"], path)
+    figures.draw_rows([
+        ("gold against KL", [dict(kind="points", x="eval/kl", y=[METRIC], best_of_n=True)],
+         {name: runs for name, runs in arms.items() if runs}),
+        ("gold against the CPU seconds of training: none, a quarter, all",
+         [dict(x="cpu_seconds", y=[METRIC], ends=1)],
+         {name: runs for name, runs in by_cost(arms, quarter).items() if name not in RECIPES})],
+        view["best_of_n"], path)
     return path
 
 

@@ -23,6 +23,9 @@ from referee import arms, best_of_n, comparison, docs, figures, side_by_side, st
 from referee.tuning import START, as_experiments
 
 
+DRAW_ROWS = figures.draw_rows
+
+
 # ------------------------------------------------------------------------------------------ the real data
 
 def test_grids_name_options_that_no_script_has_or_that_it_refuses():
@@ -141,15 +144,17 @@ def toys(monkeypatch, tmp_path):
         monkeypatch.setattr(holder, "ARMS", ARMS)
         monkeypatch.setattr(holder, "TRIED", 3)
         monkeypatch.setattr(holder, "PPO", {"method": "toy", "epochs": 2.0})
-    monkeypatch.setattr(comparison, "UNTRAINED", {"SFT": {"method": "toy", "epochs": 0}})
     monkeypatch.setattr(comparison, "RECIPES", {"big": {"method": "toy", "epochs": 9.0, "beta": 4.0}})
     monkeypatch.setattr(side_by_side, "RECIPES", {"big": {}})
     monkeypatch.setattr(comparison, "SEEDS", range(4))
     monkeypatch.setattr(comparison, "SECOND_SEEDS", range(4, 8))
     monkeypatch.setattr(side_by_side, "SEEDS", range(4))
     monkeypatch.setattr(side_by_side, "SECOND_SEEDS", range(4, 8))
-    monkeypatch.setattr(figures, "draw_rows",
-                        lambda rows, curves, path: path.write_text("drawn", encoding="utf-8"))
+    for holder in (comparison, side_by_side):
+        monkeypatch.setattr(holder, "UNTRAINED", {"SFT": {"method": "toy", "epochs": 0}})
+    module.rows = []
+    monkeypatch.setattr(figures, "draw_rows", lambda rows, curves, path: (
+        module.rows.append(rows), path.write_text("drawn", encoding="utf-8")))
     return module
 
 
@@ -257,6 +262,20 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
     for word in ("clean", "noisy labels", "little data", "who beats whom", "Other seeds: ", "Spearman"):
         assert word in text
     assert Path("results/comparison.png").read_text(encoding="utf-8") == "drawn"
+    (_, _, points), (_, _, lines) = toys.rows[-1]
+    assert {*points} == {*first} and {*lines} == {"slow", "fast", "second"}
+    for name, steps in (("slow", [0, 1, 2]), ("second", [0, 2])):                # half of it is no quarter
+        trace = lines[name][0]["trace"]
+        assert [row["step"] for row in trace] == steps
+        assert trace[0] == {"step": 0, "eval/gold": first["SFT"][0]["eval/gold"], "cpu_seconds": 0}
+        assert trace[-1]["cpu_seconds"] == first[name][0]["cpu_seconds"] > trace[-2]["cpu_seconds"]
+
+
+def test_figure_cannot_be_drawn(toys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    everything(toys)
+    monkeypatch.setattr(figures, "draw_rows", DRAW_ROWS)
+    assert side_by_side.draw().stat().st_size > 10000
 
 
 def test_verdicts_of_other_seeds_are_counted_wrong(toys):
