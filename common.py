@@ -8,9 +8,9 @@ which a method may rely:
     response_mask    0   0   0   0   0   0  |  1   1   1   1   0      1 = trained and counted, EOS included
     token_logps      0   0   0   0   0   *  |  *   *   *   0          entry t is log p(input_ids[t + 1])
 
-Masks come from lengths, never from `ids != pad`, because PAD is EOS in many tokenizers. Models read the rows
-from column 0 on (compact), so positions are right. Prompt and response are tokenised apart and their ids are
-joined: a prompt has the same ids before every response. Log-probs are in nats, summed in float32 at least.
+Masks come from lengths, never from `ids != pad`, because PAD is EOS in many tokenizers. For log-probs, values
+and scores, rows are read from column 0 on (compact), so positions are right. Prompt and response are
+tokenised apart: a prompt has the same ids before every response. Log-probs are in nats, float32 at least.
 """
 import contextlib
 import sys
@@ -188,10 +188,10 @@ def gather_logps(logits, input_ids, temperature=1.0):
 
 
 def token_logps(model, batch, temperature=1.0, chunk=None):
-    """log p of every response token [B, T-1], 0 elsewhere, without ever holding the logits [B, T, V].
+    """log p of every response token [B, T-1], 0 elsewhere; many logits [B, T, V] are never held at once.
 
-    Beyond FEW_LOGITS, the LM head is applied to `chunk` tokens at a time (256) and recomputed in the backward
-    pass, so memory grows with chunk * V. Models that change their logits (soft caps) take the plain path.
+    Beyond FEW_LOGITS (tokens * V), the LM head reads `chunk` tokens at a time (256), again in the backward
+    pass: memory grows with chunk * V. Models that change their logits (soft caps) take the plain path.
     """
     where = batch.response_mask[:, 1:].bool()
     with compute(model):
@@ -403,9 +403,9 @@ def load_reward_model(path, max_length, device="auto", dtype="auto", label="", b
 def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=None):
     """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
 
-    Returns a Batch of len(prompts) * n rows on the CPU, in order, n rows of a prompt together. A budget of
-    padded tokens is sampled at once. After as many new tokens as a row was long, those that have not ended
-    are read again and go on. The model and its own settings stay as they were.
+    Returns a Batch of len(prompts) * n rows on the CPU, in order, n rows of a prompt together. As many are
+    sampled at once as fit `budget` padded tokens. After as many new tokens as a row was long, those that have
+    not ended are read again and go on. The model and its own settings stay as they were.
     """
     rows = [(ids, []) for ids in prompt_ids(tokenizer, prompts) for _ in range(n)]
     stops, pad, todo, left = stop_ids(tokenizer), tokenizer.pad_token_id, [*range(len(rows))], max_new_tokens

@@ -237,6 +237,8 @@ def train(run):
             run.evaluate()
             run.amend(**against_best(run, reward), **rare_skill(run))     # needs the evaluation's samples
 
+    if config.refresh:                                              # what annotators were asked on the way
+        run.results["new_labels"] = len(run.state["labels"]) - len(task.pairs.get("train", []))
     if config.candidates > 1 and "eval/proxy" in run.trace[-1]:
         gain = run.trace[-1]["eval/proxy"] - run.trace[0]["eval/proxy"]
         run.results["gain_per_sqrt_log_k"] = gain / math.sqrt(math.log(config.candidates))       # sec. 3.2

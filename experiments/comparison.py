@@ -6,9 +6,10 @@ An arm of ARMS:
     about   what it needs and does, in a table
     arm     what all its settings share
     grid    the settings that are tried: TRIED of all combinations, the default and others drawn at random
-    size    options that are divided by 4 for a quarter of the cost (whole numbers stay whole)
+    size    options that are divided by 4 for a quarter of the work (whole numbers stay whole)
     passes  the option that says how often the data are used: more often where there are few
-    start   the arm whose policy it starts from
+    start   the options of the arm whose policy it starts from
+    few     what `arm` and `start` have besides where there are few data
 """
 TRIED = 12                                   # settings of each arm, on the validation seeds
 SEEDS, SECOND_SEEDS = range(12), range(12, 24)                # to report; and to see whether it holds
@@ -70,12 +71,12 @@ ARMS = {
     # in rounds
     "RAFT": dict(
         about="new samples in each round, SFT on each prompt's best", arm={"method": "raft"},
-        grid={"lr": (5e-4, 1e-3, 2e-3), "epochs": (1.0, 2.0), "candidates": (4, 8, 16),
-              "rounds": (4, 6, 8)}, size=("rounds",), passes="rounds"),
+        grid={"lr": (5e-4, 1e-3, 2e-3), "epochs": (1.0, 2.0), "candidates": (4, 8), "rounds": (4, 5, 8)},
+        size=("rounds",), passes="rounds"),
     "Llama 2 rounds": dict(
         about="as RAFT, from the SFT policy on the best of all rounds, reward model refreshed", arm=ROUNDS,
         grid={"lr": (5e-4, 1e-3, 2e-3), "epochs": (2.0, 4.0), "candidates": (4, 8), "rounds": (3, 4, 5)},
-        size=("rounds",), passes="rounds"),
+        size=("rounds",), passes="rounds", few={"refresh": False}),          # it would ask for new labels
     "RRHF IP-3": dict(
         about="RRHF three times, each on new samples", arm={"method": "rrhf", "sources": "D", "rounds": 3},
         grid={"lr": (1.5e-3, 3e-3, 6e-3), "epochs": (1.0, 2.0, 3.0), "candidates": (3, 4, 6)}),
@@ -91,7 +92,8 @@ ARMS = {
         grid={"lr": (1e-3, 2e-3, 4e-3), "epochs": (5.0, 10.0), "kl_coef": (0.02, 0.05, 0.1)}),
     "rounds, then PPO": dict(
         about="half the time for Llama 2 rounds, half for PPO", arm=PPO, start=ROUNDS | {"rounds": 2},
-        grid={"lr": (5e-4, 1e-3, 2e-3), "epochs": (1.0, 2.0), "kl_coef": (0.02, 0.05, 0.1)}),
+        grid={"lr": (5e-4, 1e-3, 2e-3), "epochs": (1.0, 2.0), "kl_coef": (0.02, 0.05, 0.1)},
+        few={"refresh": False, "rounds": 8}),           # of the start: a round has a quarter of the prompts
 }
 
 RECIPES = {                                  # the papers' own: they take the place of SFT, and cost as much
@@ -102,7 +104,7 @@ RECIPES = {                                  # the papers' own: they take the pl
 FEW = 64                                     # prompts of 512: an eighth
 SITUATIONS = {
     "clean": ("Annotators agree with gold in about 73% of pairs.", {}),
-    "noisy labels": ("A quarter of people's labels are turned round, and ratings err by four levels.",
+    "noisy labels": ("A quarter of people's labels are reversed, and their ratings err by four levels.",
                      {"label_noise": 0.25, "rating_noise": 4.0}),
     "little data": ("An eighth of the prompts, pairs, samples, demonstrations and ratings.", {"limit": FEW}),
 }

@@ -69,7 +69,8 @@ class Config:
         0, "train LoRA adapters of this rank, by default with ten times the lr (0: all weights)", "[0, inf)")
     prompt: str = option("", "no training: what --policy, or the last run, answers to this, before and after")
     data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
-    test_data: str = option("", "file or hub id: all its rows are the test split; --data is trained on whole")
+    test_data: str = option(
+        "", "file or hub id: all its rows are the test split, all other rows of --data are trained on")
     gold: str = option("", "'module:function': the true reward, measured in evaluations, never trained on")
     reward: str = option(
         "", "a model (directory, hub id), 'module:function', 'gold' or 'none'; default: trained on pairs")

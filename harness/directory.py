@@ -65,15 +65,14 @@ def check_room(out, megabytes):
         raise UserError(f"{free:,.0f} MB are free where {out} lies; the weights take {megabytes:,.0f} MB")
 
 
-def fingerprint_of_data(data):
-    """12 hex digits of a data file; "" for the embedded task and hub ids."""
-    if not Path(data).is_file():
-        return ""
-    digest = hashlib.sha256()
-    with open(data, "rb") as file:
-        for block in iter(lambda: file.read(2 ** 20), b""):
-            digest.update(block)
-    return digest.hexdigest()[:12]
+def fingerprint_of_data(*paths):
+    """12 hex digits of data files; "" where none is a file (the embedded task, hub ids)."""
+    digest, files = hashlib.sha256(), [path for path in paths if Path(path).is_file()]
+    for path in files:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2 ** 20), b""):
+                digest.update(block)
+    return digest.hexdigest()[:12] if files else ""
 
 
 def read_args(out):

@@ -43,9 +43,9 @@ def load_rewards(config, task):
 
     if config.reward == "none":
         return {}
-    if config.reward == "gold" and not task.gold:
-        raise UserError("--reward gold: only the embedded task has a true reward; name a reward model, "
-                        "or leave it out")
+    if config.reward == "gold" and (config.gold or not task.gold):
+        raise UserError("--reward gold: only the embedded task has a true reward; name a reward model or "
+                        "module:function, or leave it out")
     if ":" in config.reward and not Path(config.reward).exists():
         return {"proxy": UserReward(functions_of(config.reward))}
     if config.reward not in ("", "gold"):
@@ -94,7 +94,7 @@ class EncoderReward(common.RewardModel):
             yield rows, int(batch.attention_mask.sum()), self.model(**batch).logits
 
 
-def functions_of(text):
+def functions_of(text, flag="--reward"):
     """[(function, weight, how it was named)] of --reward "module:function*0.5,other:function"."""
     found = []
     if os.getcwd() not in sys.path:
@@ -104,11 +104,11 @@ def functions_of(text):
         try:
             found.append((pkgutil.resolve_name(name), float(weight or 1), name))
         except (ModuleNotFoundError, AttributeError, ValueError) as error:
-            raise UserError(f"--reward {part!r} ({error}): write module:function, or module:function*0.5, a "
+            raise UserError(f"{flag} {part!r} ({error}): write module:function, or module:function*0.5, a "
                             "function of two lists, prompts and responses, that returns a list of numbers; "
                             f"modules are looked for in {os.getcwd()}") from None
         if not callable(found[-1][0]):
-            raise UserError(f"--reward {name} is no function")
+            raise UserError(f"{flag} {name} is no function")
     return found
 
 
@@ -165,7 +165,7 @@ def gold_of(text):
     """--gold "module:function" as the gold of a task: (prompt, response, ended) -> number."""
     if ":" not in text:
         raise UserError(f"--gold {text!r}: write module:function, see --reward")
-    true = UserReward(functions_of(text))
+    true = UserReward(functions_of(text, "--gold"))
     return lambda prompt, response, ended=True: true([prompt], [response]).item()
 
 

@@ -93,7 +93,7 @@ class Run:
     def origin(self):
         """What --resume compares: fingerprints of the initial weights and of the data file."""
         return {"build": loading.fingerprint(self.config),
-                "data_fingerprint": directory.fingerprint_of_data(self.config.data)}
+                "data_fingerprint": directory.fingerprint_of_data(self.config.data, self.config.test_data)}
 
     @property
     def resumes(self):

@@ -96,7 +96,8 @@ def candidate_reward(run, sources):
     """
     config = run.config
     unnamed = config.reward in ("", "none") and config.reward_noise == "none"
-    return None if sources == "P" and not run.task.gold and unnamed else reward_to_maximise(run)
+    own = sources == "P" and config.data != "reviews" and unnamed
+    return None if own else reward_to_maximise(run)
 
 
 def given_answers(task, sources, systems=""):

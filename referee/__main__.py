@@ -36,9 +36,10 @@ def main(argv):
     config = Config(**vars(parser.parse_args([flag for flag in flags if flag not in OWN_FLAGS])))
     if name == comparison.NAME:
         if "--report" not in flags:
-            seeds = range(config.seeds) if "--seeds" in flags else ()
+            seeds = range(config.seeds) if any(flag.split("=")[0] == "--seeds" for flag in flags) else ()
             comparison.tune(config) if "--tune" in flags else comparison.run(config, seeds)
-        side_by_side.report_tuning() if "--tune" in flags else side_by_side.report()
+        say = side_by_side.report_tuning if "--tune" in flags else side_by_side.report
+        say(given=given_flags(config))
     elif "--tune" in flags and "--report" in flags:
         tuning.report(name, given_flags(config))
     elif "--tune" in flags:

@@ -22,10 +22,10 @@ from referee.runs import complete
 from referee.store import results_path
 from referee.tables import collect
 from referee.tuning import SEEDS as VALIDATION
-from referee.tuning import START, as_experiments, choose, in_words
+from referee.tuning import START, as_experiments, choose, in_words, no_judge
 
-NAME, BUDGET, QUARTER, LITTLE = "comparison", "budget", "a quarter of the time", "little data"
-MOST = 1.1                                                   # of the seconds that ppo.py's default needs
+NAME, BUDGET, QUARTER, LITTLE = "comparison", "budget", "a quarter of the work", "little data"
+MOST = 1.25                          # of the seconds of ppo.py's default; runs of the same work differ by 10%
 EIGHTH = "demonstrations", "rated"                           # data of an arm's own: --limit does not cut it
 
 
@@ -53,9 +53,19 @@ def little(name):
     return f"{name}, {LITTLE}"
 
 
-def with_few(settings):
+def with_few(settings, more={}):
     """The settings where there is an eighth of the data."""
-    return settings | {k: v // 8 for k, v in settings.items() if k in EIGHTH} | {"limit": FEW}
+    return settings | {k: v // 8 for k, v in settings.items() if k in EIGHTH} | {"limit": FEW} | more
+
+
+def few_arm(name, settings):
+    """An arm with its chosen settings where there are few data."""
+    return with_few(ARMS[name]["arm"] | settings, {} if "start" in ARMS[name] else ARMS[name].get("few", {}))
+
+
+def few_start(entry):
+    """What an arm starts from where there are few data."""
+    return with_few(entry["start"], entry.get("few", {}))
 
 
 def to_tune_again(chosen):
@@ -64,9 +74,9 @@ def to_tune_again(chosen):
     for name, settings in chosen.items():
         entry, passes = ARMS[name], ARMS[name].get("passes", "epochs")
         found[little(name)] = dict(
-            arm=with_few(entry["arm"] | settings),
+            arm=few_arm(name, settings),
             settings=[{passes: settings[passes] * factor} for factor in MORE_PASSES]) | (
-            {"start": with_few(entry["start"])} if "start" in entry else {})
+            {"start": few_start(entry)} if "start" in entry else {})
     return found
 
 
@@ -87,25 +97,23 @@ def affordable(arms, units):
 
 
 def choices(tuning, collected):
-    """{title: (the chosen settings, or None while runs are missing; a sentence)}, BUDGET left out.
+    """{title: (the chosen settings, or None; a sentence)}, BUDGET left out.
 
-    collected: {title: {setting: {seed: run}}}. UserError where no setting fits the budget.
+    collected: {title: {setting: {seed: run}}}. None where runs are missing, or no setting fits the budget.
     """
     (units,), found = collected[BUDGET].values(), {}
-    for title in tuning:
-        arms = collected[title]
+    for title in (title for title in tuning if title != BUDGET):
+        arms, tried = collected[title], {in_words(s): s for s in tuning[title]["settings"]}
         missing = sum(len(VALIDATION) - len(runs) for runs in (*arms.values(), units))
-        if missing:
-            found[title] = None, f"Nothing is chosen yet. Runs missing: {missing}."
-            continue
-        fit, tried = affordable(arms, units), {in_words(s): s for s in tuning[title]["settings"]}
-        if not fit:
-            raise UserError(f"{title}: no setting takes at most {MOST} times the budget: add cheaper ones to "
-                            "its grid in experiments/comparison.py")
-        if title != BUDGET:
-            name, why = choose(title, fit)
+        fit = {} if missing else affordable(arms, units)
+        if fit:
+            name, why = choose(title, fit, fmean(run["trace"][0]["eval/fluency"] for run in units.values()))
             found[title] = tried[name], f"{len(fit)} of {len(tried)} settings fit the time. {why}"
-    return {title: choice for title, choice in found.items() if title != BUDGET}
+        else:
+            found[title] = None, (f"Nothing is chosen yet. Runs missing: {missing}." if missing else
+                                  f"No setting takes at most {MOST} times the budget: its grid in "
+                                  "experiments/comparison.py needs cheaper ones.")
+    return found
 
 
 def tuned(results_dir="results", given={}):
@@ -128,6 +136,8 @@ def tuned(results_dir="results", given={}):
 def tune(config, results_dir="results", runs_dir="runs/tuning"):
     """Run what is missing on the validation seeds: first all settings, then how often to use few data."""
     given, folder = given_flags(config), Path(results_dir) / "tuning"
+    if config.data != "reviews" or config.reward not in ("", "gold"):
+        raise no_judge(f"{NAME} with these flags")
     for _ in range(2):
         tuning, _, _ = tuned(results_dir, given)
         complete(NAME, config, VALIDATION, folder, runs_dir, as_experiments(tuning))
@@ -151,7 +161,7 @@ def arms_with(chosen, situation):
     for name, settings in chosen.items():
         entry, arm = ARMS[name], ARMS[name]["arm"] | settings | situation
         if "start" in entry:
-            found[start_of(name)] = entry["start"] | situation
+            found[start_of(name)] = few_start(entry) if "limit" in situation else entry["start"] | situation
             arm |= {"start": start_of(name)}
         found[name] = arm
     return found
@@ -166,17 +176,17 @@ def experiments(results_dir="results", given={}):
     if missing:
         raise UserError(f"no settings are chosen yet for {missing[0]}"
                         + f" and {len(missing) - 1} others" * (len(missing) > 1)
-                        + f": python -m referee {NAME} --tune")
+                        + f": python -m referee {NAME} --tune (with --report it says why)")
     full, found = {name: chosen[name] for name in ARMS}, {}
     for title, (question, situation) in SITUATIONS.items():
         own = full if title != LITTLE else {
-            name: with_few(ARMS[name]["arm"] | full[name]) | chosen[little(name)] for name in ARMS}
-        others = UNTRAINED | (RECIPES if title != LITTLE else {})
+            name: few_arm(name, full[name]) | chosen[little(name)] for name in ARMS}
+        others = UNTRAINED | (RECIPES if title != LITTLE else {}) | ({BUDGET: PPO} if not situation else {})
         arms = {name: arm | situation for name, arm in others.items()} | arms_with(own, situation)
         found[title] = dict(question=question, claims=[], arms=arms, panels=[dict(best_of_n=True)])
     less = {name: smaller(full[name], ARMS[name].get("size", ("epochs",))) for name in ARMS
             if "start" not in ARMS[name]}
-    found[QUARTER] = dict(question="The chosen settings, with about a quarter of the work.", claims=[],
+    found[QUARTER] = dict(question="The chosen settings with about a quarter of the passes.", claims=[],
                           arms=arms_with(less, {}))
     return found
 

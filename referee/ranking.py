@@ -83,18 +83,27 @@ class Agreement(NamedTuple):
     same: int                  # pairs with the same verdict in both
     opposite: int              # pairs that are decided both times, the other way the second time
     pairs: int
+    decided: int               # pairs that are decided at least once
+    signs: int                 # of these: the mean differences have the same sign in both
 
 
 def agreement(first, second):
-    """How many verdicts of `duels` are the same in both; of the pairs that both have."""
-    both = [(first[pair].verdict, second[pair].verdict) for pair in first if pair in second]
-    return Agreement(sum(a == b for a, b in both), sum({a, b} == {"<", ">"} for a, b in both), len(both))
+    """How far the verdicts of `duels` are the same in both; of the pairs that both have.
+
+    "=" twice is the same verdict, though both may only lack seeds. So the signs of decided pairs count too.
+    """
+    both = [(first[pair], second[pair]) for pair in first if pair in second]
+    decided = [(a, b) for a, b in both if {a.verdict, b.verdict} != {"="}]
+    return Agreement(sum(a.verdict == b.verdict for a, b in both),
+                     sum({a.verdict, b.verdict} == {"<", ">"} for a, b in both), len(both), len(decided),
+                     sum((a.difference > 0) == (b.difference > 0) for a, b in decided))
 
 
 def order(first, second):
-    """Spearman's correlation of the arms' means in two sets of values, with its 95% interval over seeds.
+    """Spearman's correlation of the arms' means in two sets of values, and its range over resampled seeds.
 
-    The arms are those that both have. Each set draws its own seeds.
+    The arms are those that both have. Each set draws its own seeds; the range holds 95% of the draws. A draw
+    adds noise to both orders, so the range lies a little too low.
     """
     arms = [arm for arm in first if arm in second]
     if len(arms) < 3:

@@ -6,12 +6,13 @@ from statistics import fmean
 
 from experiments.comparison import RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS, UNTRAINED
 from referee import figures
-from referee.comparison import NAME, QUARTER, cost, experiments, start_of, tuned
+from referee.comparison import BUDGET, NAME, QUARTER, cost, experiments, start_of, tuned
 from referee.ranking import agreement, duels, order, ranks
 from referee.statistics import plus_minus, t_interval
 from referee.store import results_path, shown
 from referee.tables import arm_rows, collect, markdown_table, provenance, stored, text_table
 from referee.tuning import COLUMNS as TUNED_COLUMNS
+from referee.tuning import RULES as TUNING_RULES
 from referee.tuning import START
 
 METRIC = "eval/gold"
@@ -20,20 +21,35 @@ COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "e
 COSTS = {"cpu_seconds": "CPU s", "tokens_generated": "tokens generated", "tokens_trained": "tokens trained",
          "tokens_scored_reference": "scored: reference", "tokens_scored_reward": "scored: reward",
          "tokens_scored_value": "scored: value", "state_mb": "MB trained"}
-RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean gold, with its 95% bootstrap "
-         "interval over seeds. KL is to the SFT policy; that of best of n is an upper bound. The papers' own "
-         "recipes take the place of SFT and need its time, so they have no rank.")
+RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean gold; in brackets, the "
+         "ranks in 95% of draws of the seeds. Time is in units of ppo.py with its defaults on the same seed. "
+         "KL and win rate are against the SFT policy; the KL of best of n is an upper bound, and what starts "
+         "from another arm has none. The papers' own recipes take the place of SFT and need its time, so "
+         "they have no rank.")
+OF_START = "eval/kl", "eval/win_rate", "eval/win_rate_proxy", "eval/win_rate_judge"    # against its start
+
+
+def with_start(run, start):
+    """A run with the cost of the run that it starts from, and without what was measured against that."""
+    if not start:
+        return run
+    tokens = {k: run[k] + start[k] for k in COSTS if k.startswith("tokens")}
+    return run | tokens | {"cpu_seconds": cost(run, start)} | dict.fromkeys(OF_START)
 
 
 def with_starts(arms):
-    """{arm: {seed: run}} without arms that others start from; their costs are added to those others'."""
-    found = {}
+    """{arm: {seed: run}} without the arms that others start from, whose costs are added to those others'.
+
+    BUDGET is left out too: each run has its cost in units of the run there, under "share".
+    """
+    found, units = {}, arms.get(BUDGET, {})
     for name, runs in arms.items():
         starts = arms.get(start_of(name), {})
-        if not name.endswith(": start"):
-            found[name] = {seed: run | {"cpu_seconds": cost(run, starts.get(seed))} | {
-                k: run[k] + starts[seed][k] for k in COSTS if k.startswith("tokens") and seed in starts}
-                for seed, run in runs.items()}
+        if name != BUDGET and not name.endswith(": start"):
+            found[name] = {seed: with_start(run, starts.get(seed)) for seed, run in runs.items()}
+            for seed in found[name].keys() & units.keys():
+                found[name][seed] = found[name][seed] | {
+                    "share": found[name][seed]["cpu_seconds"] / cost(units[seed])}
     return found
 
 
@@ -63,13 +79,15 @@ def main_rows(arms, quarter={}):
     places = ranks(values) if len(values) > 1 and min(map(len, values.values())) > 1 else {}
     gold = {name: fmean(run[METRIC] for run in runs.values()) for name, runs in arms.items() if runs}
     best_first = sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))
-    header, *body = arm_rows({name: arms[name] for name in best_first}, COLUMNS | {"cpu_seconds": "CPU s"})
-    rows = [["", header[0], "rank", *header[1:], *(["gold, a quarter of the time"] if quarter else [])]]
+    header, *body = arm_rows({name: arms[name] for name in best_first},
+                             COLUMNS | {"cpu_seconds": "CPU s", "share": "time"})
+    less = {"eval/gold": "gold, a quarter of the work", "cpu_seconds": "CPU s of that"} if quarter else {}
+    rows = [["", header[0], "rank", *header[1:], *less.values()]]
     for i, (name, *cells) in enumerate(body, 1):
         rank = "{:.0f} ({:.0f} to {:.0f})".format(*places[name]) if name in places else "-"
-        less = [run[METRIC] for run in quarter.get(name, {}).values()]
-        rows.append([str(i), name, rank, *cells]
-                    + ([plus_minus(*t_interval(less), size=1) if less else "-"] if quarter else []))
+        found = [[run[metric] for run in quarter.get(name, {}).values()] for metric in less]
+        cells += [plus_minus(*t_interval(row)) if row else "-" for row in found]
+        rows.append([str(i), name, rank, *cells])
     return rows
 
 
@@ -85,65 +103,82 @@ def matrix_rows(arms):
     return rows
 
 
+def common_seeds(values):
+    return sorted(set.intersection(*map(set, values.values()))) if values else []
+
+
 def holds(arms, others, what):
-    """A sentence: how many verdicts of two sets of seeds agree, and how far the order does."""
+    """A sentence: how many verdicts of two sets of seeds agree, and how far the order does.
+
+    As many seeds of the one set as of the other: with fewer, fewer pairs would be decided.
+    """
     first, second = ranked(arms), ranked(others)
-    if min(len(first), len(second)) < 3:
+    n = min(len(common_seeds(values)) for values in (first, second))
+    if min(len(first), len(second)) < 3 or n < 2:
         return f"{what}: not run yet."
+    first, second = ({name: {seed: row[seed] for seed in common_seeds(values)[:n]}
+                      for name, row in values.items()} for values in (first, second))
     found, (rho, low, high) = agreement(duels(first), duels(second)), order(first, second)
-    return (f"{what}: {found.same} of {found.pairs} pairwise verdicts are the same "
-            f"({found.same / found.pairs:.0%}), {found.opposite} are opposite. Spearman's correlation of the "
-            f"two orders is {rho:.2f} ({low:.2f} to {high:.2f}).")
+    return (f"{what}, {n} against {n} seeds: {found.same} of {found.pairs} pairwise verdicts are the same "
+            f"({found.same / found.pairs:.0%}), {found.opposite} are opposite. Of the {found.decided} pairs "
+            f"that are decided at least once, {found.signs} have differences of the same sign. Spearman's "
+            f"correlation of the two orders is {rho:.2f} (95% of resampled seeds: {low:.2f} to {high:.2f}).")
 
 
-def parts(results_dir="results"):
+def parts(results_dir="results", given={}):
     """[(heading, rows of a table or None, text)]: everything that is known, in order."""
-    view, collected = gathered(results_dir)
+    view, collected = gathered(results_dir, given)
     clean = collected["clean"]
+    seeds = view["seeds"] if given else SEEDS
+    view = view | {"seeds": [seed for seed in view["seeds"] if seed in seeds]}
     found = []
     for title, (question, _) in SITUATIONS.items():
-        arms = of_seeds(collected[title], SEEDS)
+        arms = of_seeds(collected[title], seeds)
         if any(arms.values()):
-            quarter = of_seeds(collected[QUARTER], SEEDS) if title == "clean" else {}
-            found.append((title, main_rows(arms, quarter), question))
-    first = of_seeds(clean, SEEDS)
+            quarter = of_seeds(collected[QUARTER], seeds) if title == "clean" else {}
+            found.append((title, main_rows(arms, quarter if any(quarter.values()) else {}), question))
+    first = of_seeds(clean, seeds)
     found.append(("costs", arm_rows({name: runs for name, runs in first.items() if runs}, COSTS),
                   "Of training; evaluation is excluded."))
-    if len(ranked(first)) > 1 and min(map(len, ranked(first).values())) > 1:
+    if len(ranked(first)) > 1 and len(common_seeds(ranked(first))) > 1:
         found.append(("who beats whom", matrix_rows(first),
                       "Gold, paired within seeds, with Holm's correction over all pairs (5%). The arm of the "
                       "row has more (>) or less (<) than that of the column; = where neither is shown."))
-    found.append(("does it hold?", None, holds(first, of_seeds(clean, SECOND_SEEDS), "Other seeds")))
     larger = results_path(NAME, {"layers": 3}, results_dir)
-    if larger.exists():
+    if not given:
+        found.append(("does it hold?", None, holds(first, of_seeds(clean, SECOND_SEEDS), "Other seeds")))
+    if not given and larger.exists():
         found.append(("a larger model", None, holds(
             first, gathered(results_dir, {"layers": 3})[1]["clean"], "Three layers, 1.1 million weights")))
     return found + [("", None, f"{RULES} {provenance(view)}")]
 
 
-def tuning_parts(results_dir="results"):
+def tuning_parts(results_dir="results", given={}):
     """[(title, rows, what is chosen)] of what was tried on the validation seeds."""
-    tuning, collected, chosen = tuned(results_dir)
-    found = []
-    for title in chosen:
-        settings, why = chosen[title]
-        arms = {name: runs for name, runs in collected[title].items() if name != START}
+    _, collected, chosen = tuned(results_dir, given)
+    budget = arm_rows(collected[BUDGET], TUNED_COLUMNS, "setting")
+    found = [(f"{BUDGET}: ppo.py with its defaults", budget, "")]
+    for title, (_, why) in chosen.items():
+        starts = collected[title].get(START, {})
+        arms = {name: {seed: run | {"cpu_seconds": cost(run, starts.get(seed))} for seed, run in runs.items()}
+                for name, runs in collected[title].items() if name != START}
         found.append((title, arm_rows(arms, TUNED_COLUMNS, "setting"), why))
-    return found
+    return found + [("", None, TUNING_RULES)]
 
 
-def report(results_dir="results"):
+def report(results_dir="results", given={}):
     """Print everything and draw the figure."""
-    for heading, rows, text in parts(results_dir):
+    for heading, rows, text in parts(results_dir, given):
         print(f"\n{heading}\n" * bool(heading) + "\n".join(
             ([text_table(rows, 150)] if rows else []) + [textwrap.fill(text, 110)]))
-    print("figure:", draw(results_dir) or 'none: pip install -e ".[plot]"')
+    if not given:
+        print("figure:", draw(results_dir) or 'none: pip install -e ".[plot]"')
 
 
-def report_tuning(results_dir="results"):
+def report_tuning(results_dir="results", given={}):
     """Print what was tried on the validation seeds."""
-    for title, rows, why in tuning_parts(results_dir):
-        print(f"\n{title}\n{text_table(rows)}\n{textwrap.fill(why, 110)}")
+    for title, rows, why in tuning_parts(results_dir, given):
+        print("\n".join(["", title, *([text_table(rows)] if rows else []), textwrap.fill(why, 110)]))
 
 
 def by_cost(arms, quarter):
@@ -171,7 +206,7 @@ def draw(results_dir="results"):
         ("gold against the CPU seconds of training: none, a quarter, all",
          [dict(x="cpu_seconds", y=[METRIC], ends=1)],
          {name: runs for name, runs in by_cost(arms, quarter).items() if name not in RECIPES})],
-        view["best_of_n"], path)
+        {seed: curve for seed, curve in view["best_of_n"].items() if int(seed) in SEEDS}, path)
     return path
 
 
@@ -190,5 +225,5 @@ def block(results_dir="results"):
 def tuning_block(results_dir="results"):
     if not results_path(NAME, {}, Path(results_dir) / "tuning").exists():
         return f"Not tuned yet: `python -m referee {NAME} --tune`."
-    return "\n\n".join(part for title, rows, why in tuning_parts(results_dir)
-                       for part in (f"**{title}**", markdown_table(rows), why))
+    return "\n\n".join(part for title, rows, why in tuning_parts(results_dir) for part in (
+        f"**{title}**" if title else "", markdown_table(rows) if rows else "", why) if part)

@@ -73,8 +73,11 @@ def no_judge(what):
                      "the embedded task has them: leave out --data and --reward")
 
 
-def choose(what, arms):
-    """(name of the chosen setting, why) of {name: {seed: run}}; no name while runs are missing."""
+def choose(what, arms, sft=None):
+    """(name of the chosen setting, why) of {name: {seed: run}}; no name while runs are missing.
+
+    sft: the fluency of the SFT policy, if the runs start from another one.
+    """
     runs = [run for of_arm in arms.values() for run in of_arm.values()]
     for metric in ("eval/win_rate_judge", "eval/fluency"):
         if any(run.get(metric) is None for run in runs):
@@ -82,7 +85,7 @@ def choose(what, arms):
     missing = len(arms) * len(SEEDS) - len(runs)
     if missing:
         return None, f"Nothing is chosen yet. Runs missing: {missing} of {len(arms) * len(SEEDS)}."
-    least = fmean(run["trace"][0]["eval/fluency"] for run in runs) - FLUENCY_LOST
+    least = (fmean(run["trace"][0]["eval/fluency"] for run in runs) if sft is None else sft) - FLUENCY_LOST
     wins, fluency = ({name: fmean(run[metric] for run in of_arm.values()) for name, of_arm in arms.items()}
                      for metric in ("eval/win_rate_judge", "eval/fluency"))
     fluent = [name for name in arms if fluency[name] >= least - 1e-9]

@@ -2,7 +2,7 @@
 import functools
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from common import UserError, warn
 
@@ -16,9 +16,9 @@ def answers():
         return True
     try:
         HfApi().model_info("gpt2", timeout=SECONDS)
-    except OSError:                                                    # an answer, though not the wanted one
-        pass
-    except HTTPError:
+    except HfHubHTTPError:                                             # an answer, though not the wanted one
+        return True
+    except (OSError, HTTPError):
         return False
     return True
 

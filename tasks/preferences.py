@@ -385,11 +385,15 @@ def build_task(name: str, kind: str, examples: list, test_prompts: set[str]) -> 
 
 def use_for_test(task: Task, other: Task):
     """Train on all rows of the task whose prompt is not in `other`, and test on all rows of that."""
+    require(task.chat == other.chat, other.name, "prompts are conversations in the one file and plain in the "
+            "other: write both in one form, or give --chat True")
     test = {prompt for prompts in other.prompts.values() for prompt in prompts}
     for name in ("prompts", "pairs", "rankings", "demonstrations", "ratings"):
         own, rows = (sum(getattr(t, name).values(), []) for t in (task, other))
         own = [row for row in own if (row if name == "prompts" else row.prompt) not in test]
         setattr(task, name, {"train": own, "test": rows})
+    if any(task.rankings.values()):                               # levels are ranks among a split's rows
+        task.ratings = {split: rated(rows) for split, rows in task.rankings.items()}
     if not task.prompts["train"]:
         raise UserError(f"{task.name}: every prompt is in the test data too, so none is left to train on")
 

@@ -18,6 +18,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -60,7 +61,7 @@ KINDS = {
                   lambda text, words, v: not {*v} & {*map(str.lower, words)}),
     "start": Kind(('Begin your answer with the word "{}".', 'Start with "{}".',
                    'The first word of your answer must be "{}".'), tuple((word,) for word in OPENERS),
-                  lambda text, words, v: words[:1] == [v[0]]),
+                  lambda text, words, v: [word.lower() for word in words[:1]] == [v[0].lower()]),
     "lower case": Kind(("Write everything in lower case.", "Write in lower case only.",
                         "Use no capital letters."), ((),), lambda text, words, v: text == text.lower()),
 }
@@ -89,11 +90,11 @@ def instructions(prompt):
 def gold(prompt, response):
     """The share of the prompt's instructions that the response fulfils; 0 below LEAST_WORDS words.
 
-    prompt: as compose made it. ValueError for one without instructions.
+    prompt: as compose made it. UserError for one without instructions.
     """
     asked, words = instructions(prompt), words_of(response)
     if not asked:
-        raise ValueError(f"no instruction that can be checked in {prompt!r}")
+        raise common.UserError(f"no instruction that can be checked in {prompt!r}")
     if len(words) < LEAST_WORDS:
         return 0.0
     return sum(KINDS[kind].fulfilled(response, words, values) for kind, values in asked) / len(asked)
@@ -142,6 +143,8 @@ def sampled(model, prompts, n, max_new_tokens, seed, device="auto"):
     torch.manual_seed(seed)
     policy, tokenizer = common.load_policy(model, device), common.load_tokenizer(model, 512)
     asked = prompts
+    ends = policy.generation_config.eos_token_id
+    tokenizer.more_stop_ids = [ends] if isinstance(ends, int) else list(ends or [])
     if tokenizer.chat_template:
         chat.end_turns(tokenizer)
         asked = [chat.render(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
@@ -151,21 +154,18 @@ def sampled(model, prompts, n, max_new_tokens, seed, device="auto"):
             for i in range(0, len(found), n)]
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m tasks.verifiable", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--prompts", required=True, help="a data file or hub data set: its prompts are taken")
-    parser.add_argument("--model", required=True, help="whose answers are judged: a directory or a hub id")
-    parser.add_argument("--out", required=True, help="a folder for the three files")
-    parser.add_argument("--train", type=int, default=512, help="train prompts")
-    parser.add_argument("--test", type=int, default=128, help="test prompts")
-    parser.add_argument("--samples", type=int, default=4, help="answers to each train prompt")
-    parser.add_argument("--longest", type=int, default=20, help="prompts of more words are left out")
-    parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
-    task = preferences.load(given.prompts, skip_bad_rows=True)
-    known = [str(prompt) for rows in task.prompts.values() for prompt in rows]
-    short = [" ".join(prompt.split()) for prompt in known if 0 < len(words_of(prompt)) <= given.longest]
+def question_of(prompt):
+    """What the user said last: of a conversation, of a transcript "Human: ... Assistant:", or all of it."""
+    messages = getattr(prompt, "messages", ())
+    text = messages[-1]["content"] if messages else re.split(r"(?:^|\n\n)Human:", str(prompt))[-1]
+    return " ".join(text.removesuffix("Assistant:").split())
+
+
+def write_files(given):
+    """Make the three files in given.out and say what they hold."""
+    task = preferences.load(given.prompts, common.load_tokenizer(given.model, 512), skip_bad_rows=True)
+    short = [question for prompts in task.prompts.values() for question in map(question_of, prompts)
+             if 0 < len(words_of(question)) <= given.longest]
     train, test = split(short, given.test, given.seed)
     if len(train) < given.train:
         raise common.UserError(f"{given.prompts} has {len(train)} short prompts to train on, not "
@@ -180,6 +180,24 @@ def main(arguments=None):
     right = statistics.fmean(gold(row["prompt"], row["completion"]) for row in rated) if rated else math.nan
     print(f"{len(train)} train prompts: {len(rated)} rated answers with gold {right:.3f}, {len(pairs)} "
           f"pairs; {len(test)} test prompts; in {out}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m tasks.verifiable", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--prompts", required=True, help="a data file or hub data set: its prompts are taken")
+    parser.add_argument("--model", required=True, help="whose answers are judged: a directory or a hub id")
+    parser.add_argument("--out", required=True, help="a folder for the three files")
+    parser.add_argument("--train", type=int, default=512, help="train prompts")
+    parser.add_argument("--test", type=int, default=128, help="test prompts")
+    parser.add_argument("--samples", type=int, default=4, help="answers to each train prompt")
+    parser.add_argument("--longest", type=int, default=20, help="prompts of more words are left out")
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    try:
+        write_files(parser.parse_args(arguments))
+    except (common.UserError, OSError) as error:
+        print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,8 @@ def test_settings_are_not_of_the_grid_or_others_at_every_call_or_lack_the_defaul
     assert found[0] == default or not all(usual[k] in values for k, values in entry["grid"].items())
 
 
-def test_every_method_is_compared():
-    methods = {entry["arm"]["method"] for entry in data.ARMS.values()}
-    assert methods == {*arms.method_names()}
+def test_arm_of_no_method():
+    assert {entry["arm"]["method"] for entry in data.ARMS.values()} <= {*arms.method_names()}
 
 
 # ------------------------------------------------------------------------------------------------- best of n
@@ -107,7 +106,7 @@ ARMS = {"slow": dict(about="", arm={"method": "toy"}, grid={"beta": (1.0, 2.0, 3
                      grid={"beta": (1.0, 2.0, 3.0), "demonstrations": (80, 800), "epochs": (1.0,)},
                      size=("demonstrations",)),
         "second": dict(about="", arm={"method": "toy", "batch_size": 16}, start={"method": "toy", "lr": 0.5},
-                       grid={"beta": (1.0, 2.0, 3.0), "epochs": (1.0,)})}
+                       grid={"beta": (1.0, 2.0, 3.0), "epochs": (1.0,)}, few={"lr": 0.25})}
 
 
 @pytest.fixture
@@ -163,11 +162,27 @@ def test_dear_setting_is_chosen_or_the_cost_of_the_start_is_forgotten():
         return {"cpu_seconds": seconds}
 
     units = {100: run(10.0), 101: run(20.0)}
-    found = {"twice": {100: run(20.0), 101: run(40.0)}, "equal": {100: run(11.0), 101: run(22.0)},
+    found = {"twice": {100: run(20.0), 101: run(40.0)}, "equal": {100: run(12.0), 101: run(24.0)},
              "half": {100: run(5.0), 101: run(10.0)}, "by seed": {100: run(20.0), 101: run(2.0)}}
     assert [*comparison.affordable(found, units)] == ["equal", "half", "by seed"]
-    found[START] = {100: run(6.0), 101: run(12.0)}
+    found[START] = {100: run(7.0), 101: run(14.0)}
     assert [*comparison.affordable(found, units)] == ["half"]
+
+
+def test_fluency_is_that_of_the_policy_that_an_arm_starts_from(toys):
+    """What starts from a policy that lost 0.1 of fluency may not lose a little more."""
+    def run(fluency, first, wins=0.5, cost=1.0):
+        return {"eval/fluency": fluency, "eval/win_rate_judge": wins, "cpu_seconds": cost,
+                "trace": [{"eval/fluency": first}]}
+
+    seeds = comparison.VALIDATION
+    tuning = {comparison.BUDGET: dict(settings=[{}]), "x": dict(settings=[{"lr": 1.0}, {"lr": 2.0}])}
+    runs = {"lr 1": {seed: run(0.84, 0.85, 0.9) for seed in seeds},
+            "lr 2": {seed: run(0.93, 0.85, 0.6) for seed in seeds},
+            START: {seed: run(0.85, 0.95) for seed in seeds}}
+    budget = {"as it is": {seed: run(0.95, 0.95, cost=9.0) for seed in seeds}}
+    collected = {comparison.BUDGET: budget, "x": runs}
+    assert comparison.choices(tuning, collected)["x"][0] == {"lr": 2.0}
 
 
 def test_best_affordable_setting_of_the_judge_is_not_what_runs(toys):
@@ -176,7 +191,7 @@ def test_best_affordable_setting_of_the_judge_is_not_what_runs(toys):
     assert {*chosen} == {*ARMS} | {f"{name}, little data" for name in ARMS}
     assert {c.seed for c in toys.calls} == {100, 101, 102}
     tried = comparison.settings_of("slow", ARMS["slow"])
-    # the budget is 21 s, so two epochs with beta 3 (23 s) are just affordable at 1.1 times
+    # the budget is 21 s, so two epochs with beta 3 (23 s) are affordable
     best = max(tried, key=lambda s: 0.1 * s["beta"] + 0.05 * s["epochs"])
     assert chosen["slow"][0] == best and "3 of 3 settings fit the time" in chosen["slow"][1]
     # where there are few data, the chosen beta stays, and only so many passes as the time allows
@@ -189,13 +204,19 @@ def test_best_affordable_setting_of_the_judge_is_not_what_runs(toys):
     assert len(toys.calls) == ran                                       # what is stored is not run again
 
 
-def test_nothing_is_chosen_of_a_part_or_beyond_the_budget(toys, monkeypatch):
+def test_nothing_is_chosen_of_a_part_or_beyond_the_budget(toys, monkeypatch, capsys):
     with pytest.raises(UserError, match="no settings are chosen yet for slow and 5 others"):
         comparison.run(harness.Config(quiet=True))
     assert comparison.tuned()[2]["slow"] == (None, "Nothing is chosen yet. Runs missing: 12.")
+    with pytest.raises(UserError, match="no judge"):
+        comparison.tune(harness.Config(quiet=True, reward="module:function"))
+    assert not toys.calls
     monkeypatch.setattr(comparison, "PPO", {"method": "toy", "epochs": 0.01})
-    with pytest.raises(UserError, match="slow: no setting takes at most 1.1 times the budget"):
-        comparison.tune(harness.Config(quiet=True))
+    comparison.tune(harness.Config(quiet=True))
+    settings, why = comparison.tuned()[2]["slow"]
+    assert settings is None and why.startswith("No setting takes at most 1.25 times the budget")
+    side_by_side.report_tuning()                                            # what there is can be seen
+    assert "No setting takes" in capsys.readouterr().out
 
 
 def test_arms_of_a_situation_lack_its_flags_or_the_chosen_settings(toys):
@@ -204,12 +225,15 @@ def test_arms_of_a_situation_lack_its_flags_or_the_chosen_settings(toys):
     found = comparison.experiments()
     assert [*found] == ["clean", "noisy labels", "little data", comparison.QUARTER]
     clean, noisy, few, less = (found[title]["arms"] for title in found)
-    assert [*clean] == ["SFT", "big", "slow", "fast", "second: start", "second"]
+    assert [*clean] == ["SFT", "big", comparison.BUDGET, "slow", "fast", "second: start", "second"]
+    assert clean.pop(comparison.BUDGET) == comparison.PPO
     assert clean["slow"] == {"method": "toy"} | chosen["slow"]
     assert clean["second"]["start"] == "second: start" and clean["second: start"] == ARMS["second"]["start"]
     for name, arm in noisy.items():
         assert arm == clean[name] | {"label_noise": 0.25, "rating_noise": 4.0}
     assert [*few] == ["SFT", "slow", "fast", "second: start", "second"]               # no recipes
+    assert few["second: start"] == clean["second: start"] | {"limit": data.FEW, "lr": 0.25}
+    assert "lr" not in few["second"]
     assert few["slow"] == clean["slow"] | chosen["slow, little data"] | {"limit": data.FEW}
     assert few["fast"]["demonstrations"] == clean["fast"]["demonstrations"] // 8
     assert [*less] == ["slow", "fast"]                                  # none of what starts elsewhere
@@ -242,9 +266,12 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
     first = side_by_side.of_seeds(collected["clean"], range(4))
     assert all(set(runs) == {0, 1, 2, 3} for runs in first.values()) and "second: start" not in first
     # what an arm starts from is a part of its cost
-    start, beta = 10 * 1.0 + 1.0, first["second"][0]["eval/kl"]
+    start, beta = 10 * 1.0 + 1.0, comparison.tuned()[2]["second"][0]["beta"]
     assert first["second"][0]["cpu_seconds"] == pytest.approx(10 + beta + start)
     assert first["second"][0]["tokens_trained"] == 14 and first["second"][0]["state_mb"] == 1.0
+    assert first["second"][0]["eval/kl"] is None is first["second"][0]["eval/win_rate"]       # to its start
+    assert first["slow"][0]["share"] == pytest.approx(first["slow"][0]["cpu_seconds"] / 21)
+    assert comparison.BUDGET not in first
     rows = side_by_side.main_rows(first, side_by_side.of_seeds(collected[comparison.QUARTER], range(4)))
     header, *body = rows
     assert [row[1] for row in body][-1] == "big" and body[-1][2] == "-" and body[-1][-1] == "-"
@@ -259,7 +286,7 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
     assert marks[0][-1] == ">"
     side_by_side.report()
     text = capsys.readouterr().out
-    for word in ("clean", "noisy labels", "little data", "who beats whom", "Other seeds: ", "Spearman"):
+    for word in ("clean", "noisy labels", "little data", "who beats whom", "Other seeds, ", "Spearman"):
         assert word in text
     assert Path("results/comparison.png").read_text(encoding="utf-8") == "drawn"
     (_, _, points), (_, _, lines) = toys.rows[-1]
@@ -283,11 +310,14 @@ def test_verdicts_of_other_seeds_are_counted_wrong(toys):
     clean = side_by_side.gathered()[1]["clean"]
     first, second = (side_by_side.of_seeds(clean, seeds) for seeds in (range(4), range(4, 8)))
     text = side_by_side.holds(first, second, "Other seeds")
-    assert text.startswith("Other seeds: 6 of 6 pairwise verdicts are the same (100%), 0 are opposite.")
-    assert side_by_side.holds(first, {}, "Other seeds") == "Other seeds: not run yet."
+    assert text.startswith("Other seeds, 4 against 4 seeds: 6 of 6 pairwise verdicts are the same (100%), 0 "
+                           "are opposite. Of the 5 pairs that are decided at least once, 5 have")
+    for seeds in (range(0), range(4, 5)):                                # as while the second seeds are made
+        assert side_by_side.holds(first, side_by_side.of_seeds(clean, seeds), "x") == "x: not run yet."
+    assert "x, 2 against 2 seeds" in side_by_side.holds(first, side_by_side.of_seeds(clean, range(4, 6)), "x")
     backwards = {name: {seed: run | {"eval/gold": -run["eval/gold"]} for seed, run in runs.items()}
                  for name, runs in second.items()}
-    assert "of the two orders is -1.00 (-1.00 to " in side_by_side.holds(first, backwards, "x")
+    assert "of the two orders is -1.00 (95% of " in side_by_side.holds(first, backwards, "x")
 
 
 def test_page_is_not_the_report_or_stands_for_runs_that_are_not_there(toys):
@@ -318,11 +348,14 @@ def test_command_line_of_the_comparison(toys, monkeypatch, capsys):
         command_line.main(["nothing"])
 
 
-def test_larger_model_runs_the_small_ones_settings_and_only_the_clean_situation(toys, monkeypatch):
+def test_larger_model_runs_the_small_ones_settings_and_only_the_clean_situation(toys, capsys):
     everything(toys)
     toys.calls.clear()
     comparison.run(harness.Config(quiet=True, layers=3), range(2))
     assert {(c.layers, c.seed, c.label_noise) for c in toys.calls} == {(3, 0, 0), (3, 1, 0)}
     assert Path("results/comparison@layers=3.json").exists()
-    assert any(heading == "a larger model" and "Three layers" in text
+    assert any(heading == "a larger model" and "weights, 2 against 2 seeds" in text
                for heading, _, text in side_by_side.parts())
+    command_line.main(["comparison", "--report", "--layers=3"])
+    text = capsys.readouterr().out
+    assert "Flags: layers=3" in text and "noisy" not in text and "Seeds 0, 1." in text

@@ -84,10 +84,12 @@ def test_wrong_verdicts_among_equal_arms_are_more_than_one_in_twenty():
 
 def test_agreement_counts_pairs_of_one_alone_or_takes_open_for_opposite():
     def verdicts(**found):
-        return {tuple(pair): Duel(0.0, 0.0, verdict) for pair, verdict in found.items()}
+        return {tuple(pair): Duel({">": 1.0, "<": -1.0, "+": 0.1, "-": -0.1}[verdict], 0.0,
+                                  verdict if verdict in "<>" else "=") for pair, verdict in found.items()}
 
-    first, second = verdicts(ab=">", ac="<", bc="=", bd=">"), verdicts(ab=">", ac=">", bc=">", cd="<")
-    assert agreement(first, second) == (1, 1, 3)
+    first = verdicts(ab=">", ac="<", bc="+", bd=">", ad="-", ae="-")
+    second = verdicts(ab=">", ac=">", bc=">", cd="<", ad=">", ae="+")
+    assert agreement(first, second) == (2, 1, 5, 4, 2)         # ab, ac, bc, ad are decided; ab and bc agree
 
 
 def test_order_differs_from_spearmans_correlation_or_has_a_wrong_interval():

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import tasks.verifiable as verifiable
 from common import UserError
 from conftest import llama_config
+from tasks.chat import Prompt
 from tasks.verifiable import KINDS, compose, gold, instructions, judged, prefers_first, reward, split
 
 
@@ -24,7 +25,7 @@ def asks(kind, *values, wording=0):
     ("mention", ("river",), "the wide River flows", "the wide rivers flow"),
     ("avoid", ("the", "and"), "there was sand here", "near The sea shore"),
     ("avoid", ("the", "and"), "there was sand here", "salt and some pepper"),
-    ("start", ("Well",), "  Well, I do think", "well I do think"),
+    ("start", ("Well",), "  well, I do think", "I do think well"),
     ("start", ("Well",), "Well I do think", "I do think Well"),
     ("lower case", (), "all is 1 quiet!", "All is 1 quiet")])
 def test_instruction_is_judged_wrongly(kind, values, good, bad):
@@ -39,7 +40,7 @@ def test_gold_is_no_share_or_pays_for_hardly_an_answer():
     assert [gold(prompt, text) for text in ("a river runs", "a lake is here", "river", "the", "")] == [
         1, 0.5, 0, 0, 0]
     assert gold(prompt, "a river " + "runs " * 9) == 0.5 and gold(prompt, "a lake " * 9) == 0
-    with pytest.raises(ValueError, match="no instruction"):
+    with pytest.raises(UserError, match="no instruction"):
         gold("tell me", "a river runs")
 
 
@@ -149,5 +150,15 @@ def test_files_are_not_what_the_scripts_read(chatter, tmp_path, capsys):
     assert all(gold(row["prompt"], row["chosen"]) != gold(row["prompt"], row["rejected"])
                for row in rows["pairs"])
     assert f"{len(rows['rated'])} rated answers" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has 33 short prompts to train on, not 99"):
+    with pytest.raises(SystemExit, match="2"):
         verifiable.main([*map(str, flags[:6]), "--train", "99", "--test", "7"])
+    assert "has 33 short prompts to train on, not 99" in capsys.readouterr().err
+
+
+def test_question_is_not_what_the_user_said_last():
+    transcript = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: name  a\nriver\n\nAssistant:"
+    assert verifiable.question_of(transcript) == "name a river"
+    assert verifiable.question_of("name a river") == "name a river"
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"},
+             {"role": "user", "content": "name a river"}]
+    assert verifiable.question_of(Prompt("rendered", turns)) == "name a river"
