@@ -1313,7 +1313,7 @@ def test_killed_build_goes_on_with_the_missing_proxy(built, tmp_path, monkeypatc
              "demonstrations.json")
     kept = {name: (half / name).stat().st_mtime_ns for name in files}
     monkeypatch.setattr(tasks, "CACHE", tmp_path)
-    monkeypatch.setattr(build, "Recipe", lambda **settings: harness.Recipe(**settings | {"epochs": 1}))
+    monkeypatch.setattr(build, "Recipe", lambda **settings: harness.Recipe(**settings | {"epochs": 2}))
     build.report(harness.Config())
     assert {name: (half / name).stat().st_mtime_ns for name in files} == kept
     made = AutoModelForSequenceClassification.from_pretrained(half / "proxy")

@@ -66,6 +66,10 @@ def test_gold_of_the_user_is_not_measured_or_is_what_is_trained_on(toy, mine):
         texts = run.samples[name]["responses"]
         assert run.samples[name]["gold"] == [text.count("a") for text in texts]
     assert "eval/gold" in run.trace[1] and run.trace[1]["eval/win_rate"] == 0.5          # by gold, all ties
+    run.config = dataclasses.replace(run.config, reward="")
+    assert harness.candidate_reward(run, "P") is None                  # the data's own scores rank as before
+    run.config = dataclasses.replace(run.config, gold="")
+    assert harness.candidate_reward(run, "P") is not None              # as for the embedded task
     seen = []
     reward = harness.reward_to_maximise(run)
     plain = run.rewards["proxy"].functions[0][0]
