@@ -469,7 +469,8 @@ def in_one_line(function):
             function()
             sys.stdout.flush()
     except BrokenPipeError:                                        # ... | head
-        os.dup2(open(os.devnull, "wb").fileno(), sys.stdout.fileno())
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         sys.exit(0)
     except (UserError, OSError) as error:
         print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)

@@ -438,6 +438,15 @@ def test_closed_pipe_is_a_traceback(toy, tmp_path):
     assert not done.stderr and done.stdout.rstrip().endswith("0")
 
 
+def test_closed_pipe_is_a_traceback_while_much_is_printed():
+    """More than a pipe holds: the write itself fails, not the flush at the end."""
+    code = "from harness.run import in_one_line as f; f(lambda: [print('x' * 100) for _ in range(100000)])"
+    command = f'"{sys.executable}" -c "{code}" | head -c 100; echo " ${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True,
+                          encoding="utf-8", timeout=120)
+    assert not done.stderr and done.stdout.endswith(" 0\n")
+
+
 def test_killed_run_resumes_to_the_same_bytes(toy, tmp_path, straight):
     """A real process, killed where nobody can catch it."""
     flags = [f"--{name}={value}" for name, value in (
