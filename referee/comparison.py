@@ -5,7 +5,7 @@
     python -m referee comparison --report             # tables and figure from results/comparison.json
 
 experiments/comparison.py says what is compared. The settings of each arm are chosen as in tuning.py, of
-those that take at most MOST times the CPU seconds of ppo.py's default, which runs beside them on each seed.
+those that take at most MOST times the CPU seconds of ppo.py's default on the same validation seeds.
 The arms are made from results/tuning/comparison.json, so no setting is copied by hand. `given` are the user's
 flags: with those that make another experiment, the files are others (store.results_path).
 """

@@ -4,13 +4,14 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from experiments.comparison import RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS, UNTRAINED
+from experiments.comparison import ARMS, RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS, UNTRAINED
 from referee import figures
 from referee.comparison import BUDGET, NAME, QUARTER, cost, experiments, start_of, tuned
 from referee.ranking import agreement, duels, order, ranks
 from referee.statistics import plus_minus, t_interval
 from referee.store import results_path, shown
-from referee.tables import arm_rows, collect, markdown_table, provenance, stored, text_table
+from referee.tables import (COSTS, COSTS_ARE, arm_rows, collect, markdown_table, provenance, stored,
+                            text_table)
 from referee.tuning import COLUMNS as TUNED_COLUMNS
 from referee.tuning import RULES as TUNING_RULES
 from referee.tuning import START
@@ -18,9 +19,6 @@ from referee.tuning import START
 METRIC = "eval/gold"
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/win_rate": "win rate",
            "eval/kl": "KL, nats", "eval/fluency": "fluency", "eval/length": "length, tokens"}
-COSTS = {"cpu_seconds": "CPU s", "tokens_generated": "tokens generated", "tokens_trained": "tokens trained",
-         "tokens_scored_reference": "scored: reference", "tokens_scored_reward": "scored: reward",
-         "tokens_scored_value": "scored: value", "state_mb": "MB trained"}
 RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean gold; in brackets, the "
          "ranks in 95% of draws of the seeds. Time is in units of ppo.py with its defaults on the same seed. "
          "KL and win rate are against the SFT policy; the KL of best of n is an upper bound, and what starts "
@@ -55,7 +53,7 @@ def with_starts(arms):
 
 def gathered(results_dir="results", given={}):
     """(view of the file, {title: {arm: {seed: run}}}); UserError where nothing is stored."""
-    results, planned = stored(NAME, results_dir, given, ""), experiments(results_dir, given)
+    results, planned = stored(NAME, results_dir, given, "--jobs 2"), experiments(results_dir, given)
     collected = collect(NAME, results, planned)
     return shown(NAME, results, planned), {title: with_starts(arms) for title, arms in collected.items()}
 
@@ -74,7 +72,7 @@ def ranked(arms):
 
 
 def main_rows(arms, quarter={}):
-    """A row for each arm, the best first: number, rank, metrics, gold after a quarter of the time."""
+    """A row for each arm, the best first: number, rank, metrics, gold after a quarter of the work."""
     values = ranked(arms)
     places = ranks(values) if len(values) > 1 and min(map(len, values.values())) > 1 else {}
     gold = {name: fmean(run[METRIC] for run in runs.values()) for name, runs in arms.items() if runs}
@@ -131,15 +129,15 @@ def parts(results_dir="results", given={}):
     clean = collected["clean"]
     seeds = view["seeds"] if given else SEEDS
     view = view | {"seeds": [seed for seed in view["seeds"] if seed in seeds]}
-    found = []
+    about = [["arm", "what it learns from"], *([name, entry["about"]] for name, entry in ARMS.items())]
+    found = [("arms", about, "Beside them: three that train nothing.")]
     for title, (question, _) in SITUATIONS.items():
         arms = of_seeds(collected[title], seeds)
         if any(arms.values()):
             quarter = of_seeds(collected[QUARTER], seeds) if title == "clean" else {}
             found.append((title, main_rows(arms, quarter if any(quarter.values()) else {}), question))
     first = of_seeds(clean, seeds)
-    found.append(("costs", arm_rows({name: runs for name, runs in first.items() if runs}, COSTS),
-                  "Of training; evaluation is excluded."))
+    found.append(("costs", arm_rows({name: runs for name, runs in first.items() if runs}, COSTS), COSTS_ARE))
     if len(ranked(first)) > 1 and len(common_seeds(ranked(first))) > 1:
         found.append(("who beats whom", matrix_rows(first),
                       "Gold, paired within seeds, with Holm's correction over all pairs (5%). The arm of the "

@@ -214,10 +214,11 @@ def load_task(config):
     only in style. The last task is kept for the next run of this process.
     """
     options = "seed", "limit", "label_noise", "pair_labels", "rating_noise"
-    key = models(config), *(getattr(config, name) for name in options)
+    path = models(config)
+    key = path, *(getattr(config, name) for name in options)
     if key not in LAST:
         LAST.clear()
-        LAST[key] = make_task(config, models(config))
+        LAST[key] = make_task(config, path)
     own = {name: dict(value) for name, value in vars(LAST[key]).items() if isinstance(value, dict)}
     return replace(LAST[key], **own)
 
