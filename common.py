@@ -142,7 +142,7 @@ def decode(tokenizer, batch):
 
 
 def stop_ids(tokenizer):
-    """Token ids that end a response: EOS, and those of the policy's generation_config (harness/run.py)."""
+    """Token ids that end a response: EOS, and those of the model's generation_config (harness/loading.py)."""
     return [tokenizer.eos_token_id, *getattr(tokenizer, "more_stop_ids", [])]
 
 

@@ -6,6 +6,7 @@ What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.lo
 """
 from common import UserError, warn
 from harness.asking import ask
+from harness.command_line import launch, main, start
 from harness.conditioning import (add_tags, check_ratings, complete_request, curve,
                                   label_errors, levels_by_rank, parse_request, quality_of, rated_rows,
                                   report_steering, reward_curve, slope, steering, steering_metrics, table,
@@ -15,7 +16,7 @@ from harness.evaluation import best_of, held_out, probe
 from harness.loading import (demonstrations, fingerprint, load_base, load_policy, load_scorer, load_task,
                              load_tokenizer, policy_path, test_pool)
 from harness.rewards import reward_to_maximise
-from harness.run import Means, Run, launch, main, start
+from harness.run import Means, Run
 from harness.samples import (candidate_reward, candidates, distinct, given_answers, response_logps, rollout,
                              sample_rankings, score, score_metrics, scored, scored_demonstrations)
 from harness.stages import Recipe, check_finite, fit, shuffled_batches, train_reward_model, train_sft

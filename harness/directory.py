@@ -75,13 +75,13 @@ def fingerprint_of_data(*paths):
     return digest.hexdigest()[:12] if files else ""
 
 
-def read_args(out):
-    """args.json of a run that is resumed; {} with a warning where it cannot be read."""
+def read_args(out, say=warn):
+    """args.json of a run that is resumed; {} where it cannot be read, which say(text) tells."""
     try:
         found = json.loads((out / "args.json").read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError) as error:
-        warn(f"{out / 'args.json'} cannot be read ({error}): other options are not noticed")
+        say(f"{out / 'args.json'} cannot be read ({error}): other options are not noticed")
         return {}
 
 

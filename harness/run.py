@@ -1,14 +1,10 @@
-"""One training run from start to finish: steps, records, checkpoints, and the command line."""
+"""One training run: its steps, records, evaluations, checkpoints, and what it leaves behind."""
 import contextlib
 import copy
 import functools
-import inspect
 import json
 import os
 import random
-import re
-import shlex
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -19,18 +15,14 @@ from typing import Callable, Optional
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
-from common import UserError
 from harness import adapters, directory, loading
-from harness.asking import ask
-from harness.checkpoints import check_checkpoint, check_model
+from harness.checkpoints import check_checkpoint
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
-from harness.rewards import gold_of, load_rewards
-from tasks import ROOT, Task, chat, write_json, write_text
+from tasks import Task, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
@@ -327,85 +319,6 @@ def training_state_mb(optimizer):
     return sum(tensor.nbytes for tensor in (*weights, *weights, *moments)) / 1e6
 
 
-# ------------------------------------------------------------------------------------- start and command line
-
-def method_name(config):
-    """The method whose Config this is: the name of its file."""
-    return Path(inspect.getfile(type(config))).stem
-
-
-def output_directory(config):
-    """--out, or the first free number under runs/<method>. UserError for a directory of another run."""
-    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs")
-    settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
-    if not config.out:
-        return directory.free_directory(ROOT / "runs" / method_name(config))
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a directory")
-    if config.resume:
-        if not any(out.glob("*.pt")):
-            raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it")
-        old = directory.read_args(out)
-        changed = [k for k, v in settings.items() if old.get(k, v) != v]
-        if changed:
-            raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} "
-                            "as before")
-    elif out.exists() and any(path.name not in (".lock", ".process") for path in out.iterdir()):
-        raise UserError(f"{out} holds another run: --resume goes on with one that was cut; or give another "
-                        "--out")
-    return out
-
-
-def start(config):
-    """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
-    torch.manual_seed(config.seed)
-    out = output_directory(config)
-    lock, run = directory.claim(out), None
-    try:
-        run = prepare(config, out)
-    finally:
-        if not run:
-            directory.give_back(out, lock)
-    run.lock = lock
-    return run
-
-
-def prepare(config, out):
-    """A Run with everything loaded and checked."""
-    if config.policy or config.model != "tiny":
-        check_checkpoint(loading.policy_path(config))
-    task = loading.load_task(config)
-    if config.gold:
-        task.gold = gold_of(config.gold)
-    began = time.time()
-    rewards = load_rewards(config, task)
-    policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)
-    if task.chat:
-        chat.end_turns(tokenizer)
-    policy.saved_dtype = loading.saved_dtype(config)          # asked for now: nothing may fail after training
-    policy.embeddings_came = policy.get_input_embeddings().num_embeddings
-    loading.fit_positions(policy, tokenizer, loading.policy_path(config))
-    if config.max_new_tokens > tokenizer.model_max_length // 4:
-        raise UserError(f"--max_new_tokens {config.max_new_tokens} is more than a quarter of the "
-                        f"{tokenizer.model_max_length} tokens that prompt and response share: lower it")
-    tokenizer.more_stop_ids = loading.more_stop_ids(policy, tokenizer)
-    if config.data != "reviews":
-        loading.fit_task(tokenizer, task, policy.embeddings_came)
-        check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
-    check_policy(policy, tokenizer, task, 0)
-    trained = [weight.nbytes for weight in policy.parameters() if weight.requires_grad]
-    directory.check_room(out, sum(trained) / 1e6)
-    run = Run(config, out, task, tokenizer, policy, rewards, began=began)
-    if config.resume:
-        old, new = directory.read_args(out), run.origin
-        for name, what in (("build", "initial weights are"), ("data_fingerprint", "data file is")):
-            if old.get(name, new[name]) != new[name]:
-                raise UserError(f"the {what} not what {out} was begun with: give another --out")
-    torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
-    return run
-
-
 def what_initial_evaluation_needs(config, rewards):
     """As a text, the options that can change the evaluation of the initial policy, and the rewards' scales.
 
@@ -414,88 +327,3 @@ def what_initial_evaluation_needs(config, rewards):
     names = sorted({option.name for option in fields(Config)} - OF_TRAINING)
     scales = [(name, getattr(model, "mean", 0), getattr(model, "std", 1)) for name, model in rewards.items()]
     return json.dumps([(name, getattr(config, name)) for name in names] + scales)
-
-
-def launch(train, config, known=None):
-    """One run of a method: its train(run) between start and finish. Returns the final metrics.
-
-    known: a dict that keeps the evaluations of initial policies for other runs: many arms begin with one.
-    """
-    run = start(config)
-    run.known = known
-    try:
-        train(run)
-        return run.finish()
-    finally:
-        Stop.stepping, error = False, sys.exc_info()[1]
-        alone = known is None                                     # an arm of the referee is not resumed
-        if error and alone and not isinstance(error, UserError) and (run.out / "args.json").exists():
-            print(f"the run's files are in {os.path.relpath(run.out)}", file=sys.stderr)
-            if any((run.out / name).exists() for name in directory.CHECKPOINTS):
-                print("to go on:", command_that_resumes(run.out), file=sys.stderr)
-            else:
-                print("it had no checkpoint yet: delete them, or leave them", file=sys.stderr)
-        directory.give_back(run.out, run.lock)
-
-
-def command_that_resumes(out):
-    """This command line, to go on with its run."""
-    words = re.sub(r"\0--resume(=\w+)?(\0(True|False|true|false))?(?=\0|$)", "", "\0".join(sys.argv))
-    words = words.split("\0")
-    given = any(word == "--out" or word.startswith("--out=") for word in words)
-    return shlex.join(["python", *words, *([] if given else ["--out", os.path.relpath(out)]), "--resume"])
-
-
-class Plain:
-    """A stream on which control characters of texts, names and labels are shown, not obeyed."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        return self.stream.write(text.translate(common.CONTROL))
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def in_one_line(function):
-    """Run a command line's function: what a user can cause is one line and exit status 2, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):                        # a terminal that cannot show every letter
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        with contextlib.redirect_stdout(Plain(sys.stdout)):
-            function()
-            sys.stdout.flush()
-    except BrokenPipeError:                                        # ... | head
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        sys.exit(0)
-    except (UserError, OSError) as error:
-        print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(128 + (Stop.signal or signal.SIGINT))
-
-
-def main(config_class, train, answer=None):
-    """The command line of a script: one run, --reproduce, or for --prompt answer(config), else asking.ask.
-
-    A UserError is printed as one line, with exit status 2.
-    """
-    def command():
-        about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
-        config = config_class(**vars(HfArgumentParser(config_class, description=about).parse_args()))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, Stop.handle)
-        if config.reproduce:
-            from referee.runs import reproduce
-            reproduce(method_name(config), config)
-        elif config.prompt:
-            answer(config) if answer else ask(config, method_name(config))
-        else:
-            launch(train, config)
-
-    in_one_line(command)

@@ -14,7 +14,7 @@ import importlib
 import sys
 
 from harness import UserError
-from harness.run import in_one_line
+from harness.command_line import in_one_line
 
 OWN_FLAGS = "--report", "--tune"                # all others are the method's
 

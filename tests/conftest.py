@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import common
 import harness
 import harness.asking
+import harness.command_line
 import harness.run
 import harness.samples
 import tasks
@@ -161,7 +162,7 @@ class Counting:
 def no_traces(tmp_path, monkeypatch):
     """Cache and runs/ lie in a temporary folder."""
     monkeypatch.setattr(tasks, "CACHE", tmp_path / "cache")
-    for module in (harness.run, harness.asking):
+    for module in (harness.command_line, harness.asking):
         monkeypatch.setattr(module, "ROOT", tmp_path / "root")
 
 
@@ -170,7 +171,7 @@ def clock(monkeypatch):
     """The time, which passes only where a test says so: clock.now += seconds. Two processors are at work."""
     clock = SimpleNamespace(now=1000.0)
     times = SimpleNamespace(time=lambda: clock.now, process_time=lambda: 2 * clock.now)
-    for module in (harness.run, harness.samples):
+    for module in (harness.command_line, harness.run, harness.samples):
         monkeypatch.setattr(module, "time", times)
     return clock
 

@@ -138,8 +138,8 @@ def test_method_trains_more_than_its_adapter_or_nothing(method, toy, tmp_path, m
     config = settings(toy, module.Config, data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"),
                       lora_rank=2, reward=str(tmp_path / "reward"), epochs=1.0, **extra)
     base = harness.load_policy(settings(toy))
-    runs, plain = [], harness.run.start
-    monkeypatch.setattr(harness.run, "start", lambda config: runs.append(plain(config)) or runs[0])
+    runs, plain = [], harness.command_line.start
+    monkeypatch.setattr(harness.command_line, "start", lambda config: runs.append(plain(config)) or runs[0])
     result = harness.launch(module.train, config)
     policy = runs[0].policy
     after = dict(policy.named_parameters())

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import common
 import decision_transformer
 import harness
-import harness.run
+import harness.command_line
 import steerlm
 from common import UserError
 from conftest import close, parameters
@@ -542,7 +542,7 @@ def test_attributes_of_another_method_are_taken_or_none_is_a_traceback(tmp_path)
 
 
 def test_last_run_is_one_of_another_script_or_unfinished_or_older(tmp_path, monkeypatch):
-    for module in (asking, harness.run):
+    for module in (asking, harness.command_line):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     config = steerlm.Config(quiet=True)
 
@@ -562,8 +562,8 @@ def test_last_run_is_one_of_another_script_or_unfinished_or_older(tmp_path, monk
         finished("steerlm", name, age)
     assert asking.latest_run("steerlm", "attributes.json") == tmp_path / "runs" / "steerlm" / "001"
     assert asking.latest_run(
-        harness.run.method_name(decision_transformer.Config(quiet=True)), "attributes.json") == other
-    assert harness.run.output_directory(config) == tmp_path / "runs" / "steerlm" / "011"
+        harness.command_line.method_name(decision_transformer.Config(quiet=True)), "attributes.json") == other
+    assert harness.command_line.output_directory(config) == tmp_path / "runs" / "steerlm" / "011"
 
 
 @pytest.fixture

@@ -639,7 +639,7 @@ def whole(toy, tmp_path, monkeypatch):
         source = spelling(toy, tmp_path / "spelling") if kwargs.get("control") == "text" else toy
         with monkeypatch.context() as patch:
             patch.setattr(harness.loading, "load_task", lambda config: data or task())
-            patch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": reward})
+            patch.setattr(harness.command_line, "load_rewards", lambda config, task: {"proxy": reward})
             patch.setattr(harness.Run, "microbatches", note)
             patch.setattr(harness.samples, "rollout", unseen)
             patch.setattr(common, "generate", spied)

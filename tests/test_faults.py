@@ -19,7 +19,8 @@ from common import UserError
 from conftest import ROOT, killed_after, method_names, save_toy, settings, started
 from harness import directory
 from harness.config import interval_of, is_number, outside
-from harness.run import Stop, command_that_resumes, in_one_line
+from harness.command_line import command_that_resumes, in_one_line
+from harness.run import Stop
 from referee import docs, tables
 from tasks import Ranking
 
@@ -440,7 +441,8 @@ def test_closed_pipe_is_a_traceback(toy, tmp_path):
 
 def test_closed_pipe_is_a_traceback_while_much_is_printed():
     """More than a pipe holds: the write itself fails, not the flush at the end."""
-    code = "from harness.run import in_one_line as f; f(lambda: [print('x' * 100) for _ in range(100000)])"
+    code = ("from harness.command_line import in_one_line; "
+            "in_one_line(lambda: [print('x' * 100) for _ in range(100000)])")
     command = f'"{sys.executable}" -c "{code}" | head -c 100; echo " ${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True,
                           encoding="utf-8", timeout=120)

@@ -26,7 +26,8 @@ from conftest import PAIRS, count_a, method_names, pair_task, parameters, settin
 from harness import Config, Pair, Ranking, UserError
 from harness.evaluation import evaluate, kl_to_reference, mean_and_error, sequence_kl
 from harness.rewards import TrueReward
-from harness.run import output_directory, training_state_mb
+from harness.command_line import output_directory
+from harness.run import training_state_mb
 from tasks import Task
 from test_common import cohere, exact_kl, llama, outcome_batch
 
@@ -694,7 +695,7 @@ def test_seconds_count_evaluations_or_checkpoints_or_stand_still_or_leave_out_wh
 
 def test_loading_counts_as_training_or_clock_of_the_processor_is_the_one_on_the_wall(
         toy, tmp_path, monkeypatch, clock):
-    slow(monkeypatch, clock, harness.run, "load_rewards", 1000)
+    slow(monkeypatch, clock, harness.command_line, "load_rewards", 1000)
     run = started(toy, tmp_path)
     clock.now += 0.5
     run.count_time()

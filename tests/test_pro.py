@@ -193,7 +193,7 @@ def trained(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(harness.evaluation, "kl_to_reference",
                         lambda config, policy, batch, plain: torch.zeros(len(batch)))                   # slow
-    monkeypatch.setattr(harness.run, "load_rewards",
+    monkeypatch.setattr(harness.command_line, "load_rewards",
                         lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
     monkeypatch.setattr(harness, "candidates", spy)
 

@@ -390,7 +390,7 @@ def whole(toy, tmp_path, monkeypatch):
         run.proxy = proxy or common.RewardModel(model.eval(), harness.load_tokenizer(config))
         with monkeypatch.context() as patch:
             patch.setattr(loading, "load_task", lambda config: data)
-            patch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": run.proxy})
+            patch.setattr(harness.command_line, "load_rewards", lambda config, task: {"proxy": run.proxy})
             result = harness.launch(raft.train, config)
         out = tmp_path / name
         return (result, (out / "metrics.jsonl").read_text(encoding="utf-8"),

@@ -191,7 +191,7 @@ def trained(toy, tmp_path, monkeypatch):
     finish, runs = harness.Run.finish, []
     monkeypatch.setattr(harness.evaluation, "kl_to_reference",
                         lambda config, policy, batch, plain: torch.zeros(len(batch)))                   # slow
-    monkeypatch.setattr(harness.run, "load_rewards",
+    monkeypatch.setattr(harness.command_line, "load_rewards",
                         lambda config, task: {} if config.reward == "none" else {"proxy": proxy})
     monkeypatch.setattr(harness.Run, "finish", lambda run: runs.append(run) or finish(run))
 

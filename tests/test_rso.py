@@ -495,7 +495,7 @@ def test_AJ_first_step_is_not_at_the_sft_policy_or_training_prefers_the_loser(to
 def test_AE_runs_differ_under_one_seed_or_agree_under_two(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(harness.loading, "load_task",
                         lambda config: begun(toy, tmp_path / f"task {config.out[-1]}", None).task)
-    monkeypatch.setattr(harness.run, "load_rewards", lambda config, task: {"proxy": score})
+    monkeypatch.setattr(harness.command_line, "load_rewards", lambda config, task: {"proxy": score})
     rows = {}
     for name, settings in dict(a={}, b={}, c=dict(eval_every=1), d=dict(seed=1)).items():
         config = begun(toy, tmp_path / f"config {name}", num_samples=4, **settings).config

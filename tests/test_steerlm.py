@@ -401,7 +401,7 @@ def whole(toy, tmp_path, monkeypatch):
         data = data or task()
         with monkeypatch.context() as patch:
             patch.setattr(harness.loading, "load_task", lambda config: data)
-            patch.setattr(harness.run, "load_rewards", lambda config, task: {})
+            patch.setattr(harness.command_line, "load_rewards", lambda config, task: {})
             patch.setattr(harness, "rollout", note_rollout)
             patch.setattr(harness.Run, "microbatches", note_step)
             if predict:

@@ -178,7 +178,7 @@ def test_latest_run_is_another_or_an_unfinished_one(toy, tmp_path, capsys, monke
 @pytest.mark.parametrize("method", method_names())
 def test_script_has_no_prompt(method, toy, monkeypatch):
     asked = []
-    monkeypatch.setattr(harness.run, "ask", lambda config, name: asked.append((config.prompt, name)))
+    monkeypatch.setattr(harness.command_line, "ask", lambda config, name: asked.append((config.prompt, name)))
     module = __import__(method)
     assert "prompt" in {field.name for field in dataclasses.fields(module.Config)}
     monkeypatch.setattr(rewards.sys, "argv", [f"{method}.py", "--prompt", "hello"])
