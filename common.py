@@ -1,7 +1,6 @@
 """The language model's side of every method: batches, loading, log-probabilities, sampling, the optimizer.
 
-This file knows paths, tensors and texts; tasks/ and harness/ know the rest. Every batch has this form, on
-which a method may rely:
+Every batch has this form, on which a method may rely:
 
     input_ids       PAD PAD  w   w   w   w  |  y   y   y  EOS PAD    prompt left-padded, response right-padded
     attention_mask   0   0   1   1   1   1  |  1   1   1   1   0
@@ -196,16 +195,13 @@ def token_logps(model, batch, temperature=1.0, chunk=None):
     where = batch.response_mask[:, 1:].bool()
     with compute(model):
         states, head = response_states(model, batch)                                      # [N, D]
-
-        def chunk_logps(states, targets):
-            return pick_logps(head(states), targets, temperature)
-
         targets, vocabulary = batch.input_ids[:, 1:][where], model.get_input_embeddings().num_embeddings
         if chunk is None and len(states) * vocabulary <= FEW_LOGITS:
-            logps = chunk_logps(states, targets)
+            logps = pick_logps(head(states), targets, temperature)
         else:
             chunks = zip(*(t.split(chunk or 256) for t in (states, targets)))
-            logps = torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False) for s, t in chunks])
+            logps = torch.cat([checkpoint(lambda s, t: pick_logps(head(s), t, temperature), *both,
+                                          use_reentrant=False) for both in chunks])
         return logps.new_zeros(where.shape).masked_scatter(where, logps)
 
 
@@ -215,8 +211,14 @@ def response_states(model, batch):
     where = batch.response_mask[:, 1:].bool()
     if whole:
         return model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][where], torch.nn.Identity()
-    states = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return states[:, :-1][where], model.get_output_embeddings()
+    return read(model, batch)[:, :-1][where], model.get_output_embeddings()
+
+
+def read(model, rows):
+    """Last hidden states [B, T, D] of compact rows. harness/prompts_once.py can let a model share prompts."""
+    inputs, place = getattr(model, "share", lambda rows: None)(rows) or (dict(input_ids=rows.input_ids), None)
+    states = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return states if place is None else states.flatten(0, 1)[place]
 
 
 def sequence_logps(model, batch, temperature=1.0):
@@ -341,8 +343,7 @@ def token_values(model, batch):
     """Value of the state before each next token [B, T-1], float32: entry t has seen input_ids[:, :t + 1]."""
     rows, where = batch.compact(), (batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]).bool()
     with compute(model):
-        states = model.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
-        values = model.score(states)[:, :-1, 0].float()[rows.attention_mask[:, 1:].bool()]
+        values = model.score(read(model, rows))[:, :-1, 0].float()[rows.attention_mask[:, 1:].bool()]
     return values.new_zeros(where.shape).masked_scatter(where, values)
 
 
@@ -381,8 +382,7 @@ def sequence_scores(model, batch):
     """
     rows = batch.compact()
     with compute(model):
-        states = model.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
-        return model.score(states[torch.arange(len(rows)), rows.last]).float()
+        return model.score(read(model, rows)[torch.arange(len(rows)), rows.last]).float()
 
 
 def load_reward_model(path, max_length, device="auto", dtype="auto", label="", budget=16384):

@@ -10,6 +10,7 @@ from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
 import common
 from common import UserError
 from harness import adapters
+from harness.prompts_once import share_prompts
 
 MEGABYTE = 2 ** 20
 
@@ -126,11 +127,16 @@ def load_policy(config):
     """The initial policy; with --lora_rank it has an adapter, and nothing else of it is trained."""
     path = policy_path(config)
     if adapters.settings_of(path):
-        return adapters.load(path, config.lora_rank, config.device, config.dtype)
+        return shared(config, adapters.load(path, config.lora_rank, config.device, config.dtype))
     policy = common.load_policy(path, config.device, config.dtype)
     if config.lora_rank:
         adapters.add(policy, config.lora_rank)
-    return policy
+    return shared(config, policy)
+
+
+def shared(config, model):
+    """The model, which reads a prompt once for all its answers; not for the short prompts of the reviews."""
+    return model if config.data == "reviews" else share_prompts(model)
 
 
 def weights_path(config):
@@ -153,7 +159,7 @@ def load_scorer(config, labels=1):
                         num_labels=labels)
     if config.lora_rank:
         adapters.add(model, config.lora_rank, "SEQ_CLS")
-    return model
+    return shared(config, model)
 
 
 def more_stop_ids(policy, tokenizer):
@@ -183,8 +189,8 @@ def load_reference(config, policy=None):
         return adapters.Reference(policy)
     path = policy_path(config)
     if adapters.settings_of(path):
-        return adapters.load(path, 0, config.device, config.dtype).requires_grad_(False)
-    return common.load_reference(path, config.device, config.dtype)
+        return shared(config, adapters.load(path, 0, config.device, config.dtype).requires_grad_(False))
+    return shared(config, common.load_reference(path, config.device, config.dtype))
 
 
 def load_base(config):

@@ -17,7 +17,7 @@ import tasks
 from common import UserError, warn
 from harness import adapters
 from harness.checkpoints import check_checkpoint
-from harness.loading import fit_positions, load_scorer, policy_path, without_scorer
+from harness.loading import fit_positions, load_scorer, policy_path, shared, without_scorer
 from harness.stages import Recipe, check_finite, train_reward_model
 from tasks import chat
 
@@ -33,6 +33,8 @@ def load_rewards(config, task):
                                           config.token_budget)
         if not hasattr(reward.model, "score"):
             reward = EncoderReward(**vars(reward))
+        else:
+            shared(config, reward.model)
         if config.data != "reviews":
             fit_positions(reward.model, reward.tokenizer, path)
         if task.chat:
