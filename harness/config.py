@@ -99,6 +99,8 @@ class Config:
     token_budget: Optional[int] = option(
         None, "padded tokens per forward pass; a step is split to fit, same effect (tiny 2048, else 16384)",
         "(0, inf)")
+    gradient_checkpointing: bool = option(
+        False, "keep one activation a layer, compute the others again going back: less memory, slower")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", "(0, inf)")
     eval_prompts: int = option(128, "test prompts sampled for evaluation", "(0, inf)")
     eval_samples: int = option(4, "samples per test prompt", "(0, inf)")

@@ -127,16 +127,31 @@ def load_policy(config):
     """The initial policy; with --lora_rank it has an adapter, and nothing else of it is trained."""
     path = policy_path(config)
     if adapters.settings_of(path):
-        return shared(config, adapters.load(path, config.lora_rank, config.device, config.dtype))
-    policy = common.load_policy(path, config.device, config.dtype)
-    if config.lora_rank:
-        adapters.add(policy, config.lora_rank)
-    return shared(config, policy)
+        policy = adapters.load(path, config.lora_rank, config.device, config.dtype)
+    else:
+        policy = common.load_policy(path, config.device, config.dtype)
+        if config.lora_rank:
+            adapters.add(policy, config.lora_rank)
+    return shared(config, lightened(config, policy))
 
 
 def shared(config, model):
     """The model, which reads a prompt once for all its answers; not for the short prompts of the reviews."""
     return model if config.data == "reviews" else share_prompts(model)
+
+
+def lightened(config, model):
+    """The model to be trained, with --gradient_checkpointing. UserError where its family cannot do it."""
+    if config.gradient_checkpointing:
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # by version
+        try:
+            enable = getattr(model, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+        except ValueError:
+            raise UserError(f"{type(model).__name__} cannot compute activations again: leave out "
+                            "--gradient_checkpointing") from None
+        model.train()                                 # transformers asks for it; load() has dropout off
+    return model
 
 
 def weights_path(config):
@@ -159,7 +174,7 @@ def load_scorer(config, labels=1):
                         num_labels=labels)
     if config.lora_rank:
         adapters.add(model, config.lora_rank, "SEQ_CLS")
-    return shared(config, model)
+    return shared(config, lightened(config, model))
 
 
 def more_stop_ids(policy, tokenizer):

@@ -217,6 +217,7 @@ class Run:
                                         self.config.device, self.config.dtype)
         if self.config.lora_rank:
             adapters.add(model.base_model, self.config.lora_rank)
+        loading.lightened(self.config, model.base_model)
         return model
 
     # ------------------------------------------------------------------------------------ directory and files

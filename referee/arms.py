@@ -18,7 +18,8 @@ from harness import UserError
 
 SET_HERE = {"seed", "seeds", "jobs", "out", "quiet", "reproduce", "resume"}      # filled in by the referee
 EVALUATION = {"eval_prompts": 512, "eval_samples": 8}          # of every arm, unless the user gave another
-NO_IDENTITY = SET_HERE | {"device", "token_budget", "save_every", "prompt"}   # these make no other experiment
+NO_IDENTITY = SET_HERE | {"device", "token_budget", "gradient_checkpointing", "save_every",
+                          "prompt"}                                        # these make no other experiment
 # Options that all scripts share but every method tunes for itself: flags for one are not for the others.
 OWN = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "temperature"}
 

@@ -1,0 +1,245 @@
+"""dpo.py and the reward model beside TRL's trainers: the same model, pairs, batches and optimizer, in turn.
+
+    pip install -e ".[bench]"
+    python benchmarks/against_trl.py --model DIR --data FILE         # SmolLM2-135M, one thread: half an hour
+
+Every way is a process of its own. One step of each is made in turn; nothing else runs then. TRL has the
+reference's log-probs computed beforehand, as dpo.py does; "checkpointing" is its default, which computes
+activations again in the backward pass. A step is: forward, backward, clipping, AdamW; data loading and
+logging are left out. The losses of all ways must agree to 1e-4 at every step. Peak: the largest resident set.
+Where TRL needs an environment of its own, --trl_python names its interpreter.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS, LR, CLIP, SEED = 4, 1e-6, 10.0, 0                                            # pairs of a step
+WAYS = {"ours": "ours", "TRL": "trl", "TRL, checkpointing": "trl checkpointing"}
+
+
+def say(**row):
+    print(json.dumps(row), flush=True)
+
+
+def clock():
+    """Seconds on the wall, and of the processor."""
+    return time.time(), time.process_time()
+
+
+def wait_for_turn():
+    """The clock when the parent allows the next step; ends where the parent has ended."""
+    say(ready=True)
+    if not sys.stdin.readline():
+        sys.exit(1)
+    return clock()
+
+
+def report(began, ended, loss):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1024)
+    say(wall=ended[0] - began[0], cpu=ended[1] - began[1], loss=float(loss), peak=peak)
+
+
+# ------------------------------------------------------------------------------------------------------- ways
+
+def ours(kind, options):
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import dpo
+    import harness
+    from harness import stages
+    torch.set_num_threads(options.threads)
+    shared = dict(model=options.model, data=options.data, max_length=options.max_length, batch_size=PAIRS,
+                  lr=LR, schedule="linear", warmup=0.0, epochs=1.0, reward="none", seed=SEED, device="cpu",
+                  quiet=True, token_budget=options.token_budget, max_new_tokens=2)
+    if kind == "dpo":
+        steps, log = harness.Run.steps, harness.Run.log
+
+        def in_turn(run, *args):
+            for item in steps(run, *args):
+                run.turn = wait_for_turn()
+                yield item
+
+        def and_report(run, step, metrics):
+            report(run.turn, clock(), metrics["loss"])
+            log(run, step, metrics)
+
+        harness.Run.steps, harness.Run.log = in_turn, and_report
+        with tempfile.TemporaryDirectory() as folder:
+            config = dpo.Config(**shared, max_grad_norm=CLIP, eval_prompts=1, eval_samples=1, eval_pairs=0,
+                                out=folder + "/run")
+            harness.launch(dpo.train, config)
+        return
+    config = harness.Config(**shared)
+    task, tokenizer, losses = harness.load_task(config), harness.load_tokenizer(config), []
+
+    def in_turn(plan, *_, **__):
+        for step in plan:
+            losses.clear()
+            began = wait_for_turn()
+            yield step
+            report(began, clock(), sum(losses) / PAIRS)
+
+    check, stages.tqdm = stages.check_finite, in_turn
+    stages.check_finite = lambda values, *args: losses.append(values.detach().sum()) or check(values, *args)
+    recipe = harness.Recipe(LR, batch_size=PAIRS, schedule="linear", warmup=0.0, max_grad_norm=CLIP,
+                            seed=SEED, token_budget=config.token_budget)
+    model = with_plain_head(harness.load_scorer(config))
+    harness.train_reward_model(model, tokenizer, task.pairs["train"], recipe)
+
+
+def with_plain_head(model):
+    """The same new head everywhere: 0.01 for each weight."""
+    model.score.weight.data.fill_(0.01)
+    return model
+
+
+def trl(kind, options, checkpointing=False):
+    import torch
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+    torch.set_num_threads(options.threads)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):        # else its reward model misses the EOS
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    rows = [json.loads(line) for line in Path(options.in_order).read_text(encoding="utf-8").splitlines()]
+
+    class InTurn(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.began = wait_for_turn()
+
+        def on_step_end(self, *_, **__):
+            self.ended = clock()
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "loss" in (logs or {}):
+                report(self.began, self.ended, logs["loss"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        shared = dict(
+            output_dir=folder, per_device_train_batch_size=PAIRS, learning_rate=LR, num_train_epochs=1,
+            lr_scheduler_type="linear", max_grad_norm=CLIP, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
+            max_length=options.max_length, train_sampling_strategy="sequential", logging_steps=1,
+            report_to=[], save_strategy="no", use_cpu=True, bf16=False, seed=SEED, disable_tqdm=True,
+            gradient_checkpointing=checkpointing)
+        data, kind_of = Dataset.from_list(rows), transformers.AutoModelForCausalLM
+        if kind == "dpo":
+            config = DPOConfig(**shared, beta=0.1, precompute_ref_log_probs=True)
+            model = kind_of.from_pretrained(options.model, dtype=torch.float32)
+            trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer,
+                                 callbacks=[InTurn()])
+        else:
+            kind_of = transformers.AutoModelForSequenceClassification
+            model = kind_of.from_pretrained(options.model, dtype=torch.float32, num_labels=1)
+            trainer = RewardTrainer(with_plain_head(model), args=RewardConfig(**shared), train_dataset=data,
+                                    processing_class=tokenizer, callbacks=[InTurn()])
+        trainer.train()
+
+
+# ----------------------------------------------------------------------------------------------------- parent
+
+def prepare(options, folder):
+    """options.data: the first pairs that fit, with equal tokens in both; options.in_order: as planned."""
+    sys.path.insert(0, str(ROOT))
+    import harness
+    config = harness.Config(model=options.model, data=options.data, reward="none",
+                            max_length=options.max_length, max_new_tokens=2)
+    tokenizer, rows = harness.load_tokenizer(config), []
+
+    def ids(text):
+        return tokenizer(str(text), add_special_tokens=False).input_ids
+
+    for pair in harness.load_task(config).pairs["train"]:
+        joint = [ids(pair.prompt + text) for text in pair.responses]
+        prompt_fits = len(ids(pair.prompt)) <= options.max_length * 3 // 4
+        apart = [ids(pair.prompt) + ids(text) for text in pair.responses]
+        if prompt_fits and max(map(len, joint)) < options.max_length and apart == joint:
+            rows.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
+    rows = rows[:PAIRS * options.steps]
+    plan = harness.shuffled_batches(len(rows), 1.0, PAIRS, SEED)
+    for name, chosen in (("data", rows), ("in_order", [rows[i] for step in plan for i in step])):
+        path = Path(folder) / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        setattr(options, name, str(path))
+
+
+class Way:
+    """One process; step() lets it make one step."""
+
+    def __init__(self, name, kind, options):
+        python = sys.executable if name == "ours" else options.trl_python
+        flags = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("trl_python", "way")]
+        command = [python, __file__, "--way", f"{kind} {WAYS[name]}", *flags]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        encoding="utf-8")
+        self.rows, self.name = [], name
+        self.read("ready")
+
+    def read(self, key):
+        for line in self.process.stdout:
+            row = json.loads(line) if line.startswith('{"') else {}
+            if key in row:
+                return row
+        sys.exit(f"{self.name}: the process ended with status {self.process.wait()}")
+
+    def step(self, more):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.rows.append(self.read("loss"))
+        if more:
+            self.read("ready")
+
+
+def main(options):
+    data = options.data
+    for kind, title in (("dpo", "DPO"), ("reward", "Reward model")):
+        with tempfile.TemporaryDirectory() as folder:
+            options.data = data
+            prepare(options, folder)
+            ways = [Way(name, kind, options) for name in WAYS]
+            for step in range(options.steps):
+                for way in ways:
+                    way.step(more=step + 1 < options.steps)
+                losses = [way.rows[-1]["loss"] for way in ways]
+                assert max(losses) - min(losses) < 1e-4, (kind, step, losses)
+            for way in ways:
+                way.process.stdin.close()
+                way.process.wait()
+        print(f"\n{title}: {PAIRS} pairs a step, {options.steps} steps, {options.threads} thread(s)\n")
+        print("| | s a step | s, of ours | CPU s, of ours | peak MB | peak, of ours |\n" + "| --- " * 6 + "|")
+        mine = ways[0].rows[1:]                                                    # the first one warms up
+        for way in ways:
+            own = way.rows[1:]
+            ratios = [statistics.median(a[k] / b[k] for a, b in zip(own, mine))
+                      for k in ("wall", "cpu")]
+            seconds, peak = statistics.median(row["wall"] for row in own), own[-1]["peak"]
+            print(f"| {way.name} | {seconds:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {peak:,.0f} | "
+                  f"{peak / mine[-1]['peak']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="a directory of a causal language model")
+    parser.add_argument("--data", required=True, help="pairs, as --data of dpo.py")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--token_budget", type=int, default=2048, help="ours: tokens of a forward pass")
+    parser.add_argument("--trl_python", default=sys.executable)
+    parser.add_argument("--in_order", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--way", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if not given.way:
+        main(given)
+    elif given.way.endswith("ours"):
+        ours(given.way.split()[0], given)
+    else:
+        trl(given.way.split()[0], given, "checkpointing" in given.way)
