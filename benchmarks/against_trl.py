@@ -109,7 +109,7 @@ def trl(kind, options, checkpointing=False):
     torch.set_num_threads(options.threads)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):        # else its reward model misses the EOS
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0))
     rows = [json.loads(line) for line in Path(options.in_order).read_text(encoding="utf-8").splitlines()]
 
     class InTurn(transformers.TrainerCallback):
@@ -139,6 +139,7 @@ def trl(kind, options, checkpointing=False):
         else:
             kind_of = transformers.AutoModelForSequenceClassification
             model = kind_of.from_pretrained(options.model, dtype=torch.float32, num_labels=1)
+            model.config.pad_token_id = tokenizer.pad_token_id
             trainer = RewardTrainer(with_plain_head(model), args=RewardConfig(**shared), train_dataset=data,
                                     processing_class=tokenizer, callbacks=[InTurn()])
         trainer.train()

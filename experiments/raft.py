@@ -22,6 +22,8 @@ TUNING = {
     "one round": dict(arm={"rounds": 1}, settings=[
         {"lr": 5e-4, "epochs": 10.0}, {"lr": 1e-3, "epochs": 5.0}, {"lr": 1e-3, "epochs": 10.0},
         {"lr": 2e-3, "epochs": 5.0}]),
+    "PPO after the rounds": dict(arm=PPO, start=ROUNDS, settings=[
+        {}, {"lr": 5e-4}, {"kl_coef": 0.2}, {"lr": 5e-4, "kl_coef": 0.2}]),
 }
 
 EXPERIMENTS = {

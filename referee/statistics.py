@@ -69,13 +69,15 @@ def plus_minus(mean, half, sign="", size=0):
 def value(run, metric):
     """A final metric of a run, or None where it was not measured.
 
-    With ":change" less its value at the start; with ":second_half" less that half-way through the steps.
+    With ":change" less its value at the start; with ":second_half" less that of the last evaluation up to
+    half of the steps, if one was made on the way.
     """
     name, _, since = metric.partition(":")
     if not since:
         return run.get(name)
     trace = run["trace"]
-    start = trace[:1] if since == "change" else [e for e in trace if 2 * e["step"] == trace[-1]["step"]]
+    start = trace[:1] if since == "change" else [
+        e for e in trace[1:] if 2 * e["step"] <= trace[-1]["step"]][-1:]
     first, last = start[0].get(name) if start else None, trace[-1].get(name)
     return None if first is None or last is None else last - first
 

@@ -131,10 +131,12 @@ def test_change_metric_is_last_minus_first_trace_entry():
     assert comparison.mean == pytest.approx(-3.0)                    # of -2, -3, -4
 
 
-def test_second_half_is_the_last_entry_minus_the_one_half_way():
+def test_second_half_begins_anywhere_but_at_the_last_evaluation_up_to_half_way():
     entries = [{"step": step, "m": value} for step, value in ((0, 5.0), (4, 1.0), (6, 9.0), (8, 4.0))]
     assert statistics.value({"trace": entries}, "m:second_half") == 3.0
-    assert statistics.value({"trace": entries[2:]}, "m:second_half") is None         # nobody looked at step 4
+    late = entries[:2] + [{"step": 9, "m": 4.5}]
+    assert statistics.value({"trace": late}, "m:second_half") == 3.5                 # of 4.5 steps: step 4
+    assert statistics.value({"trace": entries[:1] + entries[2:]}, "m:second_half") is None    # only step 0
 
 
 def test_value_where_another_metric_first_reaches_a_level():
