@@ -181,7 +181,7 @@ def update(run, old, rows, trained, optimizer, schedule, first):
     """One optimizer step on a minibatch: responses `rows` of the rollout `old`. Returns what to log."""
     config, (policy, value_model) = run.config, trained
     seen, tokens = 0.0, old.mask[rows].sum()
-    for part in (rows[i] for i in old.batch[rows].split(config.token_budget)):              # [7] microbatches
+    for part in (rows[i] for i in run.parts(old.batch[rows])):                              # [7] microbatches
         batch, mask = old.batch[part].to(policy.device), old.mask[part]
         new_logps = common.token_logps(policy, batch, config.temperature)                   # [8] [b, T]
         new_values = common.token_values(value_model, batch)
@@ -194,16 +194,16 @@ def update(run, old, rows, trained, optimizer, schedule, first):
         if first:                                  # no update yet: the policy is still the one that sampled
             tolerance = 1e-3 if policy.compute_dtype != torch.bfloat16 else 0.1
             assert log_ratio.abs().max() < tolerance, "the ratio is not 1 before a rollout's first update"
-        metrics = {"loss/policy": pg_loss, "loss/value": vf_loss, "policy/clipfrac": clipped,
-                   "policy/approxkl": 0.5 * masked_mean(log_ratio ** 2, mask),
-                   "val/ratio": masked_mean(log_ratio.exp(), mask)}
-        seen = seen + share * torch.stack([value.detach() for value in metrics.values()])
+        metrics = (pg_loss, vf_loss, clipped, 0.5 * masked_mean(log_ratio ** 2, mask),
+                   masked_mean(log_ratio.exp(), mask))
+        seen = seen + share * torch.stack([value.detach() for value in metrics])
         run.counts["tokens_trained"] += int(batch.attention_mask.sum())
     norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), config.max_grad_norm)      # of both together
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return dict(zip(metrics, seen)) | {"grad_norm": norm}
+    names = "loss/policy", "loss/value", "policy/clipfrac", "policy/approxkl", "val/ratio"
+    return dict(zip(names, run.total(seen))) | {"grad_norm": norm}
 
 
 def train(run):

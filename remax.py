@@ -174,7 +174,7 @@ def train(run):
             baselines = scores - (scores - greedy_scores).clamp(-config.reward_clip, config.reward_clip)
 
         loss, kl = 0.0, 0.0
-        for rows in batch.split(config.token_budget):                    # microbatches of b responses
+        for rows in run.parts(batch):                                    # microbatches of b responses
             part = batch[rows].to(device)
             mask = part.response_mask[:, 1:]                             # [b, T]: response tokens, with EOS
             logps = common.token_logps(policy, part, config.temperature)                  # [b, T], as sampled
@@ -193,8 +193,9 @@ def train(run):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        run.log(step, {"objective/scores": scores.mean(), "objective/kl": kl, "loss": loss, "grad_norm": norm,
-                       "objective/greedy_scores": greedy_scores.mean(), "eos_rate": ended.float().mean()})
+        run.log(step, {"objective/scores": scores.mean(), "objective/kl": run.total(kl),
+                       "objective/greedy_scores": greedy_scores.mean(), "eos_rate": ended.float().mean(),
+                       "loss": run.total(loss), "grad_norm": norm})
         if run.evaluation_due(step):                            # every --eval_every steps, and after the last
             run.evaluate()
             run.amend(**measured_variance(run, reward))

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 import common
 from common import UserError
-from harness import directory, loading
+from harness import directory, loading, ranks
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
 from harness.evaluation import check_policy
@@ -54,13 +54,14 @@ def output_directory(config):
 
 def start(config):
     """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
+    ranks.start(config.device)
     torch.manual_seed(config.seed)
-    out = output_directory(config)
-    lock, run = directory.claim(out), None
+    out = ranks.from_first(lambda: output_directory(config))
+    lock, run = directory.claim(out) if ranks.first() else None, None
     try:
         run = prepare(config, out)
     finally:
-        if not run:
+        if not run and lock:
             directory.give_back(out, lock)
     run.lock = lock
     return run
@@ -120,7 +121,8 @@ def launch(train, config, known=None):
                 print("to go on:", command_that_resumes(run.out), file=sys.stderr)
             else:
                 print("it had no checkpoint yet: delete them, or leave them", file=sys.stderr)
-        directory.give_back(run.out, run.lock)
+        if run.lock:
+            directory.give_back(run.out, run.lock)
 
 
 def command_that_resumes(out):

@@ -12,6 +12,7 @@ import filelock
 import torch
 
 from common import Sampled, UserError, warn
+from harness import ranks
 from tasks import Pair, Ranking
 from tasks.chat import Prompt
 
@@ -142,7 +143,7 @@ def kept(run, name, make):
         except UNREADABLE:
             warn(f"{run.out / name}.pt cannot be read: made anew")
     began, value = time.time(), make()
-    if time.time() - began > SLOW_SECONDS:
+    if time.time() - began > SLOW_SECONDS and ranks.first():
         run.begin()
         torch.save((value, run.counts), run.out / f"{name}.part")
         (run.out / f"{name}.part").replace(run.out / f"{name}.pt")

@@ -2,6 +2,7 @@
 import torch
 
 import common
+from harness import ranks
 from harness.loading import load_reference
 from harness.stages import check_finite
 from tasks import words
@@ -49,8 +50,8 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str, draw
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         asked = [ask(prompt) for prompt in prompts]
-        batch = (draw or common.generate)(policy, tokenizer, asked, n, config.eval_temperature,
-                                          max_new_tokens=config.max_new_tokens)
+        batch = (draw or ranks.generate)(policy, tokenizer, asked, n, config.eval_temperature,
+                                         max_new_tokens=config.max_new_tokens)
     same = asked == prompts
     prompts = [prompt for prompt in prompts for _ in range(n)]
     plain = None if same else with_prompts(tokenizer, batch, prompts)
@@ -81,8 +82,8 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str, draw
 def best_of(n, reward):
     """In place of common.generate: each answer is the one of n samples that has the highest reward."""
     def draw(policy, tokenizer, prompts, answers, temperature, max_new_tokens):
-        batch = common.generate(policy, tokenizer, prompts, answers * n, temperature,
-                                max_new_tokens=max_new_tokens)
+        batch = ranks.generate(policy, tokenizer, prompts, answers * n, temperature,
+                               max_new_tokens=max_new_tokens)
         asked = [prompt for prompt in prompts for _ in range(answers * n)]
         scores = reward(asked, common.decode(tokenizer, batch)).view(-1, n)
         return batch[torch.arange(0, len(batch), n) + scores.argmax(1)]
@@ -129,10 +130,10 @@ def kl_to_reference(config, policy, batch, plain=None):
         extend_vocabulary(reference, embeddings[known:])
     temperatures, plain = (config.eval_temperature, config.temperature), plain or batch
     kls = torch.zeros(len(batch))
-    for rows in batch.split(config.token_budget):
+    for rows in batch.split(config.token_budget)[ranks.number()::ranks.count()]:
         both = [b[rows].to(policy.device) for b in (batch, plain)]
         kls[rows] = sequence_kl((policy, reference), both, temperatures).cpu()
-    return kls
+    return ranks.total(kls)
 
 
 def extend_vocabulary(model, rows):

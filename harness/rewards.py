@@ -15,7 +15,7 @@ import torch
 import common
 import tasks
 from common import UserError, warn
-from harness import adapters
+from harness import adapters, ranks
 from harness.checkpoints import check_checkpoint
 from harness.loading import fit_positions, load_scorer, policy_path, shared, without_scorer
 from harness.stages import Recipe, check_finite, train_reward_model
@@ -209,8 +209,8 @@ def scaled_reward(run):
             return reward
     config, prompts = run.config, run.task.prompts["train"][:128]
     torch.manual_seed(config.seed)                                   # whatever was trained or loaded before
-    samples = common.generate(run.policy, run.tokenizer, prompts, 4, config.temperature,
-                              max_new_tokens=config.max_new_tokens)
+    samples = ranks.generate(run.policy, run.tokenizer, prompts, 4, config.temperature,
+                             max_new_tokens=config.max_new_tokens)
     prompts = [prompt for prompt in prompts for _ in range(4)]
     scores = reward(prompts, common.decode(run.tokenizer, samples))
     check_finite(scores, 0, prompts, "the reward")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
-from harness import adapters, directory, loading
+from harness import adapters, directory, loading, ranks
 from harness.checkpoints import check_checkpoint
 from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate
@@ -135,10 +135,35 @@ class Run:
         """Yield (indices [n], Batch [n*k, T]) of rows that have a prompt and k responses.
 
         Parts fit --token_budget; rows of like length come together; the k responses of a row keep their
-        order.
+        order. Of several processes (torchrun), each has a share; after the last part gradients are added up.
         """
-        return common.batches(self.tokenizer, [row.prompt for row in rows], [row.responses for row in rows],
-                              self.config.token_budget, self.policy.device, [row.ended for row in rows])
+        mine, before = ranks.share(len(rows)), dict(self.counts)
+        own = [rows[i] for i in mine]
+        for part, batch in common.batches(
+                self.tokenizer, [row.prompt for row in own], [row.responses for row in own],
+                self.config.token_budget, self.policy.device, [row.ended for row in own]):
+            yield [mine[i] for i in part], batch
+        self.add_up(before)
+
+    def parts(self, batch):
+        """Yield the rows [n] of each part of a Batch that fits --token_budget, shared like microbatches."""
+        mine, before = torch.tensor(ranks.share(len(batch))), dict(self.counts)
+        for part in batch[mine].split(self.config.token_budget) if len(mine) else ():
+            yield mine[part]
+        self.add_up(before)
+
+    def add_up(self, before):
+        """After a pass over a step's rows: gradients, and what was counted since, of all processes."""
+        if ranks.count() > 1:
+            if self.trained is not None and torch.is_grad_enabled():
+                ranks.add_gradients(self.trained)
+            for name in self.counts:
+                if name.startswith("tokens"):
+                    self.counts[name] = before[name] + ranks.total(self.counts[name] - before[name])
+
+    def total(self, value):
+        """The sum over processes of what a pass over microbatches or parts has added up."""
+        return ranks.total(value)
 
     def log(self, step, metrics):
         """One line of metrics.jsonl, and the progress bar's. Ends the step: the clock of the step stops."""
@@ -200,10 +225,11 @@ class Run:
         self.clock = now()                                          # making `own` was part of the evaluation
         if not own or self.resumes and self.trained is None:
             return
-        file = self.out / "metrics.jsonl"
-        *lines, last = file.read_text(encoding="utf-8").splitlines(True)
-        write_text(file, "".join(lines) + json.dumps(json.loads(last) | own) + "\n")
         self.trace[-1] |= own
+        if ranks.first():
+            file = self.out / "metrics.jsonl"
+            *lines, last = file.read_text(encoding="utf-8").splitlines(True)
+            write_text(file, "".join(lines) + json.dumps(json.loads(last) | own) + "\n")
 
     def load_reference(self):
         """The initial policy, frozen: a model of its own; with --lora_rank the policy without its adapter."""
@@ -225,16 +251,21 @@ class Run:
     def begin(self):
         """Make the directory and args.json; drop lines of metrics.jsonl from beyond the current step."""
         own = {"conversations": self.task.chat} | self.origin
-        write_json(self.out / "args.json", asdict(self.config) | own)
         file = self.out / "metrics.jsonl"
-        write_text(file, "".join(directory.rows_until(file, self.step)))
+        if ranks.first():
+            write_json(self.out / "args.json", asdict(self.config) | own)
+            write_text(file, "".join(directory.rows_until(file, self.step)))
 
     def write(self, row):
+        if not ranks.first():
+            return
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def checkpoint(self):
         """state.pt: everything that --resume needs, tensors and plain values only."""
+        if not ranks.first():                                      # all processes have the same weights
+            return
         state = {name: getattr(self, name).state_dict() for name in ("trained", "optimizer", "schedule")}
         weights = self.trained.named_parameters(remove_duplicate=False)
         for frozen in [name for name, weight in weights if not weight.requires_grad]:      # beside adapters
@@ -251,13 +282,14 @@ class Run:
 
     def finish(self):
         """Save the policy and samples.txt, print before and after; returns the final metrics."""
-        save_policy(self.policy, self.out, self.config.lora_rank)
-        (self.out / directory.CHECKPOINTS[1]).unlink(missing_ok=True)
-        as_it_came(self.tokenizer).save_pretrained(self.out)
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
         texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
                  zip(before["prompts"], before["responses"], after["responses"])]
-        (self.out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
+        if ranks.first():
+            save_policy(self.policy, self.out, self.config.lora_rank)
+            (self.out / directory.CHECKPOINTS[1]).unlink(missing_ok=True)
+            as_it_came(self.tokenizer).save_pretrained(self.out)
+            (self.out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
         seconds = time.time() - self.began
         counts = self.counts | {"state_mb": training_state_mb(self.optimizer),
                                 "seconds_per_step": self.counts["seconds_training"] / max(self.step, 1)}
@@ -308,7 +340,13 @@ class Means:
             self.values.setdefault(name, []).append(value.detach().float())
 
     def result(self):
-        return {name: torch.cat(values).mean() for name, values in self.values.items()}
+        if ranks.count() == 1:
+            return {name: torch.cat(values).mean() for name, values in self.values.items()}
+        own = {name: (float(torch.cat(values).sum()), sum(map(len, values)))
+               for name, values in self.values.items()}
+        shares = [share for share in ranks.gathered(own) if share]
+        return {name: sum(share[name][0] for share in shares) / sum(share[name][1] for share in shares)
+                for name in shares[0]}
 
 
 def training_state_mb(optimizer):

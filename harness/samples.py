@@ -9,6 +9,7 @@ import torch
 
 import common
 from common import UserError, warn
+from harness import ranks
 from harness.evaluation import check_policy, held_out
 from harness.directory import kept
 from harness.loading import demonstrations
@@ -21,8 +22,8 @@ def rollout(run, prompts, greedy=False):
     """One response of the current policy to each prompt: (Batch on the CPU, texts, ended with EOS? [N])."""
     config, began = run.config, time.time()
     check_policy(run.policy, run.tokenizer, run.task, run.step)
-    batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy,
-                            config.max_new_tokens)
+    batch = ranks.generate(run.policy, run.tokenizer, prompts, 1, config.temperature, greedy,
+                           config.max_new_tokens)
     run.counts["seconds_generating"] += time.time() - began
     run.counts["tokens_generated"] += int(batch.lengths.sum())
     responses, ended = common.decode(run.tokenizer, batch), common.finished(run.tokenizer, batch)
@@ -162,7 +163,7 @@ def response_logps(run, rows, model=None, counted=""):
         values[:, part] = torch.stack([logps, batch.lengths.float()]).view(2, len(part), -1)
         if counted:
             run.counts[counted] += int(batch.attention_mask.sum())
-    return values.unbind()
+    return run.total(values).unbind()
 
 
 def score_metrics(run, pairs):
