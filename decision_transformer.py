@@ -229,7 +229,7 @@ def train(run):
             run.amend(**(calibration_metrics(run, levels, judge) if conditioned else
                          {"eval/effective_share": statistics.fmean(shares)}))
     if conditioned:
-        harness.write_json(run.out / "attributes.json", levels | {
+        run.save_json("attributes.json", levels | {
             "method": "decision_transformer", "chat": run.task.chat, "levels": {"reward": top},
             "asked": run.state["level"]})
         rows = run.results["calibration"] = run.state.get("calibration", [])

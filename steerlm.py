@@ -232,7 +232,7 @@ def train(run):
                 run.amend(**harness.steering_metrics(run.state["matrix"]))
     harness.report_steering(run, wanted)
     if conditioned:
-        harness.write_json(run.out / "attributes.json", {
+        run.save_json("attributes.json", {
             "method": "steerlm", "chat": run.task.chat, "levels": dict.fromkeys(names, TOP),
             "asked": wanted, "observed": Counter(map(format_attributes, observed))})
 

@@ -1,6 +1,5 @@
 """The command line of a script: a run is loaded and checked, trained, saved; every fault is one line."""
 import contextlib
-import inspect
 import os
 import re
 import shlex
@@ -18,15 +17,11 @@ from common import UserError
 from harness import directory, loading, ranks
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
+from harness.config import method_name
 from harness.evaluation import check_policy
 from harness.rewards import gold_of, load_rewards
 from harness.run import Run, Stop
 from tasks import ROOT, chat
-
-
-def method_name(config):
-    """The method whose Config this is: the name of its file."""
-    return Path(inspect.getfile(type(config))).stem
 
 
 def output_directory(config):

@@ -1,7 +1,9 @@
 """Options of every script. A method's Config adds its own and may change these defaults."""
+import inspect
 import math
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import ClassVar, Literal, Optional, get_args, get_origin
 
 from common import UserError
@@ -52,6 +54,11 @@ def interval_of(number):
     shared = {f.name: f for f in fields(Config)}.get(number.name, number)
     own, theirs = (getattr(f.metadata.get("help"), "interval", "") for f in (number, shared))
     return own or theirs
+
+
+def method_name(config):
+    """The method whose Config this is: the name of its file."""
+    return Path(inspect.getfile(type(config))).stem
 
 
 @dataclass
@@ -131,7 +138,7 @@ class Config:
     reproduce: bool = option(False, "run the paper's experiments: experiments/<method>.py")
     seeds: int = option(10, "how many seeds --reproduce runs", "(0, inf)")
     jobs: int = option(1, "in how many processes --reproduce runs them", "(0, inf)")
-    quiet: bool = option(False, "no tables and no samples on the screen")
+    quiet: bool = option(False, "no tables and no samples on the screen, and no run.png")
 
     def __post_init__(self):
         for f in fields(self):                                      # the command line checks these itself

@@ -4,6 +4,7 @@ import torch
 import common
 from harness import ranks
 from harness.loading import load_reference
+from harness.picture import SCORES
 from harness.stages import check_finite
 from tasks import words
 
@@ -172,3 +173,33 @@ def before_and_after(before, after):
                      if name in row else "" for row in (before, after)]
             lines.append(f"{name.removeprefix('eval/'):28}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
+
+
+def texts_of(before, after):
+    """Each test prompt with its samples before and after training, and their scores: a list of texts."""
+    texts = []
+    for i, (prompt, *both) in enumerate(zip(before["prompts"], before["responses"], after["responses"])):
+        scores = [f"{name} {before[name][i]:.2f} to {after[name][i]:.2f}" for name in SCORES if name in after]
+        lines = [f"{word} {text}" for word, text in zip(("before:", "after: "), both)]
+        lines += [f"scores:  {', '.join(scores)}"] if scores else []
+        texts.append("\n  ".join([prompt, *lines]) + "\n")
+    return texts
+
+
+def most_changed(before, after, n):
+    """Which samples to show: [(label, index)] of the largest gain, the median and the largest loss.
+
+    Of the prompts with n samples each, the first samples are compared, by gold, else by proxy. Without
+    scores, or where none changed: the first three prompts, without labels.
+    """
+    first = range(0, len(before["prompts"]), n)
+    name = next((name for name in SCORES if name in after), "")
+    change = {i: after[name][i] - before[name][i] for i in first} if name else {}
+    if not any(change.values()):
+        return [("", i) for i in first[:3]]
+    order = sorted(first, key=change.get, reverse=True)
+    labels = {order[len(order) // 2]: "median change",
+              order[-1]: "largest loss" if change[order[-1]] < 0 else "smallest gain",
+              order[0]: "largest gain" if change[order[0]] > 0 else "smallest loss"}
+    return [(f"{labels[i]} in {name}, of {len(order)} prompts ({change[i]:+.2f}):\n", i)
+            for i in sorted(labels, key=order.index)]

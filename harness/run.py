@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -18,16 +19,17 @@ from tqdm import tqdm
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
-from harness import adapters, directory, loading, ranks
+from harness import adapters, directory, loading, picture, ranks
 from harness.checkpoints import check_checkpoint
-from harness.config import Config
-from harness.evaluation import before_and_after, check_policy, evaluate
+from harness.config import Config, method_name
+from harness.evaluation import before_and_after, check_policy, evaluate, most_changed, texts_of
 from tasks import Task, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
                "rating_noise", "pair_labels", "eval_every", "save_every", "out", "resume", "reproduce",
                "seeds", "jobs", "quiet"}
+BAR = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
 PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpoint keeps beside the weights
 
 
@@ -67,6 +69,7 @@ class Run:
     optimizer: Optional[torch.optim.Optimizer] = None
     schedule: Optional[object] = None
     bar: Optional[tqdm] = None
+    logged: dict[str, float] = field(default_factory=dict)     # what the bar shows
     step: int = 0                                     # steps done
     n_steps: int = 0
     known: Optional[dict] = None                      # evaluations of initial policies, for runs of one seed
@@ -92,6 +95,10 @@ class Run:
         """Is there a checkpoint to go on from?"""
         return self.config.resume and any((self.out / name).exists() for name in directory.CHECKPOINTS)
 
+    @property
+    def quiet(self):
+        return self.config.quiet or not ranks.first()
+
     # ----------------------------------------------------------------------------- what a method's loop calls
 
     def steps(self, plan, trained, optimizer, schedule):
@@ -105,12 +112,13 @@ class Run:
         self.trained, self.optimizer, self.schedule, self.n_steps = trained, optimizer, schedule, len(plan)
         if self.resumes:
             self.restore()
-            if not self.config.quiet:
+            if not self.quiet:
                 print(f"going on after step {self.step} of {len(plan)}", file=sys.stderr)
         self.count_time()
         self.begin()
         saved, wait = time.time(), directory.SAVE_SECONDS
-        with tqdm(total=len(plan), initial=self.step, disable=self.config.quiet or None) as self.bar:
+        with tqdm(total=len(plan), initial=self.step, disable=self.quiet or None, bar_format=BAR,
+                  ncols=min(80, shutil.get_terminal_size().columns)) as self.bar:
             first, began = self.step, time.time()
             for step in range(first, len(plan)):
                 torch.manual_seed(random.Random(f"{self.config.seed} {step}").getrandbits(62))
@@ -119,7 +127,7 @@ class Run:
                 Stop.stepping = False
                 self.bar.update()
                 minutes = (time.time() - began) / 60 * (len(plan) - step - 1) if step == first else 0
-                if minutes > 2 and not self.config.quiet:
+                if minutes > 2 and not self.quiet:
                     print(f"{len(plan)} steps, about {minutes:.0f} min", file=sys.stderr)
                 every = self.config.save_every
                 due = (step + 1) % every == 0 if every else time.time() - saved > wait
@@ -172,8 +180,16 @@ class Run:
         self.count_time()
         self.step = step + 1
         self.write({"step": self.step, **metrics})
-        shown = list(metrics.items())[:3]
-        self.bar.set_postfix({name.split("/")[-1]: f"{value:.3g}" for name, value in shown})
+        self.logged = metrics
+        self.show()
+
+    def show(self):
+        """On the progress bar: what was logged last; after an evaluation on the way its proxy and KL, too."""
+        last = self.trace[-1] if self.trace and self.trace[-1]["step"] else {}
+        tested = {f"test {name}": last[f"eval/{name}"] for name in ("proxy", "kl") if f"eval/{name}" in last}
+        own = list(self.logged.items())[:1 if tested else 3]
+        self.bar.set_postfix_str(", ".join(f"{name.split('/')[-1]} {value:.3g}"
+                                           for name, value in [*own, *tested.items()]))
 
     def count_time(self):
         """Add the time since the clock was set to the time of training, and set the clock anew."""
@@ -218,6 +234,8 @@ class Run:
         self.trace.append(metrics | {"tokens_generated": self.counts["tokens_generated"],
                                      "seconds_training": round(self.counts["seconds_training"], 2),
                                      "cpu_seconds": round(self.counts["cpu_seconds"], 2)})
+        if self.bar is not None:
+            self.show()
         self.clock = now()
 
     def amend(self, **own):
@@ -256,6 +274,11 @@ class Run:
             write_json(self.out / "args.json", asdict(self.config) | own)
             write_text(file, "".join(directory.rows_until(file, self.step)))
 
+    def save_json(self, name, value):
+        """A file of a method's own in the run's directory."""
+        if ranks.first():
+            write_json(self.out / name, value)
+
     def write(self, row):
         if not ranks.first():
             return
@@ -281,26 +304,29 @@ class Run:
             setattr(self, name, state[name])
 
     def finish(self):
-        """Save the policy and samples.txt, print before and after; returns the final metrics."""
+        """Save the policy, samples.txt and run.png, print before and after; returns the final metrics."""
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
-        texts = [f"{prompt}\n  before: {old}\n  after:  {new}\n" for prompt, old, new in
-                 zip(before["prompts"], before["responses"], after["responses"])]
+        texts = texts_of(before, after)
         if ranks.first():
             save_policy(self.policy, self.out, self.config.lora_rank)
             (self.out / directory.CHECKPOINTS[1]).unlink(missing_ok=True)
             as_it_came(self.tokenizer).save_pretrained(self.out)
-            (self.out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
+            (self.out / "samples.txt").write_text("
+".join(texts), encoding="utf-8")
         seconds = time.time() - self.began
         counts = self.counts | {"state_mb": training_state_mb(self.optimizer),
                                 "seconds_per_step": self.counts["seconds_training"] / max(self.step, 1)}
-        if not self.config.quiet:
-            shown = texts[::self.config.eval_samples][:3]
+        if not self.quiet:
+            title = f"{method_name(self.config)}, seed {self.config.seed}"
+            fault = picture.draw(self.out, self.samples, title)
+            shown = [label + texts[i] for label, i in most_changed(before, after, self.config.eval_samples)]
             print(before_and_after(self.trace[0], self.trace[-1]), "", *shown, sep="\n")
             pairs = len(self.task.pairs.get("test", []))
             if 0 < pairs < 30:
                 print(f"{pairs} held-out pairs are too few to tell: accuracies move by {1 / pairs:.2f}")
             where = os.path.relpath(self.out)
             print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {where}")
+            print(f"no {picture.FILE}: {fault}" if fault else f"picture: {os.path.join(where, picture.FILE)}")
             if counts["seconds_generating"]:
                 sampled = counts["tokens_generated"] - counts["tokens_of_pool"]
                 print(f"{sampled / counts['seconds_generating']:.0f} tokens/s generated, "
