@@ -311,8 +311,7 @@ class Run:
             save_policy(self.policy, self.out, self.config.lora_rank)
             (self.out / directory.CHECKPOINTS[1]).unlink(missing_ok=True)
             as_it_came(self.tokenizer).save_pretrained(self.out)
-            (self.out / "samples.txt").write_text("
-".join(texts), encoding="utf-8")
+            (self.out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
         seconds = time.time() - self.began
         counts = self.counts | {"state_mb": training_state_mb(self.optimizer),
                                 "seconds_per_step": self.counts["seconds_training"] / max(self.step, 1)}
