@@ -63,10 +63,9 @@ def together():
     """UserError where another process has ended."""
     try:
         yield
-    except RuntimeError as error:                          # of gloo and of NCCL
-        reason = " ".join(str(error).split())[:80]
-        raise UserError(f"another process of this run has ended ({reason}): see its message; a "
-                        "checkpoint goes on with --resume, with any number of processes") from None
+    except RuntimeError:                                   # of gloo and of NCCL
+        raise UserError("another process of this run has ended: see its message. A checkpoint goes on with "
+                        "--resume, with any number of processes") from None
 
 
 def gathered(value):

@@ -1,0 +1,91 @@
+"""What must hold on every device: number formats, sampling, chunks, resume. CUDA is skipped if absent."""
+import json
+
+import pytest
+import torch
+
+import common
+import dpo
+import harness
+import ppo
+from conftest import killed_after, parameters, settings, started
+
+cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+devices = pytest.mark.parametrize("device", ["cpu", cuda])
+
+
+def batch_of(run):
+    return common.encode(run.tokenizer, ["abcdefgh" * 2, "c"], ["de", "fgh"]).to(run.policy.device)
+
+
+@devices
+def test_autocast_log_probs_are_far_from_float32_or_of_another_type(device, toy, tmp_path):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = started(toy, tmp_path / dtype, device=device, dtype=dtype)
+        found[dtype] = common.token_logps(run.policy, batch_of(run)).cpu()
+        assert found[dtype].dtype == torch.float32
+        assert all(weight.dtype == torch.float32 for weight in run.policy.parameters())
+    torch.testing.assert_close(found["bfloat16"], found["float32"], rtol=0.05, atol=0.05)
+    assert not torch.equal(found["bfloat16"], found["float32"])
+
+
+@devices
+def test_device_changes_log_probs_values_or_scores(device, toy, tmp_path):
+    ours, plain = (started(toy, tmp_path / name, device=name, dtype="float32") for name in (device, "cpu"))
+    for function in (common.token_logps, common.sequence_logps):
+        torch.testing.assert_close(function(ours.policy, batch_of(ours)).cpu(),
+                                   function(plain.policy, batch_of(plain)), rtol=1e-3, atol=1e-3)
+
+
+@devices
+def test_chunks_change_log_probs_or_gradients(device, toy, tmp_path):
+    run, found = started(toy, tmp_path / "run", device=device, dtype="float32"), []
+    for chunk in (None, 2):
+        run.policy.zero_grad()
+        logps = common.token_logps(run.policy, batch_of(run), chunk=chunk)
+        logps.sum().backward()
+        found.append((logps.detach().cpu(), run.policy.get_input_embeddings().weight.grad.clone().cpu()))
+    for plain, chunked in zip(*found):
+        torch.testing.assert_close(chunked, plain, rtol=1e-4, atol=1e-4)
+
+
+@devices
+def test_samples_are_left_on_the_device_or_greedy_ones_differ_from_the_argmax(device, toy, tmp_path):
+    run = started(toy, tmp_path / "run", device=device, dtype="float32")
+    batch = common.generate(run.policy, run.tokenizer, ["ab", "cdefg"], greedy=True, max_new_tokens=4)
+    assert batch.input_ids.device.type == "cpu"
+    with torch.no_grad():
+        for prompt, ids in zip(["ab", "cdefg"], common.decode(run.tokenizer, batch)):
+            known = common.prompt_ids(run.tokenizer, [prompt])[0]
+            for token in ids.ids:
+                logits = run.policy(torch.tensor([known], device=run.policy.device)).logits[0, -1]
+                assert token == int(logits.argmax())
+                known = known + [token]
+
+
+def lengths(prompts, responses):
+    return [float(len(text)) for text in responses]
+
+
+@devices
+@pytest.mark.parametrize("module", [dpo, ppo], ids=lambda module: module.__name__)
+def test_resumed_run_differs_from_a_straight_one(module, device, toy, tmp_path):
+    """Under the device's own number format: bfloat16 on CUDA. PPO also asserts its first ratio of 1."""
+    def config(out, **more):
+        return settings(toy, module.Config, out=str(tmp_path / out), device=device, lr=1e-3, epochs=1.0,
+                        save_every=1, reward="test_devices:lengths", **more)
+
+    harness.launch(module.train, config("straight"))
+    with killed_after(2):
+        harness.launch(module.train, config("cut"))
+    harness.launch(module.train, config("cut", resume=True))
+    rows = [[json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text(
+        encoding="utf-8").splitlines()] for out in ("straight", "cut")]
+    assert len(rows[0]) == len(rows[1]) > 3
+    for a, b in zip(*rows):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-3), (a["step"], name)
+    weights = [parameters(common.load_policy(tmp_path / out, "cpu")) for out in ("straight", "cut")]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-3)
