@@ -41,13 +41,14 @@ def start(device):
 
 
 class Without:
-    """A stream without the texts that start so."""
+    """A stream without the texts that start so, and without the end of line after them."""
 
     def __init__(self, stream, start):
-        self.stream, self.start = stream, start
+        self.stream, self.start, self.left_out = stream, start, False
 
     def write(self, text):
-        return len(text) if text.startswith(self.start) else self.stream.write(text)
+        self.left_out = text.startswith(self.start) or self.left_out and text == "\n"
+        return len(text) if self.left_out else self.stream.write(text)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -92,14 +93,11 @@ def from_first(make):
 
 def add_gradients(module):
     """Add up the gradients of all processes; a process that had no row counts as 0."""
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    flat = torch.cat([weight.grad.flatten() for weight in weights])
     with together():
-        dist.all_reduce(flat)
-    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights])):
-        weight.grad.copy_(part.view_as(weight))
+        for weight in module.parameters():
+            if weight.requires_grad:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                dist.all_reduce(weight.grad)
 
 
 def generate(model, tokenizer, prompts, n=1, *args, **kwargs):
