@@ -4,7 +4,7 @@
 
 What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.log, run.evaluate.
 """
-from common import UserError, warn
+from common import CONTROL, UserError, warn
 from harness.asking import ask
 from harness.command_line import launch, main, start
 from harness.conditioning import (add_tags, check_ratings, complete_request, curve,
@@ -12,11 +12,11 @@ from harness.conditioning import (add_tags, check_ratings, complete_request, cur
                                   report_steering, reward_curve, slope, steering, steering_metrics, table,
                                   trends, true_levels)
 from harness.config import Config, option
-from harness.evaluation import best_of, held_out, probe
+from harness.evaluation import best_of, evaluate, held_out, probe
 from harness.loading import (demonstrations, fingerprint, load_base, load_policy, load_scorer, load_task,
                              load_tokenizer, policy_path, test_pool)
-from harness.rewards import reward_to_maximise
-from harness.run import Means, Run
+from harness.rewards import reward_to_maximise, set_scale, trained_path
+from harness.run import Means, Run, what_initial_evaluation_needs
 from harness.samples import (candidate_reward, candidates, distinct, given_answers, response_logps, rollout,
                              sample_rankings, score, score_metrics, scored, scored_demonstrations)
 from harness.stages import Recipe, check_finite, fit, shuffled_batches, train_reward_model, train_sft

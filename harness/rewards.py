@@ -65,19 +65,24 @@ def load_rewards(config, task):
         warn(f"transformers has no class for reward models of the family {family}: samples go without a "
              "proxy reward; --reward names one of another family")
         return {}
-    start = policy_path(config)
-    key = json.dumps([str(start), config.reward_lr, config.seed, config.max_length, config.lora_rank, pairs])
-    path = tasks.CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = trained_path(config, pairs)
     with tasks.lock(path):
         if not path.exists():
             torch.manual_seed(config.seed)
-            tokenizer = common.load_tokenizer(start, config.max_length)
+            tokenizer = common.load_tokenizer(policy_path(config), config.max_length)
             model = load_scorer(config)
             recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear",
                             token_budget=config.token_budget, seed=config.seed, flag="--reward_lr")
             train_reward_model(model, tokenizer, pairs, recipe)
             tasks.save_model(adapters.merge(model) if config.lora_rank else model, tokenizer, path)
     return {"proxy": load(path, config.reward_label)}
+
+
+def trained_path(config, pairs):
+    """Where the cache has, or will have, the reward model that is trained from these pairs."""
+    key = json.dumps([str(policy_path(config)), config.reward_lr, config.seed, config.max_length,
+                      config.lora_rank, pairs])
+    return tasks.CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 class EncoderReward(common.RewardModel):
@@ -185,6 +190,11 @@ class NoisyReward:
         return self.reward(prompts, responses) + noise
 
 
+def set_scale(reward, mean, std):
+    """The reward is (raw score - mean) / std from now on, also for a method that maximises it."""
+    reward.mean, reward.std, reward.scaled = mean, std, True
+
+
 def reward_to_maximise(run):
     """The reward of `scaled_reward`, with the noise of --reward_noise."""
     reward, kind = scaled_reward(run), run.config.reward_noise
@@ -205,7 +215,8 @@ def scaled_reward(run):
                         "model from")
     else:
         reward = run.rewards["proxy"]
-        if hasattr(getattr(getattr(reward, "model", None), "config", None), "reward_scale"):
+        own = getattr(getattr(reward, "model", None), "config", None)
+        if hasattr(own, "reward_scale") or getattr(reward, "scaled", False):
             return reward
     config, prompts = run.config, run.task.prompts["train"][:128]
     torch.manual_seed(config.seed)                                   # whatever was trained or loaded before

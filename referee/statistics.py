@@ -26,7 +26,7 @@ import numpy as np
 from harness import UserError
 
 try:
-    from scipy.stats import nct, norm, t as student_t
+    from scipy.stats import beta, nct, norm, t as student_t
 except ImportError:
     raise UserError('the referee needs scipy: pip install -e ".[plot]"') from None
 
@@ -40,6 +40,27 @@ def t_interval(values, level=0.95):
         return fmean(values), math.inf
     quantile = float(student_t.ppf((1 + level) / 2, n - 1))
     return fmean(values), quantile * stdev(values) / math.sqrt(n)
+
+
+def mean_interval(error, n, level=0.95):
+    """Half-width of Student's t-interval of a mean of n values, from its standard error (None of one)."""
+    return float(student_t.ppf((1 + level) / 2, n - 1)) * error if n > 1 else math.inf
+
+
+def share_interval(mean, error, n, level=0.95):
+    """(low, high) of a mean of n values in [0, 1], such as a win rate: never a width of 0, never beyond.
+
+    The exact binomial interval (Clopper and Pearson 1934) for the number of yes-or-no answers that would have
+    the same standard error, made smaller for few values (Korn and Graubard 1998).
+    """
+    if n < 2:
+        return 0.0, 1.0
+    size = mean * (1 - mean) / error ** 2 if error else n
+    size *= (norm.ppf((1 + level) / 2) / student_t.ppf((1 + level) / 2, n - 1)) ** 2
+    yes, no = mean * size, (1 - mean) * size
+    low = beta.ppf((1 - level) / 2, yes, no + 1) if yes else 0.0
+    high = beta.ppf((1 + level) / 2, yes + 1, no) if no else 1.0
+    return float(low), float(high)
 
 
 def seeds_needed(distance, deviation, level=0.05):

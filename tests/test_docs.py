@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from conftest import ROOT, method_names
 from harness import UserError
-from referee import comparison
+from referee import comparison, mine
 from referee.__main__ import OWN_FLAGS
 from referee.arms import config_class
 from referee.docs import BEGIN, END
@@ -101,9 +101,13 @@ def docstring_commands(source):
     return [line.strip() for line in lines if line.strip().startswith("python ")]
 
 
+def options_of(name):
+    return mine.Config if name == mine.NAME else config_class(name)
+
+
 @functools.cache
 def parser_of(name):
-    return HfArgumentParser(config_class(name))
+    return HfArgumentParser(options_of(name))
 
 
 def flag_faults(name, flags):
@@ -112,7 +116,7 @@ def flag_faults(name, flags):
     try:
         with contextlib.redirect_stderr(said):
             values = parser_of(name).parse_args([flag for flag in flags if flag != "--help"])
-        config_class(name)(**vars(values))
+        options_of(name)(**vars(values))
     except SystemExit:
         return said.getvalue().strip().splitlines()[-1:]
     except UserError as error:
@@ -129,7 +133,7 @@ def command_faults(command):
         if words == ["--docs"]:
             return []
         name, *flags = words or [""]
-        known = name in (*method_names(), comparison.NAME)
+        known = name in (*method_names(), comparison.NAME, mine.NAME)
         faults = [] if known else [f"the referee knows no method {name!r}"]
         return faults or flag_faults(name, [flag for flag in flags if flag not in OWN_FLAGS])
     if module:
@@ -296,7 +300,10 @@ def test_commands_are_not_found():
     ("python dpo.py", None), ("python dpo.py --beta 0.3 --help  # a comment", None),
     ("python dpo.py --quiet ...", None), ('python dpo.py --pairs "strong>weak" --lr 1e-5', None),
     ("python benchmarks/logps.py", None), ("A=1 python -m referee dpo --seeds 2", None),
-    ("python -m referee dpo --report", None), ("python -m referee --docs", None),
+    ("python -m referee dpo --report", None),
+    ("python -m referee mine --model DIR --data FILE --minutes 5", None),
+    ("python -m referee mine --minute 5.x", "--minute"),
+    ("python -m referee --docs", None),
     ("python -m tasks.build --seed 3", None), ("python -m pytest -q", None),
     ("python dpo.py --gamma 1", "--gamma"), ("python dpo.py --beta high", "invalid float"),
     ("python dpo.py --beta", "expected"), ("python dpo.py --loss ipo", "invalid choice"),
