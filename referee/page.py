@@ -94,8 +94,8 @@ def page(evening, config):
 {table(evening.table())}
 {paragraphs(MEANINGS)}
 <h2>Differences, paired within a prompt</h2>
-<p>"{TOO_FEW}": the interval holds 0, or there are fewer than {FEWEST} prompts. All intervals hold together with
-95%.</p>
+<p>"{TOO_FEW}": the interval holds 0, or there are fewer than {FEWEST} prompts. All intervals hold together
+with 95%.</p>
 {table(evening.differences())}
 <h2>Answers side by side</h2>
 <p>One answer of each to {shown} of {evening.prompts} prompts, with its score. The prompts with the largest
