@@ -273,6 +273,7 @@ def test_interval_of_a_share_covers_it():
             covered += (low <= p <= high) * math.comb(n, yes) * p ** yes * (1 - p) ** (n - yes)
         assert covered >= 0.95
     assert share_interval(1.0, 0.0, 1) == (0.0, 1.0)
+    assert share_interval(0.917, 0.083, 3)[0] < 0.3           # three prompts: their error says little
     low, high = share_interval(0.6, 0.02, 50)                 # answers of one prompt agree: as many as 600
     assert 0.55 < low < 0.57 and 0.63 < high < 0.65
     assert share_interval(0.6, 0.02, 50, 0.99)[0] < low
