@@ -24,9 +24,9 @@ SKELETON = ["Quick facts", "Idea", "Key equations", "What is elsewhere", "Comman
             "Metrics",
             "Differences from the paper and the official code", "Results", "Tuning",
             "What wrong looks like", "Exercises"]
-DOCUMENTS = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 every_method = pytest.mark.parametrize("name", method_names())
-every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def read(path):

@@ -17,10 +17,12 @@ MAY_IMPORT = {"experiments": (), "methods": ("common", "harness"), "common": (),
               "harness": ("common", "harness", "tasks"), "tasks": ("common", "tasks"),
               "referee": ("experiments", "harness", "methods", "referee"),
               "setup": ()}
+MAY_IMPORT["docs"] = *MAY_IMPORT, "docs"                                    # docs/workshop: all but tests
 MAY_IMPORT |= dict.fromkeys(("tests", "benchmarks"), (*MAY_IMPORT, "tests", "benchmarks"))
 EXCEPTIONS = {("tasks/build.py", "harness/stages.py"): "anywhere",
               ("harness/command_line.py", "referee"): "main"}
-LIMITS = {"methods": (150, 250), "common": (1, 450), "referee": (1, 250), "README": (1, 250)}
+LIMITS = {"methods": (150, 250), "common": (1, 450), "referee": (1, 250), "README": (1, 250),
+          "docs": (1, 119)}
 
 
 def sources():
@@ -91,7 +93,7 @@ def target(name, files):
     if name == "*":
         return name
     parts = name.split(".")
-    for start in ("/".join(parts[:2]), parts[0], f"tests/{parts[0]}"):
+    for start in ("/".join(parts[:2]), parts[0], f"tests/{parts[0]}", f"docs/workshop/{parts[0]}"):
         for path in (f"{start}.py", f"{start}/__init__.py"):
             if path in files:
                 return path
@@ -230,7 +232,7 @@ CHECKS = [forbidden_arrows, circles, foreign_imports, strays, long_lines, long_f
 def test_the_project_is_found():
     found = {layer(path) for path in SOURCES}
     assert found >= {"methods", "common", "harness", "tasks", "experiments", "referee", "tests", "benchmarks",
-                     "README"}
+                     "docs", "README"}
     assert ("harness/run.py", "harness/evaluation.py") in {arrow[:2] for arrow in arrows(SOURCES)}
     assert ("tasks/build.py", "harness/stages.py") in {arrow[:2] for arrow in arrows(SOURCES)}
 
@@ -249,7 +251,8 @@ HOUSE = dict.fromkeys((
     "common.py", "dpo.py", "ppo.py", "setup.py", "experiments/__init__.py", "experiments/dpo.py",
     "experiments/ppo.py", "harness/__init__.py", "harness/command_line.py", "harness/run.py",
     "harness/stages.py", "tasks/__init__.py", "tasks/build.py", "tasks/reviews.py", "referee/__init__.py",
-    "referee/runs.py", "tests/conftest.py", "tests/test_dpo.py", "benchmarks/logps.py"), "")
+    "referee/runs.py", "tests/conftest.py", "tests/test_dpo.py", "benchmarks/logps.py",
+    "docs/workshop/prepare.py"), "")
 
 
 @pytest.mark.parametrize("path, text", [
@@ -267,7 +270,10 @@ HOUSE = dict.fromkeys((
     ("experiments/dpo.py", "import math"), ("setup.py", "from setuptools import setup"),
     ("tests/test_dpo.py",
      "import dpo, harness, tasks, common, referee.runs\nfrom conftest import x\nimport experiments.dpo"),
-    ("benchmarks/logps.py", "import common, importlib\nimportlib.import_module(method)")])
+    ("benchmarks/logps.py", "import common, importlib\nimportlib.import_module(method)"),
+    ("docs/workshop/check.py",
+     "import common, dpo, harness.run, experiments.dpo\nfrom tasks import build\nfrom referee import runs"),
+    ("docs/workshop/check.py", "from prepare import ROOT"), ("tests/test_dpo.py", "import prepare")])
 def test_allowed_arrow_is_forbidden(path, text):
     files = HOUSE | {path: text}
     assert forbidden_arrows(files) == circles(files) == []
@@ -305,7 +311,11 @@ def test_allowed_arrow_is_forbidden(path, text):
     ("harness/run.py", "class Run:\n    def f(self):\n        import ppo", "ppo.py"),
     ("referee/runs.py", "from common import UserError", "common.py"),
     ("referee/runs.py", "import tasks", "tasks/__init__.py"), ("setup.py", "import common", "common.py"),
-    ("referee/runs.py", "from tests import conftest", "tests/conftest.py")])
+    ("referee/runs.py", "from tests import conftest", "tests/conftest.py"),
+    ("docs/workshop/check.py", "from conftest import ROOT", "tests/conftest.py"),
+    ("docs/workshop/check.py", "import test_dpo", "tests/test_dpo.py"),
+    ("dpo.py", "from prepare import ROOT", "docs/workshop/prepare.py"),
+    ("harness/run.py", "import prepare", "docs/workshop/prepare.py")])
 def test_forbidden_arrow_passes(path, text, to):
     fault, = forbidden_arrows(HOUSE | {path: text})
     line = len(text.splitlines())
@@ -363,7 +373,7 @@ def test_long_line_passes_or_bytes_are_counted():
 
 @pytest.mark.parametrize("path, low, high", [
     ("dpo.py", 150, 250), ("common.py", 1, 450), ("referee/runs.py", 1, 250), ("README.md", 1, 250),
-    ("README.zh.md", 1, 250)])
+    ("README.zh.md", 1, 250), ("docs/workshop/check.py", 1, 119)])
 def test_long_or_short_file_passes(path, low, high):
     for lines in (low, high):
         assert long_files({path: "\n" * lines}) == []

@@ -1,0 +1,118 @@
+"""One interval on the wall: collect the runs of many laptops, one seed each, from a shared folder.
+
+    python dpo.py --seed 7 --out FOLDER/seed7        # on each laptop, with a seed of its own
+    python docs/workshop/collect.py FOLDER           # prints a table for each group; draws FOLDER/wall.png
+
+A run is a directory below FOLDER with args.json, metrics.jsonl and samples.txt, which is written last. Runs
+are grouped by method and settings, whatever their seed, directory, device and machine.
+"""
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from harness import UserError
+from harness.command_line import in_one_line
+from referee.arms import config_class, identity, method_names
+
+try:
+    from matplotlib.figure import Figure
+    from referee.statistics import plus_minus, t_interval
+except (ImportError, UserError):
+    sys.exit("error: collect.py needs two more packages: python -m pip install matplotlib scipy")
+
+NOT_OPTIONS = {"conversations", "build", "data_fingerprint"}           # what args.json holds beside them
+METRICS = {"gold": "eval/gold", "proxy": "eval/proxy", "KL, nats": "eval/kl", "fluency": "eval/fluency"}
+
+
+def read(folder):
+    """(group, seed, first evaluation, last evaluation) of a run. UserError says why it does not count."""
+    if not (folder / "samples.txt").exists():
+        raise UserError("not finished")
+    try:
+        args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if "eval/kl" in row]
+        seed, first, last = args["seed"], rows[0], rows[-1]
+        method, config = config_of(args)
+    except (OSError, UnicodeError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"args.json or metrics.jsonl cannot be read ({type(error).__name__})") from None
+    flags = [f"--{name} {value}" for name, value in sorted(identity(config).items())]
+    return " ".join([method, *flags, args["data_fingerprint"]]).strip(), seed, first, last
+
+
+def config_of(args):
+    """(method, its Config): the method whose options these are; no two methods have the same."""
+    for name in method_names():
+        options = {f.name for f in fields(config_class(name))}
+        if options == set(args) - NOT_OPTIONS:
+            return name, config_class(name)(**{k: args[k] for k in options - {"resume"}})
+    raise UserError("its options are those of no method: was it run with another version of the code?")
+
+
+def groups_of(folder):
+    """{group: {seed: (first, last evaluation, directory)}} of all runs below the folder."""
+    groups = {}
+    for file in sorted(folder.rglob("args.json")):
+        try:
+            label, seed, *run = read(file.parent)
+            other = groups.setdefault(label, {}).setdefault(seed, (*run, file.parent))[2]
+            if other != file.parent:
+                raise UserError(f"seed {seed} is there already, in {other}")
+        except UserError as error:
+            print(f"left out: {file.parent}: {error}")
+    if not groups:
+        raise UserError(f"no finished run below {folder}: give the folder that the --out of the runs lie in")
+    return dict(sorted(groups.items()))
+
+
+def values(runs, metric, change=False):
+    """The metric after training, or its change, of each run that measured it."""
+    pairs = [(first.get(metric), last.get(metric)) for first, last, _ in runs.values()]
+    return [b - a if change else b for a, b in pairs if None not in (a, b)]
+
+
+def table(label, runs):
+    """Lines: mean and half a 95% t-interval of each metric, after training and its change."""
+    lines = [f"{label}: n = {len(runs)}, seeds {', '.join(map(str, sorted(runs)))}",
+             f"  {'':10}{'after':>18}{'change':>18}"]
+    for name, metric in METRICS.items():
+        after, change = (values(runs, metric, way) for way in (False, True))
+        cells = [plus_minus(*t_interval(after)), plus_minus(*t_interval(change), "+")] if after else "--"
+        lines.append(f"  {name:10}{cells[0]:>18}{cells[1]:>18}")
+    return lines
+
+
+def draw(groups, file):
+    """A panel for each metric: a dot for each seed, the mean and its interval below them."""
+    figure = Figure(figsize=(16, 3 + 1.2 * len(groups)), layout="constrained")
+    for ax, (name, metric) in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS.items()):
+        for y, runs in enumerate(groups.values()):
+            found = values(runs, metric)
+            ax.plot(found, [y - 0.15] * len(found), "o", color="#0072B2", alpha=0.6, markersize=9)
+            if len(found) > 1:
+                mean, half = t_interval(found)
+                ax.errorbar(mean, y + 0.15, xerr=half, fmt="D", color="black", capsize=6, markersize=8)
+        ax.set_title(name, fontsize=20)
+        ax.tick_params(labelsize=14)
+    names = [f"{label.replace(' --', chr(10) + '--')}\nn = {len(runs)}" for label, runs in groups.items()]
+    figure.axes[0].set_yticks(range(len(groups)), names)
+    figure.axes[0].set_ylim(len(groups) - 0.5, -0.5)                             # the first group at the top
+    figure.suptitle("after training: a dot is a laptop, the bar a 95% t-interval of the mean", fontsize=18)
+    figure.savefig(file, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="the shared folder")
+    groups = groups_of(folder := parser.parse_args().folder)
+    for label, runs in groups.items():
+        print("", *table(label, runs), sep="\n")
+    draw(groups, folder / "wall.png")
+    print("", f"the figure is {folder / 'wall.png'}", sep="\n")
+
+
+if __name__ == "__main__":
+    in_one_line(main)

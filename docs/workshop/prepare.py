@@ -1,0 +1,76 @@
+"""Prepare a workshop without network: a folder with wheels and the built models, for a USB stick.
+
+    python docs/workshop/prepare.py make FOLDER                # the day before, on one laptop of each kind
+    python docs/workshop/prepare.py make FOLDER --no_wheels    # the built models alone
+    python docs/workshop/prepare.py use FOLDER                 # on each laptop; needs no network
+
+Wheels are for one system and one version of Python. So run `make` into the same FOLDER once on Windows, once
+on a Mac and once on Linux, as far as there will be such laptops. The models are built once: they are found by
+seed and by a hash of the code, and so all laptops that have the same code start from the same models.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = "plot", "test"                              # what the workshop needs beside the dependencies
+
+
+def requirements():
+    """What pyproject.toml asks for, ["torch>=2.6", ...], each once."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = [re.search(rf"(?m)^{name} = (\[.*\])$", text).group(1) for name in ("dependencies", *EXTRAS)]
+    return list(dict.fromkeys(word for found in lists for word in json.loads(found)))
+
+
+def run(*words, **kwargs):
+    """Run a Python command; where it fails, its own message has been shown, and this script ends too."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, **kwargs)
+    if done.returncode:
+        sys.exit(f"stopped: python {' '.join(map(str, words))} failed")
+    return done
+
+
+def make(folder, seeds, wheels):
+    """Write FOLDER/wheels and FOLDER/cache."""
+    for seed in seeds:
+        print(f"models of seed {seed}: about two minutes, if they are not built yet", flush=True)
+        built = run("-m", "tasks.build", "--seed", seed, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        source = Path(re.search(r"(?m)^directory +(.+)$", built.stdout).group(1))
+        shutil.copytree(source, folder / "cache" / Path(*source.parts[-3:]), dirs_exist_ok=True)
+    if wheels:
+        run("-m", "pip", "download", "-d", folder / "wheels", *requirements())
+    print(f"{folder} is ready: copy it, and the project, to each laptop")
+
+
+def use(folder, wheels):
+    """Install FOLDER/wheels and copy FOLDER/cache to where the scripts look for it."""
+    if not (folder / "cache").is_dir():
+        sys.exit(f"{folder} has no cache: is it what `make` wrote?")
+    if wheels:
+        run("-m", "pip", "install", "--no-index", "--find-links", folder / "wheels", *requirements())
+    cache = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
+    shutil.copytree(folder / "cache", cache, dirs_exist_ok=True)
+    print("done. Now: python docs/workshop/check.py")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("make", "use"))
+    parser.add_argument("folder", type=lambda text: Path(text).resolve())
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="whose models are built (make)")
+    parser.add_argument("--no_wheels", action="store_true", help="the models alone")
+    options = parser.parse_args()
+    if options.what == "make":
+        make(options.folder, options.seeds, not options.no_wheels)
+    else:
+        use(options.folder, not options.no_wheels)
+
+
+if __name__ == "__main__":
+    main()

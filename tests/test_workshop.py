@@ -1,0 +1,348 @@
+"""The workshop kit: planted bugs are found by the tests that bugs.md names; cards; the scripts.
+
+The bugs are hunted in a copy of the project, by one more process: this file, run as a script. There, all
+modules of the project are loaded anew for each bug; torch and transformers are loaded once.
+"""
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KIT = ROOT / "docs" / "workshop"
+PATCHES = sorted(path.stem for path in (KIT / "bugs").glob("*.patch"))
+every_bug = pytest.mark.parametrize("bug", PATCHES)
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def parts(text):
+    """{heading: text below it}, of the headings of the second level."""
+    return {head.strip(): body for head, body in re.findall(r"(?ms)^## ([^\n]+)\n(.*?)(?=^## |\Z)", text)}
+
+
+def test_of(bug):
+    """(file, what -k selects) of the command under the bug's heading."""
+    section = parts(read(KIT / "bugs.md"))[bug]
+    return re.search(r"`python -m pytest (tests/test_\w+\.py) -k (\w+)`", section).groups()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of the kit as a module."""
+    pytest.importorskip("scipy"), pytest.importorskip("matplotlib")             # of collect.py
+    monkeypatch.setattr(sys, "path", [str(KIT), *sys.path])
+    return importlib.import_module
+
+
+# ----------------------------------------------------------------------------------------------- planted bugs
+
+def copy_of_the_project(folder):
+    left_out = ".git", "cache", "runs", "results", "__pycache__", "*.egg-info", ".venv"
+    return shutil.copytree(ROOT, folder / "project", ignore=shutil.ignore_patterns(*left_out))
+
+
+@pytest.fixture(scope="module")
+def hunted(tmp_path_factory):
+    """{bug: {"clean": outcomes, "planted": outcomes}}, outcomes as run_tests returns them."""
+    project = copy_of_the_project(tmp_path_factory.mktemp("hunt"))
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, "-B", project / "tests" / Path(__file__).name], cwd=project,
+                          capture_output=True, text=True, encoding="utf-8", timeout=900,
+                          env=plain | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(project)})
+    found = re.findall(r"(?m)^HUNTED (.+)$", done.stdout)
+    assert done.returncode == 0 and found, done.stdout[-2000:] + done.stderr[-2000:]
+    return dict(map(json.loads, found))
+
+
+def hunt():
+    """Run each bug's test in the project around this file, with and without the bug; prints JSON lines."""
+    sys.path.insert(0, str(KIT))
+    import plant
+    for bug in PATCHES:
+        file, words = test_of(bug)
+        name, clean, planted = plant.read_patch(read(KIT / "bugs" / f"{bug}.patch"))
+        outcomes = {"clean": run_tests(file, words)}
+        assert plant.exchange(ROOT / name, clean, planted), f"bug {bug} does not fit today's {name}"
+        outcomes["planted"] = run_tests(file, words)
+        plant.exchange(ROOT / name, planted, clean)
+        print("\nHUNTED", json.dumps([bug, outcomes]), flush=True)
+
+
+def run_tests(file, words):
+    """{test: "passed", or the phase in which it failed}; all modules of the project are loaded anew."""
+    for name, module in list(sys.modules.items()):
+        home = getattr(module, "__file__", None) or ""
+        if name not in ("__main__", "plant") and Path(home).is_relative_to(ROOT):
+            del sys.modules[name]
+    outcomes = {}
+
+    def pytest_runtest_logreport(report):
+        if report.failed or report.when == "call" and report.passed:
+            outcomes[report.nodeid.split("::")[-1]] = "passed" if report.passed else report.when
+
+    pytest.main(["-q", "-p", "no:cacheprovider", "--tb=no", str(ROOT / file), "-k", words],
+                plugins=[SimpleNamespace(pytest_runtest_logreport=pytest_runtest_logreport)])
+    assert Path(sys.modules["common"].__file__).parent == ROOT, "the tests ran on another copy of the project"
+    return outcomes
+
+
+@every_bug
+def test_planted_bug_is_not_found_by_its_test_or_the_test_fails_without_it(hunted, bug):
+    outcomes, section = hunted[bug], parts(read(KIT / "bugs.md"))[bug]
+    assert outcomes["clean"] and set(outcomes["clean"].values()) == {"passed"}
+    assert set(outcomes["planted"]) == set(outcomes["clean"])
+    assert "call" in outcomes["planted"].values()                            # and not: cannot be imported
+    named = set(re.findall(r"`(test_\w+)` (?:and|in)", section))
+    assert named == {name.partition("[")[0] for name in outcomes["clean"]}, "bugs.md names other tests"
+
+
+def faults_of_a_patch(text):
+    changed = [line for line in text.splitlines() if re.match(r"[-+](?![-+])", line)]
+    sizes = [sum(line[0] == sign for line in changed) for sign in "-+"]
+    long = [line for line in changed if len(line) > 111]
+    return [fault for fault, there in (("several hunks", text.count("\n@@ ") != 1), ("long line", long),
+                                       (f"{sizes} lines", not all(1 <= n <= 3 for n in sizes))) if there]
+
+
+def test_patches_are_not_ten_small_ones_or_bugs_md_knows_others():
+    assert PATCHES == [f"{n:02}" for n in range(1, 11)] == list(parts(read(KIT / "bugs.md")))
+    assert not [fault for bug in PATCHES for fault in faults_of_a_patch(read(KIT / "bugs" / f"{bug}.patch"))]
+    good = "--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n"
+    assert not faults_of_a_patch(good)
+    assert faults_of_a_patch(good + "@@ -9 +9 @@\n") == ["several hunks"]
+    assert faults_of_a_patch(good + "+c" * 60) == ["long line"]
+    assert faults_of_a_patch(good + "+c\n" * 3) == ["[1, 4] lines"]
+
+
+def test_bug_has_no_symptom_three_hints_test_or_story():
+    for bug, text in parts(read(KIT / "bugs.md")).items():
+        folded = re.findall(r"<details><summary>(.+?)</summary>\n\n.+?\n</details>", text, re.S)
+        assert text.startswith("\n**Symptom.** ") and text.count("<details>") == 5, bug
+        assert folded == ["Hint 1", "Hint 2", "Hint 3", "Test", "Fix and story"], bug
+
+
+def test_patch_does_not_apply_with_git_or_plant_py_does_something_else(tmp_path):
+    """Git may be missing, where the project came as a zip file."""
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    for bug in PATCHES:
+        name = re.search(r"(?m)^\+\+\+ b/(.+)$", read(KIT / "bugs" / f"{bug}.patch")).group(1)
+        homes = [tmp_path / way / bug for way in ("git", "plant")]
+        for home in homes:
+            shutil.copytree(KIT, home / "docs" / "workshop")
+            shutil.copy(ROOT / name, home / name)
+        def git(*words):
+            return subprocess.run(["git", *words, f"docs/workshop/bugs/{bug}.patch"], cwd=homes[0],
+                                  env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)},
+                                  capture_output=True, text=True)
+
+        def plant(*words):
+            return subprocess.run([sys.executable, "docs/workshop/plant.py", bug, *words], cwd=homes[1],
+                                  capture_output=True, text=True)
+
+        clean = (ROOT / name).read_bytes()
+        assert git("apply").returncode == 0 and plant().returncode == 0, bug
+        planted = [(home / name).read_bytes() for home in homes]
+        assert planted[0] == planted[1] != clean
+        assert plant().returncode == 1 and (homes[1] / name).read_bytes() == planted[1]           # not twice
+        assert git("apply", "-R").returncode == 0 and plant("--undo").returncode == 0
+        assert [(home / name).read_bytes() for home in homes] == [clean, clean]
+        assert plant("--undo").returncode == 1
+
+
+def test_planting_changes_ends_of_lines_or_takes_one_of_two_places(tmp_path, script):
+    exchange, file = script("plant").exchange, tmp_path / "x.py"
+    file.write_bytes(b"a\r\nb\r\nc\r\n")
+    assert exchange(file, "b\nc\n", "d\n") and file.read_bytes() == b"a\r\nd\r\n"
+    assert not exchange(file, "b\n", "e\n") and file.read_bytes() == b"a\r\nd\r\n"
+    file.write_bytes(b"a\na\n")
+    assert not exchange(file, "a\n", "b\n") and file.read_bytes() == b"a\na\n"
+
+
+# ------------------------------------------------------------------------------------------------------ cards
+
+CARD = ("Question.", "Your prediction.", "Command.", "Seconds.", "Write down.")
+
+
+def faults_of_a_card(text, pages):
+    """What a card lacks, and numbers of its answer that no page of docs/ holds."""
+    faults = [f"no {word}" for word in CARD if f"**{word}**" not in text]
+    question, _, answer = text.partition("<details><summary>Answer")
+    faults += [] if answer.rstrip().endswith("</details>") else ["the answer is not folded away"]
+    faults += [] if re.search(r"`python \w+\.py[ `]", question) else ["no command"]
+    known = set(re.findall(r"\d+\.\d+", pages))
+    return faults + [f"{number} stands on no page" for number in re.findall(r"\d+\.\d+", answer)
+                     if number not in known]
+
+
+def test_card_lacks_a_part_or_its_answer_holds_a_number_of_no_page():
+    cards = parts(read(KIT / "cards.md"))
+    assert 9 <= len(cards) <= 11 and list(cards)[-1].startswith("Finale")
+    for name, text in cards.items():
+        method = re.search(r"python (\w+)\.py", text).group(1)
+        assert not faults_of_a_card(text, read(ROOT / "docs" / f"{method}.md")), name
+    good = "".join(f"**{word}** x\n" for word in CARD) + "`python a.py`\n<details><summary>Answer</summary>\n"
+    good += "It is 0.5.\n</details>\n"
+    assert not faults_of_a_card(good, "| 0.5 | 1.25 |")
+    assert faults_of_a_card(good, "| 0.51 |") == ["0.5 stands on no page"]
+    assert faults_of_a_card(good.replace("Write down", "Note"), "0.5") == ["no Write down."]
+    assert faults_of_a_card(good.replace("`python a.py`", ""), "0.5") == ["no command"]
+    assert faults_of_a_card(good.replace("</details>", ""), "0.5") == ["the answer is not folded away"]
+
+
+# ------------------------------------------------------------------------------------- collecting on the wall
+
+def write_run(folder, seed, gold, method="dpo", finished=True, rows=None, **options):
+    """A run's directory as harness.Run leaves it, without the weights."""
+    from dataclasses import asdict
+
+    from referee.arms import config_class
+    folder.mkdir(parents=True)
+    config = config_class(method)(seed=seed, out=str(folder), **options)
+    args = asdict(config) | {"conversations": False, "build": str(seed), "data_fingerprint": ""}
+    (folder / "args.json").write_text(json.dumps(args), encoding="utf-8")
+    numbers = {"eval/proxy": 1.0, "eval/kl": 2.0, "eval/fluency": 0.9}
+    rows = rows or [{"step": 0, "eval/gold": 0.125} | dict.fromkeys(numbers, 0.0), {"step": 1, "loss": 0.6},
+                    {"step": 1, "eval/gold": gold} | numbers]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if finished:
+        (folder / "samples.txt").write_text("", encoding="utf-8")
+
+
+def test_wall_mixes_settings_counts_seeds_twice_or_stops_at_bad_runs(tmp_path, script, monkeypatch, capsys):
+    collect = script("collect")
+    for seed, gold in ((3, 0.5), (1, 0.7), (2, 0.6)):
+        write_run(tmp_path / f"{seed} ä", seed, gold, device="cpu" if seed == 3 else "auto")
+    write_run(tmp_path / "again", 3, 9.0, save_every=7)                  # before "3 ä": this one counts
+    write_run(tmp_path / "deep" / "down", 1, 0.25, beta=0.5, temperature=0.7)
+    write_run(tmp_path / "ppo", 1, 0.25, method="ppo")
+    write_run(tmp_path / "cut", 4, 9.0, finished=False)
+    write_run(tmp_path / "torn", 5, 9.0)
+    (tmp_path / "torn" / "metrics.jsonl").write_text('{"step": 0, "eval/k', encoding="utf-8")
+    write_run(tmp_path / "untrained", 6, 9.0, rows=[{"step": 1, "loss": 0.5}])
+    for name, text in (("list", "[1]"), ("old", '{"seed": 1}'), ("bytes", "\udcff")):
+        write_run(tmp_path / name, 7, 9.0)
+        (tmp_path / name / "args.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    monkeypatch.setattr(sys, "argv", ["collect.py", str(tmp_path)])
+    collect.main()
+    text = capsys.readouterr().out
+    said = {Path(line.split(": ")[1]).name: line.split(": ", 2)[2] for line in text.splitlines()
+            if line.startswith("left out: ")}
+    assert set(said) == {"3 ä", "cut", "torn", "untrained", "list", "old", "bytes"}
+    assert "again" in said["3 ä"] and "seed 3" in said["3 ä"] and said["cut"] == "not finished"
+    assert "another version" in said["old"] and "JSONDecodeError" in said["torn"]
+    heads = [line for line in text.splitlines() if ": n = " in line]
+    assert heads == ["dpo: n = 3, seeds 1, 2, 3", "dpo --beta 0.5 --temperature 0.7: n = 1, seeds 1",
+                     "ppo: n = 1, seeds 1"]
+    rows = [line.split() for line in text.splitlines() if line.startswith("  gold")]
+    assert rows[1] == ["gold", "0.250", "+0.125"]                              # one run has no interval
+    # by hand: 9.0, 0.7, 0.6: mean 3.433, deviation 4.821, t[0.975; 2] = 4.303, half 4.303 4.821 / sqrt(3)
+    assert rows[0] == ["gold", "3.4", "±12.0", "+3.3", "±12.0"] or rows[0][1:3] == ["3.4", "±12.0"]
+    assert (tmp_path / "wall.png").stat().st_size > 10000
+
+
+def test_folder_without_a_finished_run_is_a_traceback(tmp_path, script):
+    collect = script("collect")
+    with pytest.raises(collect.UserError, match="no finished run"):
+        collect.groups_of(tmp_path)
+
+
+def test_dots_or_interval_on_the_wall_stand_elsewhere(tmp_path, script, monkeypatch):
+    collect, drawn = script("collect"), []
+    monkeypatch.setattr(collect.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    runs = {seed: ({}, {"eval/gold": gold}, None) for seed, gold in ((0, 1.0), (1, 2.0), (2, 3.0))}
+    first = {seed: (dict.fromkeys(last, 0.0), last, where) for seed, (_, last, where) in runs.items()}
+    collect.draw({"dpo": first}, tmp_path / "x.png")
+    dots, mean, *caps = drawn[0].axes[0].lines
+    assert list(dots.get_xdata()) == [1, 2, 3] and mean.get_xdata() == [2]
+    half = 4.302652729749464 / 3 ** 0.5                                       # t[0.975; 2], deviation 1
+    assert sorted(cap.get_xdata()[0] for cap in caps) == pytest.approx([2 - half, 2 + half])
+    assert not list(drawn[0].axes[1].lines[0].get_xdata())                     # not measured
+
+
+# -------------------------------------------------------------------------------- preparing, checking laptops
+
+def test_prepared_folder_lacks_wheels_or_models_or_they_do_not_arrive(tmp_path, script, monkeypatch, capsys):
+    prepare, calls, failing = script("prepare"), [], []
+    built = tmp_path / "cache of the teacher" / "reviews" / "0123" / "seed1"
+    built.mkdir(parents=True)
+    (built / "vitals.json").write_text("{}", encoding="utf-8")
+
+    def run(words, **kwargs):
+        calls.append(words[1:])
+        return SimpleNamespace(returncode=int(words[2] in failing),
+                               stdout=f"SFT gold   0.1\ndirectory   {built}\n")
+
+    def main(*words):
+        calls.clear()
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+        prepare.main()
+        return [" ".join(words) for words in calls]
+
+    monkeypatch.setattr(prepare.subprocess, "run", run)
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    stick = tmp_path / "stick"
+    assert main("make", stick, "--seeds", 1, "--no_wheels") == ["-m tasks.build --seed 1"]
+    assert (stick / "cache" / "reviews" / "0123" / "seed1" / "vitals.json").exists()
+    build, download = main("make", stick)                                        # a second time, with wheels
+    assert build == "-m tasks.build --seed 0"
+    assert download.startswith(f"-m pip download -d {stick / 'wheels'} torch>=2.6 ")
+    assert {"matplotlib", "pytest", "scipy"} <= set(download.split())
+    install, = main("use", stick)
+    assert install.startswith(f"-m pip install --no-index --find-links {stick / 'wheels'} torch>=2.6 ")
+    assert (tmp_path / "cache" / "reviews" / "0123" / "seed1" / "vitals.json").exists()
+    assert main("use", stick, "--no_wheels") == []
+    failing.append("pip")
+    with pytest.raises(SystemExit, match="pip"):
+        main("use", stick)
+    with pytest.raises(SystemExit, match="no cache"):
+        main("use", tmp_path / "empty")
+
+
+def test_what_is_missing_on_a_laptop_passes_or_what_is_there_does_not(tmp_path, script, monkeypatch, capsys):
+    check = script("check")
+    from tasks import build
+    versions = {"torch": "2.13.0+cpu", "numpy": "2.4.6"}
+
+    def version(name):
+        if name not in versions:
+            raise check.importlib.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(check.importlib.metadata, "version", version)
+    monkeypatch.setattr(build.tasks, "CACHE", tmp_path)
+    found, fix = check.cache()
+    assert found == "models of seed 0: not built" and fix.startswith("python -m tasks.build --seed 0 ")
+    home = build.home(SimpleNamespace(seed=0, layers=1))
+    home.mkdir(parents=True)
+    (home / "vitals.json").write_text("{}", encoding="utf-8")
+    good = (check.python_version((3, 10, 0)), check.package("torch>=2.6"), check.package("torch>=2.6,<3"),
+            check.package("numpy"), check.disk(2e9), check.terminal("UTF-8"), check.one_step(), check.cache())
+    bad = (check.python_version((3, 9, 18)), check.package("torch>=2.14"), check.package("torch>=2.6,<2.13"),
+           check.package("scipy"), check.disk(1e8), check.terminal("cp1252"))
+    assert not any(fix for _, fix in good) and all(fix for _, fix in bad)
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    with pytest.raises(SystemExit) as end:
+        check.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 1 and len(lines) == 5 + len(check.requirements())
+    assert all(re.match("OK     .|TO DO  .+: .", line) for line in lines)
+    versions |= {re.split("[<>]", wanted)[0]: "4.99" for wanted in check.requirements()}
+    monkeypatch.setattr(check, "terminal", lambda: ("a line", ""))
+    with pytest.raises(SystemExit) as end:
+        check.main()
+    assert end.value.code == 0 and "TO DO" not in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    hunt()
