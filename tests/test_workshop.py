@@ -180,13 +180,13 @@ CARD = ("Question.", "Your prediction.", "Command.", "Seconds.", "Write down.")
 
 
 def faults_of_a_card(text, pages):
-    """What a card lacks, and numbers of its answer that no page of docs/ holds."""
+    """What a card lacks, and numbers of its answer that do not stand in these parts of a page."""
     faults = [f"no {word}" for word in CARD if f"**{word}**" not in text]
     question, _, answer = text.partition("<details><summary>Answer")
     faults += [] if answer.rstrip().endswith("</details>") else ["the answer is not folded away"]
     faults += [] if re.search(r"`python \w+\.py[ `]", question) else ["no command"]
     known = set(re.findall(r"\d+\.\d+", pages))
-    return faults + [f"{number} stands on no page" for number in re.findall(r"\d+\.\d+", answer)
+    return faults + [f"{number} is not on the page" for number in re.findall(r"\d+\.\d+", answer)
                      if number not in known]
 
 
@@ -195,11 +195,12 @@ def test_card_lacks_a_part_or_its_answer_holds_a_number_of_no_page():
     assert 9 <= len(cards) <= 11 and list(cards)[-1].startswith("Finale")
     for name, text in cards.items():
         method = re.search(r"python (\w+)\.py", text).group(1)
-        assert not faults_of_a_card(text, read(ROOT / "docs" / f"{method}.md")), name
+        page = parts(read(ROOT / "docs" / f"{method}.md"))
+        assert not faults_of_a_card(text, page["Commands and expected numbers"] + page["Exercises"]), name
     good = "".join(f"**{word}** x\n" for word in CARD) + "`python a.py`\n<details><summary>Answer</summary>\n"
     good += "It is 0.5.\n</details>\n"
     assert not faults_of_a_card(good, "| 0.5 | 1.25 |")
-    assert faults_of_a_card(good, "| 0.51 |") == ["0.5 stands on no page"]
+    assert faults_of_a_card(good, "| 0.51 |") == ["0.5 is not on the page"]
     assert faults_of_a_card(good.replace("Write down", "Note"), "0.5") == ["no Write down."]
     assert faults_of_a_card(good.replace("`python a.py`", ""), "0.5") == ["no command"]
     assert faults_of_a_card(good.replace("</details>", ""), "0.5") == ["the answer is not folded away"]

@@ -87,7 +87,8 @@ def table(label, runs):
 
 def draw(groups, file):
     """A panel for each metric: a dot for each seed, the mean and its interval below them."""
-    figure = Figure(figsize=(16, 3 + 1.2 * len(groups)), layout="constrained")
+    lines = 2 + max(label.count(" --") for label in groups)                     # of the longest name
+    figure = Figure(figsize=(16, 3 + max(1.2, 0.3 * lines) * len(groups)), layout="constrained")
     for ax, (name, metric) in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS.items()):
         for y, runs in enumerate(groups.values()):
             found = values(runs, metric)
