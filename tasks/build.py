@@ -74,8 +74,7 @@ def code_hash():
               shuffled_batches, train_sft, reward_model_losses, train_reward_model, common.adamw,
               common.encode, common.prompt_ids, common.pack, common.batches, common.token_logps,
               common.sequence_logps, common.response_states, common.read, common.pick_logps,
-              common.sequence_scores, common.generate,
-              common.head_is_all, common.Batch)
+              common.sequence_scores, common.generate, common.head_is_all, common.Batch)
     code = "".join(map(inspect.getsource, makers)) + repr((common.FEW_LOGITS, common.ROOM))
     code += repr((DEMONSTRATIONS, POOL, PAIRS, TEST, BEST_OF, RANKED, LIMITS, TOKEN_BUDGET))
     return hashlib.sha256(code.encode()).hexdigest()[:12]
