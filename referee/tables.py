@@ -4,7 +4,7 @@ import itertools
 import textwrap
 from statistics import fmean
 
-from harness import UserError
+from harness import Config, UserError
 from referee import figures
 from referee.arms import experiments_of, load
 from referee.statistics import MOST_SEEDS, plus_minus, t_interval, value, verdict
@@ -129,7 +129,10 @@ def provenance(view):
     flags = ", ".join(f"{k}={v}" for k, v in view["config"].items())
     machines = [f"{m['device']}; " + ", ".join(f"{name} {version}" for name, version in m["software"].items())
                 for m in view["machines"]]
-    return (f"Seeds {', '.join(map(str, view['seeds'])) or 'none'}." + (f" Flags: {flags}." if flags else "")
+    done, wanted = view["seeds"], Config.seeds
+    fewer = f" ({len(done)} of the {wanted} that were set beforehand)" * (
+        view.get("method") != "comparison" and not flags and bool(done) and {*done} < {*range(wanted)})
+    return (f"Seeds {', '.join(map(str, done)) or 'none'}{fewer}." + (f" Flags: {flags}." if flags else "")
             + "".join(f" {machine}." for machine in machines))
 
 

@@ -773,7 +773,7 @@ def test_report_fits_the_terminal_and_states_every_claim(toy, capsys):
     table = out[:out.index("± is half")]
     assert [table.count(w) for w in ("reproduced", "not reproduced", "not measured")] == [3, 1, 1]
     assert "fluency" not in out[out.index("strength:"):]             # no arm has it
-    assert "Seeds 0, 1, 2." in out and "Flags" not in out
+    assert "Seeds 0, 1, 2 (3 of the 10 that were set beforehand)." in out and "Flags" not in out
 
 
 def test_a_column_has_one_number_of_decimals(toy):
@@ -862,7 +862,7 @@ def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy,
     assert "CPU seconds are of training on one thread" in lines[6] and "MB trained are" in lines[6]
     assert {name: arm for name,
             (arm, _) in docs.overview()[0].items()} == {"SFT": "SFT of toy", "toy": "beta 0.1"}
-    assert lines[-1] == docs.END and "Seeds 0, 1." in lines[-2]
+    assert lines[-1] == docs.END and "Seeds 0, 1 (2 of the 10 that were set beforehand)." in lines[-2]
     command_line.main(["--docs"])
     assert path.read_text(encoding="utf-8").split("\n") == lines
     RESULTS.unlink()
