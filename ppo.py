@@ -8,19 +8,21 @@ Its reward is its part of the KL penalty; the last token also gets the score of 
 
     r_t = -kl_coef (log pi(y_t) - log pi_ref(y_t)) + [t is last] r(x, y)
 
-A value model predicts the rewards that are still to come. The advantage A_t says how much better the token
-did (GAE, Eq. 11 and 12). One rollout serves several updates; a clip limits how far they move the policy:
+A value model predicts the rewards that are still to come. The advantage A_t says how much better a token did
+than predicted (GAE, Eq. 11 and 12). One rollout serves several updates. A clip takes away what would be won
+by moving the policy further:
 
-    L = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),  ratio_t = pi(y_t) / pi_old(y_t)      (L^CLIP)
+    L = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),  ratio_t = pi(y_t) / pi_old(y_t)     (-L^CLIP)
 
     python ppo.py                  # 19 s of one core (at first two minutes more): gold 0.18 to 1.24, KL 6.6
     python ppo.py --reproduce      # the KL penalty and over-optimisation
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: `objective/scores` rises, and `objective/kl` with it. With --kl_coef 0 --lr 3e-3 --epochs 12
-the proxy rises on, while gold and grammar collapse. That is reward hacking.
+the proxy (the reward model's score) keeps rising, while gold (the true reward) and grammar collapse. That is
+reward hacking.
 
-Details that decide whether it works; [n] marks where they happen (2, 3, 4 and 6 also in common.py, harness/):
+Details that decide whether it works; [n] marks where they happen (3 in common.py; 2, 4, 6, 9 there, too):
  [1] reward and value model read prompt and response    [9] the value model's head starts at 0
  [2] masks come from lengths, not from a padding token [10] a penalty for a response that does not stop
  [3] position ids skip the padding                     [11] the KL penalty is a reward of each token
@@ -66,12 +68,12 @@ class Config(harness.Config):
     kl_horizon: int = option(10000, "episodes over which kl_coef adapts (Ziegler et al.: 10000)", "(0, inf)")
     gamma: float = option(1.0, "discount of GAE", "[0, 1]")
     lam: float = option(0.95, "lambda of GAE", "[0, 1]")
-    clip: float = option(0.2, "how far the ratio may leave 1: epsilon of L^CLIP", "(0, inf)")
+    clip: float = option(0.2, "epsilon of L^CLIP: a ratio further from 1 wins nothing more", "(0, inf)")
     value_clip: float = option(0.2, "how far a value may move from the old one, likewise", "(0, inf)")
     vf_coef: float = option(0.1, "weight of the value loss", "[0, inf)")
     missing_eos_penalty: float = option(
         1.0, "taken from the score of a response that did not stop", "[0, inf)")
-    whiten_rewards: bool = option(False, "divide token rewards by their deviation (Ziegler et al.: yes)")
+    whiten_rewards: bool = option(False, "scale token rewards to deviation 1 (Ziegler et al.: yes)")
     value_model: str = option("", "what the value model starts from (directory, hub id; default: the policy)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("linear", "of the learning rate")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
@@ -127,16 +129,16 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(new_logps, old_logps, advantages, mask, clip):
-    """L^CLIP, and the share of tokens where the clip holds: two scalars, means over the mask's tokens."""
+    """-L^CLIP, and the share of tokens where the clip holds: two scalars, means over the mask's tokens."""
     ratio = torch.where(mask.bool(), new_logps - old_logps, 0).exp()
     losses = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     clip_fraction = masked_mean((clipped > losses).to(losses.dtype), mask)
-    return masked_mean(torch.maximum(losses, clipped), mask), clip_fraction                          # L^CLIP
+    return masked_mean(torch.maximum(losses, clipped), mask), clip_fraction                         # -L^CLIP
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """Half the mean over the mask's tokens of the larger squared error, of the value or the clipped one."""
+    """Half the mean over the mask's tokens of the larger of two squared errors: value's, clipped value's."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)                                   # [14]
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -156,7 +158,7 @@ def collect(run, prompts, reward, reference, value_model):
 
     batch, responses, ended = harness.rollout(run, prompts)                                    # [4] until EOS
     mask = batch.response_mask[:, 1:].to(device)                                               # [2]
-    scores = harness.score(run, reward, prompts, responses).float()         # [1] [6] a cut text as complete
+    scores = harness.score(run, reward, prompts, responses).float()         # [1] [6] cut texts too
     for name in ("tokens_scored_reference", "tokens_scored_value"):         # each reads the batch once, below
         run.counts[name] += int(batch.attention_mask.sum())
 

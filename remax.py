@@ -13,19 +13,19 @@ token. A token is credited with its own and with all that follow (KL to go):
 
     A_t = r(x, y) - r(x, greedy response to x) - kl_coef sum_{s>=t} log(pi(y_s)/pi_ref(y_s))           (2)
 
-(The paper's own equation numbers could not be checked.)
+(These numbers are ours: the paper's own could not be checked.)
 
     python remax.py                # 18 s of one core (at first two minutes more): gold 0.18 to 0.95, KL 4.6
     python remax.py --reproduce    # the gradient's variance, and against PPO
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
-What to look at: `objective/greedy_scores` is above `objective/scores` at first, and the gradient becomes
-small as the two meet. The baseline removes what all responses to a prompt have in common: compare
---variance_prompts 256 with and without --reward_noise prompt.
+What to look at: `objective/greedy_scores` is above `objective/scores` at first; later the two come closer.
+Compare --variance_prompts 256 with and without --reward_noise prompt. This noise is equal for all responses
+to a prompt: it adds variance to REINFORCE, and none to ReMax.
 
 Compared with ppo.py: the same rollout, reward and KL penalty, but no value model, one update for each
 rollout, the sum over a response's tokens where PPO has the mean over all tokens, and no whitening. The paper
-compares it with PPO at one update a batch, as --reproduce does, beside ppo.py's default of four epochs.
+compares it with PPO at one update a batch. So does --reproduce; ppo.py's default makes four passes over each.
 Official code (liziniu/ReMax) differs: a token gets its own KL term only (the variable cumulative_kl is
 overwritten, not summed), the last token's reward is discounted too, the loss is a mean over tokens, and
 samples are drawn with top-p 0.9 but scored without it. This file follows (2); the official gamma 0.99 and
@@ -52,7 +52,7 @@ from harness import option
 @dataclass
 class Config(harness.Config):
     LR: ClassVar = {"tiny": 2e-3, "real": 1e-6}     # tiny: tuned at 4 epochs; real: official code's
-    EPOCHS: ClassVar = {"tiny": 10.0, "real": 1.0}    # tiny: as long as ppo.py's default takes
+    EPOCHS: ClassVar = {"tiny": 10.0, "real": 1.0}    # tiny: takes as many seconds as ppo.py
     batch_size: int = option(
         128, "prompts of each step, each answered twice: a sample and the greedy response")
     epochs: Optional[float] = option(
@@ -93,7 +93,7 @@ def remax_returns(rewards, baseline_rewards, logps, ref_logps, mask, kl_coef, ga
 
 
 def remax_loss(logps, returns, mask):
-    """Its gradient is -g: the sum over tokens, the mean over sequences. All [B, T] -> scalar."""
+    """Sum over tokens, mean over sequences; its gradient is -g, with A_t of (2). All [B, T] -> scalar."""
     return -torch.where(mask.bool(), returns * logps, 0).sum(1).mean()                                 # (1)
 
 
@@ -104,7 +104,7 @@ def gradient_variance(gradients, rewards, greedy_rewards):
         greedy_rewards [M].
     Returns: {estimator: variance}; a mean over N prompts has 1/N of it. All but "1 sample" use two responses
         a prompt; for ReMax one of them is the greedy response. "+2" and "-2" are added to every reward,
-        which would change no other estimator.
+        which changes only estimators without a baseline.
     """
     (a, b), mean, zero = rewards.T, rewards.mean(), torch.zeros_like(greedy_rewards)
     weights = {"REINFORCE, 1 sample": (a, zero), "ReMax": (a - greedy_rewards, zero),
