@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-PROMPTS, ANSWERS, REPEATS = (16, 32, 256), (2, 4, 8), 3
+PROMPTS, ANSWERS, REPEATS = (32, 256), (2, 4, 8), 3
 ROOT = Path(__file__).resolve().parents[1]
 
 
