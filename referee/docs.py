@@ -13,7 +13,7 @@ from harness import UserError
 from referee import figures, side_by_side
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
-from referee.tables import (COLUMNS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
+from referee.tables import (COLUMNS, COSTS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
                             markdown_table, provenance, stored)
 from referee.tuning import tuning_block
 
@@ -92,6 +92,8 @@ def overview_block(results_dir="results"):
     header, *body = arm_rows({name: runs for name, (_, runs) in rows.items()}, OVERVIEW, "method")
     table = [header]
     for name, *cells in body:
+        if name in (SFT, CONTROL):                                # its run scores candidates, trains nothing
+            cells = ["-" if word in COSTS.values() else cell for word, cell in zip(header[1:], cells)]
         table.append([name if name in (SFT, CONTROL) else f"[{name}](docs/{name}.md)", *cells])
     text = " ".join([f"{SFT} is the policy that every method starts from."
                      + f" {CONTROL}: the same, sampled otherwise." * (CONTROL in rows),
