@@ -58,7 +58,7 @@ def ours(kind, options):
     torch.set_num_threads(options.threads)
     shared = dict(model=options.model, data=options.data, max_length=options.max_length, batch_size=PAIRS,
                   lr=LR, schedule="linear", warmup=0.0, epochs=1.0, reward="none", seed=SEED, device="cpu",
-                  quiet=True, token_budget=options.token_budget, max_new_tokens=2)
+                  quiet=True, token_budget=options.token_budget, max_new_tokens=2, test_data=options.test)
     if kind == "dpo":
         steps, log = harness.Run.steps, harness.Run.log
 
@@ -148,7 +148,7 @@ def trl(kind, options, checkpointing=False):
 # ----------------------------------------------------------------------------------------------------- parent
 
 def prepare(options, folder):
-    """options.data: the first pairs that fit, with equal tokens in both; options.in_order: as planned."""
+    """options.data: the first pairs that fit and have the same tokens in both; in_order, test: see below."""
     sys.path.insert(0, str(ROOT))
     import harness
     config = harness.Config(model=options.model, data=options.data, reward="none",
@@ -164,9 +164,13 @@ def prepare(options, folder):
         apart = [ids(pair.prompt) + ids(text) for text in pair.responses]
         if prompt_fits and max(map(len, joint)) < options.max_length and apart == joint:
             rows.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
-    rows = rows[:PAIRS * options.steps]
+    rows = list({row["prompt"]: row for row in rows}.values())[:PAIRS * options.steps + 1]
+    if len(rows) <= PAIRS * options.steps:
+        sys.exit(f"{len(rows)} pairs can be used: lower --steps, or raise --max_length")
+    *rows, test = rows
     plan = harness.shuffled_batches(len(rows), 1.0, PAIRS, SEED)
-    for name, chosen in (("data", rows), ("in_order", [rows[i] for step in plan for i in step])):
+    for name, chosen in (("data", rows), ("in_order", [rows[i] for step in plan for i in step]),
+                         ("test", [test])):
         path = Path(folder) / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         setattr(options, name, str(path))
@@ -235,8 +239,8 @@ if __name__ == "__main__":
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--token_budget", type=int, default=2048, help="ours: tokens of a forward pass")
     parser.add_argument("--trl_python", default=sys.executable)
-    parser.add_argument("--in_order", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--way", default="", help=argparse.SUPPRESS)
+    for name in ("in_order", "test", "way"):                                        # for the processes
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not given.way:
         main(given)
