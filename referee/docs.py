@@ -1,4 +1,4 @@
-"""Blocks in Markdown files that are made from results/: in README.md and in docs/<method>.md.
+"""Blocks in Markdown files that are made from results/: in README.md, README.zh.md and docs/<method>.md.
 
 A block stands between two marks, each on a line of its own (MARKS below). Edit nothing between them:
     python -m referee --docs
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from harness import UserError
-from referee import figures, side_by_side
+from referee import figures, side_by_side, survey
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
 from referee.tables import (COLUMNS, COSTS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
@@ -18,7 +18,8 @@ from referee.tables import (COLUMNS, COSTS, COSTS_ARE, RULES, arm_rows, claim_ro
 from referee.tuning import tuning_block
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->")}
+MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->"),
+         "survey": ("<!-- survey:begin -->", "<!-- survey:end -->")}
 SFT, CONTROL = "SFT", "SFT, temperature 0.5"      # the policy that all start from; what sampling alone gains
 FIGURE = Path("results/methods.png")
 OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/fluency": "fluency",
@@ -110,7 +111,11 @@ def overview_block(results_dir="results"):
 def block(path, kind="results", results_dir="results"):
     """What has to stand between the marks of a file. Tags and marks of HTML in stored names are text."""
     name = Path(path).stem
-    if name.startswith("README") and kind == "results":
+    if kind == "survey":
+        text = survey.statements(path, results_dir)
+    elif name.startswith("README") and kind == "results" and survey.chinese(path):
+        text = survey.substitutes(*overview(results_dir), results_dir)
+    elif name.startswith("README") and kind == "results":
         text = overview_block(results_dir)
     elif name == side_by_side.NAME:
         text = (side_by_side.block if kind == "results" else side_by_side.tuning_block)(results_dir)
