@@ -101,6 +101,12 @@ def test_check_lets_other_states_pass(broken, monkeypatch):
     assert not same_states(model)
 
 
+def test_broken_weights_stop_the_check():
+    model = model_of("Llama", GROUPED)
+    torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, float("nan"))
+    assert same_states(model) is False
+
+
 def test_scores_of_a_reward_model_change():
     model = model_of("Llama", GROUPED, "ForSequenceClassification", num_labels=2, pad_token_id=0)
     plain = values_and_gradients(model, BATCH, common.sequence_scores)
