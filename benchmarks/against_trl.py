@@ -164,13 +164,13 @@ def prepare(options, folder):
         apart = [ids(pair.prompt) + ids(text) for text in pair.responses]
         if prompt_fits and max(map(len, joint)) < options.max_length and apart == joint:
             rows.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
-    rows = list({row["prompt"]: row for row in rows}.values())[:PAIRS * options.steps + 1]
-    if len(rows) <= PAIRS * options.steps:
+    rows = list({row["prompt"]: row for row in rows}.values())[:PAIRS * options.steps + 2]
+    if len(rows) < PAIRS * options.steps + 2:
         sys.exit(f"{len(rows)} pairs can be used: lower --steps, or raise --max_length")
-    *rows, test = rows
+    rows, test = rows[:-2], rows[-2:]
     plan = harness.shuffled_batches(len(rows), 1.0, PAIRS, SEED)
     for name, chosen in (("data", rows), ("in_order", [rows[i] for step in plan for i in step]),
-                         ("test", [test])):
+                         ("test", test)):
         path = Path(folder) / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         setattr(options, name, str(path))
