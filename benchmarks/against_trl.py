@@ -6,10 +6,11 @@
 Every way is a process of its own. One step of each is made in turn; nothing else runs then. TRL has the
 reference's log-probs computed beforehand, as dpo.py does; "checkpointing" is its default, which computes
 activations again in the backward pass. A step is: forward, backward, clipping, AdamW; data loading and
-logging are left out. The losses of all ways must agree to 1e-4 at every step. Peak: the largest resident set.
+logging are left out. At every step the losses of all ways must agree to 1e-4. Peak: largest resident set.
 Where TRL needs an environment of its own, --trl_python names its interpreter.
 """
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -41,9 +42,9 @@ def wait_for_turn():
     return clock()
 
 
-def report(began, ended, loss):
+def report(began, ended, loss, logps=0.0):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1024)
-    say(wall=ended[0] - began[0], cpu=ended[1] - began[1], loss=float(loss), peak=peak)
+    say(wall=ended[0] - began[0], cpu=ended[1] - began[1], loss=float(loss), logps=float(logps), peak=peak)
 
 
 # ------------------------------------------------------------------------------------------------------- ways
@@ -68,7 +69,7 @@ def ours(kind, options):
                 yield item
 
         def and_report(run, step, metrics):
-            report(run.turn, clock(), metrics["loss"])
+            report(run.turn, clock(), metrics["loss"], metrics["logps/chosen"])
             log(run, step, metrics)
 
         harness.Run.steps, harness.Run.log = in_turn, and_report
@@ -121,7 +122,7 @@ def trl(kind, options, checkpointing=False):
 
         def on_log(self, args, state, control, logs=None, **_):
             if "loss" in (logs or {}):
-                report(self.began, self.ended, logs["loss"])
+                report(self.began, self.ended, logs["loss"], logs.get("logps/chosen", 0.0))
 
     with tempfile.TemporaryDirectory() as folder:
         shared = dict(
@@ -168,12 +169,18 @@ def prepare(options, folder):
     if len(rows) < PAIRS * options.steps + 2:
         sys.exit(f"{len(rows)} pairs can be used: lower --steps, or raise --max_length")
     rows, test = rows[:-2], rows[-2:]
-    plan = harness.shuffled_batches(len(rows), 1.0, PAIRS, SEED)
-    for name, chosen in (("data", rows), ("in_order", [rows[i] for step in plan for i in step]),
-                         ("test", test)):
+
+    def write(name, rows):
         path = Path(folder) / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         setattr(options, name, str(path))
+
+    write("data", rows)
+    write("test", test)
+    config = dataclasses.replace(config, data=options.data, test_data=options.test)
+    pairs = harness.load_task(config).pairs["train"]
+    plan = harness.shuffled_batches(len(pairs), 1.0, PAIRS, SEED)
+    write("in_order", [pairs[i]._asdict() for step in plan for i in step])
 
 
 class Way:
@@ -213,8 +220,9 @@ def main(options):
             for step in range(options.steps):
                 for way in ways:
                     way.step(more=step + 1 < options.steps)
-                losses = [way.rows[-1]["loss"] for way in ways]
-                assert max(losses) - min(losses) < 1e-4, (kind, step, losses)
+                for name, close in (("loss", 1e-4), ("logps", 1e-2)):
+                    found = [way.rows[-1][name] for way in ways]
+                    assert max(found) - min(found) < close, (kind, step, name, found)
             for way in ways:
                 way.process.stdin.close()
                 way.process.wait()
