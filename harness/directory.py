@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import filelock
@@ -18,7 +20,8 @@ from tasks.chat import Prompt
 
 SAVE_SECONDS = 120                         # without --save_every, a checkpoint is written so often
 SLOW_SECONDS = 20                          # what took longer to make is kept for --resume
-UNREADABLE = OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, NotImplementedError,
+              pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 CHECKPOINTS = "state.pt", "state-before.pt"
 
 
@@ -112,7 +115,15 @@ def save_state(out, state):
 
 
 def load_plain(file):
-    """A file of torch.save: tensors, plain values and rows of tasks; nothing that runs code."""
+    """A file of torch.save: tensors, plain values and rows of tasks; nothing that runs code.
+
+    Raises one of UNREADABLE, also for a byte that is not what was written: torch.load does not look at the
+    checksums.
+    """
+    with zipfile.ZipFile(file) as parts:
+        damaged = parts.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged")
     with torch.serialization.safe_globals([Pair, Ranking, Prompt, Sampled]):
         return torch.load(file, weights_only=True, map_location="cpu")
 
