@@ -311,7 +311,7 @@ def test_damaged_file_of_a_run_is_a_traceback(name, kind, place, toy, cut, tmp_p
 
 
 def test_flipped_byte_of_a_checkpoint_goes_unseen(cut, tmp_path):
-    """In values or names of any record: the checkpoint before is taken. Between records it changes nothing."""
+    """In values or names of a record: the checkpoint before is taken. Between records it changes nothing."""
     good, found = directory.load_plain(cut / "state.pt"), set()
     for place in range(200):
         shutil.copytree(cut, tmp_path / "again", dirs_exist_ok=True)
