@@ -19,8 +19,12 @@ UNFIT = RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyErro
 
 def share_prompts(model):
     """Let common.read share prompts with this model, if its states [B, T, D] stay what they are."""
+    def share(rows):
+        where = worthwhile(model, rows)
+        return packed(model, rows, where) if where else None
+
     if same_states(model):
-        model.share = lambda rows: packed(model, rows) if worthwhile(model, rows) else None
+        model.share = share
     return model
 
 
@@ -42,14 +46,14 @@ def same_states(model):
 
 
 def worthwhile(model, rows):
-    """Is it less work? Not beyond the window of a model that sees only so many tokens back."""
+    """layout(rows) if it is less work, else None; None beyond the window of a model that sees so far back."""
     text = model.config.get_text_config()
     window = min(getattr(text, name, None) or 10 ** 9 for name in ("sliding_window", "attention_chunk_size"))
     longest = int((rows.attention_mask.sum(1) - rows.lengths).max())
     if longest < SHORTEST or rows.input_ids.shape[1] > window:
-        return False
-    n, length, _ = layout(rows)
-    return n * length <= FEWER * rows.input_ids.numel()
+        return None
+    n, length, place = layout(rows)
+    return (n, length, place) if n * length <= FEWER * rows.input_ids.numel() else None
 
 
 def layout(rows):
@@ -77,9 +81,9 @@ def layout(rows):
     return len(ends), max(ends), place * rows.attention_mask
 
 
-def packed(model, rows):
-    """(inputs of the base model, place [B, T] of layout) of a compact Batch, each prompt written once."""
-    n, length, place = layout(rows)
+def packed(model, rows, where=None):
+    """(inputs of the base model, place [B, T] of layout) of a compact Batch; where: layout(rows), if made."""
+    n, length, place = where or layout(rows)
     inside = rows.attention_mask.bool()
     columns = torch.arange(rows.input_ids.shape[1], device=place.device).expand_as(place)
     answers = torch.arange(1, len(rows) + 1, device=place.device)[:, None]

@@ -16,12 +16,16 @@ import common
 from common import UserError
 
 
+def joined():
+    return dist.is_available() and dist.is_initialized()               # some builds of torch have none of it
+
+
 def count():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def number():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if joined() else 0
 
 
 def first():
@@ -30,7 +34,7 @@ def first():
 
 def start(device):
     """Join the processes that torchrun started, if it did; the others than the first print errors only."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not joined():
         cuda = common.pick_device(device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -140,7 +140,7 @@ def test_ninth_answer_lengthens_the_row():
     ((40,), (10, 10), 50, True), ((40,), (10, 10), 49, False)])
 def test_it_is_used_where_it_saves_little_or_beyond_the_window(prompts, answers, window, used):
     model = model_of("Mistral", GROUPED, sliding_window=window)
-    assert worthwhile(model, batch_of(prompts, answers).compact()) == used
+    assert (worthwhile(model, batch_of(prompts, answers).compact()) is not None) == used
 
 
 def test_loaders_share_prompts_of_the_reviews_or_not_those_of_own_data(toy, tmp_path):
