@@ -17,7 +17,7 @@ penalty can join the ranking, not the loss: r - kl_coef log(pi/pi_ref) (Eq. 3 to
 
 In Llama 2 every version starts from the initial model again (--restart), the pool holds the best samples of
 all rounds (--pool all; with those of the last round alone, skills were lost), and the reward model is trained
-further, on labels of new samples (--refresh). At the end PPO continues from the last version.
+further, on labels of new samples (--refresh). Then comes PPO: --policy OUT --reward OUT/reward_model.
 
     python raft.py                 # 17 s of one core (at first two minutes more): gold 0.18 to 1.08, KL 8.4
     python raft.py --reproduce     # K, noise in the reward, the Llama 2 rounds; against PPO
@@ -237,8 +237,10 @@ def train(run):
             run.evaluate()
             run.amend(**against_best(run, reward), **rare_skill(run))     # needs the evaluation's samples
 
-    if config.refresh:                                              # what annotators were asked on the way
+    if "rater" in run.state:                                        # what annotators were asked on the way
         run.results["new_labels"] = len(run.state["labels"]) - len(task.pairs.get("train", []))
+        reward.model.load_state_dict(run.state["rater"])                 # as the last round left it
+        run.save_reward_model(reward)                                    # for PPO: --reward OUT/reward_model
     if config.candidates > 1 and "eval/proxy" in run.trace[-1]:
         gain = run.trace[-1]["eval/proxy"] - run.trace[0]["eval/proxy"]
         run.results["gain_per_sqrt_log_k"] = gain / math.sqrt(math.log(config.candidates))       # sec. 3.2

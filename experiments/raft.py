@@ -13,6 +13,9 @@ KS = (2, 4, 8, 16)
 RARE = "you saw"                # a wording of its own: the only one that asks "how was the ...?"
 ROUNDS = {"restart": True, "rare": RARE, "refresh": True, "epochs": 4, "lr": 1e-3, "eval_every": 32}
 PPO = {"method": "ppo"}
+REFRESHED = {"reward": "{start}/reward_model"}                 # as the last round left it, as in Llama 2
+AFTER_ROUNDS = [{}, {"lr": 5e-4}, {"kl_coef": 0.2}, {"lr": 5e-4, "kl_coef": 0.2},
+                {"lr": 2.5e-4}, {"lr": 2.5e-4, "kl_coef": 0.2}]
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/kl": "KL, nats",
            "eval/fluency": "fluency", "tokens_generated": "tokens generated", "cpu_seconds": "CPU s"}
 
@@ -22,8 +25,8 @@ TUNING = {
     "one round": dict(arm={"rounds": 1}, settings=[
         {"lr": 5e-4, "epochs": 10.0}, {"lr": 1e-3, "epochs": 5.0}, {"lr": 1e-3, "epochs": 10.0},
         {"lr": 2e-3, "epochs": 5.0}]),
-    "PPO after the rounds": dict(arm=PPO, start=ROUNDS, settings=[
-        {}, {"lr": 5e-4}, {"kl_coef": 0.2}, {"lr": 5e-4, "kl_coef": 0.2}]),
+    "PPO after the rounds": dict(arm=PPO | REFRESHED, start=ROUNDS, settings=AFTER_ROUNDS),
+    "PPO after the rounds, on the first reward model": dict(arm=PPO, start=ROUNDS, settings=AFTER_ROUNDS),
 }
 
 EXPERIMENTS = {
@@ -79,7 +82,8 @@ EXPERIMENTS = {
         question="Do versions climb, are rare skills kept, does PPO add to the last version?",
         arms={"last round": ROUNDS, "all rounds": ROUNDS | {"pool": "all"},
               "all rounds, reward model frozen": ROUNDS | {"pool": "all", "refresh": False},
-              "then PPO": PPO | {"start": "last round"}, "PPO alone": PPO},
+              "then PPO": PPO | REFRESHED | {"start": "last round"},
+              "then PPO, first reward model": PPO | {"start": "last round"}, "PPO alone": PPO},
         columns={"eval/gold": "gold", "eval/rare_gold": "gold, rare wording", "eval/proxy": "proxy",
                  "eval/judge": "judge", "eval/fluency": "fluency", "cpu_seconds": "CPU s"},
         claims=[

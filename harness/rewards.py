@@ -52,7 +52,8 @@ def load_rewards(config, task):
         return {"proxy": UserReward(functions_of(config.reward))}
     if config.reward not in ("", "gold"):
         check_checkpoint(config.reward, policy=False)
-        return {"proxy": load(config.reward, config.reward_label)}
+        judge = {"judge": People(task.opinion)} if task.opinion else {}
+        return {"proxy": load(config.reward, config.reward_label)} | judge
     if config.data == "reviews":
         from tasks import build
         return {"proxy": load(build.proxy(config), config.reward_label), "judge": People(task.opinion)}

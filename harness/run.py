@@ -23,7 +23,7 @@ from harness import adapters, directory, loading, picture, ranks
 from harness.checkpoints import check_checkpoint
 from harness.config import Config, method_name
 from harness.evaluation import before_and_after, check_policy, evaluate, most_changed, texts_of
-from tasks import Task, write_json, write_text
+from tasks import Task, save_model, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
@@ -278,6 +278,15 @@ class Run:
         """A file of a method's own in the run's directory."""
         if ranks.first():
             write_json(self.out / name, value)
+
+    def save_reward_model(self, reward):
+        """A reward model that the method has trained on, for --reward <out>/reward_model.
+
+        Without a scale: its scores have moved. It gets a new one where it is maximised.
+        """
+        if ranks.first():
+            reward.model.config.__dict__.pop("reward_scale", None)
+            save_model(reward.model, reward.tokenizer, self.out / "reward_model")
 
     def write(self, row):
         if not ranks.first():

@@ -169,7 +169,11 @@ class Work:
     def run_arm(self, arm, seed):
         """One run of an arm; returns what is stored of it."""
         out, note = self.folder(arm.key, seed), self.note(arm.key, seed)
-        more = {"policy": str(self.folder(arm.start.key, seed))} if arm.start else {}
+        more = {}
+        if arm.start:                                # "{start}" in a setting stands for that arm's directory
+            start = str(self.folder(arm.start.key, seed))
+            more = {k: v.replace("{start}", start) for k, v in arm.settings.items() if "{start}" in str(v)}
+            more["policy"] = start
         config = config_of(arm, seed=seed, quiet=True, out=str(out), **more)
         note.unlink(missing_ok=True)
         shutil.rmtree(out, ignore_errors=True)                              # left by a run that was killed

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 import common
 import harness
@@ -457,6 +457,29 @@ def test_evaluation_is_compared_with_another_rounds_rewards_or_with_older_sample
         assert row["eval/to_best"] == pytest.approx(row["eval/proxy"] - row["eval/round_best"])
     for row, kept in zip([before, *evaluations], result["trace"], strict=True):
         assert row == {name: kept[name] for name in row} and row["eval/rare_gold"] > 0
+
+
+def test_saved_reward_model_is_not_that_of_the_last_round(whole, tmp_path, monkeypatch):
+    straight, log = whole("straight", refresh=True, rounds=3, save_every=5), harness.Run.log
+
+    def kill(run, step, row):
+        log(run, step, row)
+        if step == 5:                                   # after the last round's labels, and a checkpoint
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Run, "log", kill)
+        with pytest.raises(KeyboardInterrupt):
+            whole("killed", refresh=True, rounds=3, save_every=5)
+    assert whole("killed", refresh=True, rounds=3, save_every=5, resume=True)[1] == straight[1]
+    found = [AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "reward_model")
+             for name in ("straight", "killed")]
+    assert torch.equal(*map(parameters, found)) and not torch.equal(parameters(found[0]),
+                                                                   parameters(whole.proxy.model))
+    assert not hasattr(found[0].config, "reward_scale") and hasattr(whole.proxy.model.config, "reward_scale")
+    assert AutoTokenizer.from_pretrained(tmp_path / "straight" / "reward_model").eos_token
+    whole("plain")
+    assert not (tmp_path / "plain" / "reward_model").exists()
 
 
 def test_refresh_without_annotators_or_with_noise_passes(whole):

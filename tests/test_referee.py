@@ -381,6 +381,16 @@ def test_start_hands_over_the_starters_directory(toy):
     assert reproduce(toy) == [("strong", 0), ("then", 0), ("strong", 1), ("then", 1)]
 
 
+def test_setting_does_not_name_the_starters_directory(toy):
+    toy.EXPERIMENTS["start"]["arms"]["then"]["model"] = "{start}/reward_model"
+    reproduce(toy)
+    strong = {c.seed: c.out for c in toy.calls if c.beta == 3.0}
+    assert {c.seed: c.model for c in toy.calls if c.policy} == {
+        seed: f"{out}/reward_model" for seed, out in strong.items()}
+    stored = {run["config"]["model"] for run in in_file("results/toy.json")["runs"] if run["arm"] == "then"}
+    assert stored == {"{start}/reward_model"}                       # no directory of one machine
+
+
 def test_start_is_an_option_of_the_method_where_no_arm_has_that_name(toy):
     @dataclass
     class WithStart(ToyConfig):

@@ -203,6 +203,14 @@ def test_cached_reward_model_is_trained_again_or_is_not_trained(toy, monkeypatch
         load_rewards(config, replace(pair_task(), pairs={"train": PAIRS[:5]}))
 
 
+def test_named_reward_model_sends_the_judges_home(toy):
+    path = harness.rewards.trained_path(settings(toy, reward="", reward_lr=1e-2), pair_task().pairs["train"])
+    load_rewards(settings(toy, reward="", reward_lr=1e-2), pair_task())
+    config, people = settings(toy, reward=str(path)), replace(pair_task(), opinion=lambda prompt, text: 3.0)
+    assert [*load_rewards(config, pair_task())] == ["proxy"]
+    assert load_rewards(config, people)["judge"](["a"], ["b"]).tolist() == [3.0]
+
+
 @pytest.mark.parametrize("option", [dict(warmup=0.9), dict(max_grad_norm=0.01)])
 def test_cached_reward_model_depends_on_which_run_came_first(toy, tmp_path, monkeypatch, option):
     """Both are options of the method (DPO clips at 10, others at 1), and neither is in the cache's key."""
