@@ -987,7 +987,7 @@ def test_unknown_method_is_one_line_and_status_2(tmp_path):
     shutil.copy(ROOT / "experiments" / "comparison.py", tmp_path / "experiments")
     done = python("-m", "referee", "dpp", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm, comparison, mine\n"
+    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm, comparison, real_text, mine\n"
 
 
 @pytest.mark.parametrize("arguments", [("-m", "referee", STORED[0], "--report"),
