@@ -1,9 +1,9 @@
-"""The main arms on a real chat model and real prompts, with a gold reward that a function computes. Data only.
+"""The main arms on a real chat model and real prompts; gold is what a function computes. Data only.
 
-referee/real_text.py reads it; docs/comparison.md says how to run it. The settings are meant for a model of 135
-million weights on one core, about ten minutes an arm and seed: one to two passes over a hundred prompts, and
-LoRA, so that many runs fit on a disk. An arm of ROUNDS or steps that sample has few of them, because a core
-writes some tens of tokens a second.
+referee/real_text.py reads it; docs/comparison.md says how to run it. The settings are meant for a model of
+135 million weights on one core, about ten minutes an arm and seed: one to two passes over a hundred prompts.
+LoRA, so that many runs fit on a disk. What samples makes few rounds or steps, because a core writes only some
+tens of tokens a second.
 
 What is too small, in all that comes of it:
     settings   nothing was tuned. The learning rates are guesses, so an arm that stays behind may only have
@@ -16,9 +16,9 @@ What is too small, in all that comes of it:
     test       64 prompts with 2 answers each
     seeds      with 3 seeds an interval is 4.3 standard errors wide, on either side
 
-An arm of ARMS has `about` and the options of its method; `rows` is "rated" where it learns from rated answers,
-else it learns from pairs. QUICK replaces these constants in a trial of the whole way (--quick True): its numbers
-mean nothing.
+An arm of ARMS has `about` and the options of its method; `rows` is "rated" where it learns from rated
+answers, else it learns from pairs. QUICK replaces these constants in a trial of the whole way (--quick True):
+its numbers mean nothing.
 """
 PROMPTS = 96                                 # train prompts of a seed, of those that have a pair
 

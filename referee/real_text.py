@@ -1,12 +1,12 @@
 """The main arms on a real chat model, with instructions whose fulfilment a function checks.
 
-    python -m referee real_text --model DIR --data FOLDER --seeds 3 --jobs 2      # run what is missing, report
-    python -m referee real_text --report                                          # what is stored; runs nothing
+    python -m referee real_text --model DIR --data FOLDER --seeds 3 --jobs 2     # run what is missing, report
+    python -m referee real_text --report                                         # what is stored
 
 FOLDER is what python -m tasks.verifiable wrote; experiments/real_text.py has the arms. A seed draws train
 prompts from it, and trains one reward model, the proxy, from their pairs; all arms of the seed have both. The
 test prompts are those of test.jsonl whose instructions have wordings that no train prompt has. What is stored
-names the model and a hash of the data, and no directory of this machine.
+names the model and a hash of the data, no directory.
 """
 import functools
 import textwrap
@@ -28,15 +28,15 @@ from referee.store import short_hash, shown
 from referee.tables import arm_rows, collect, markdown_table, provenance, text_table
 
 NAME, SFT = "real_text", "SFT"
-SECONDS, QUICK_SECONDS = (720, 900), (10, 20)              # a first guess: an arm; what a seed's arms share
-MOST_SCORED = 128                                          # rows that set the proxy's scale, or test it
+SECONDS, QUICK = (720, 900), (10, 20)          # a first guess: an arm; what a seed's arms share
+MOST_SCORED = 128                              # rows that set the proxy's scale, or test it
 NOT_HERE = OWN | {"policy", "reward", "reward_label", "reward_lr", "gold", "test_data", "columns", "limit",
                   "skip_bad_rows", "chat", "prompt", "out", "resume", "reproduce", "seed"}
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/length": "length, tokens",
            "eval/win_rate": "win rate", "cpu_seconds": "CPU s of training", "seconds": "s in all"}
-RULES = ("Gold is the share of a prompt's instructions that an answer fulfils. ± is half a 95% t-interval over "
-         "seeds; nothing corrects for the number of arms. Win rate is against SFT's answers, by gold; a tie "
-         "counts half. KL is to SFT; that of best of 8 is an upper bound.")
+RULES = ("Gold is the share of a prompt's instructions that an answer fulfils. ± is half a 95% t-interval "
+         "over seeds; nothing corrects for the number of arms. Win rate is against SFT's answers, by gold; a "
+         "tie counts half. KL is to SFT; that of best of 8 is an upper bound.")
 
 
 @dataclass
@@ -96,9 +96,9 @@ class Work(runs.Work):
         return self.runs_dir / f"seed{seed}-{self.builds.get(seed)}"
 
     def places(self, arm, seed):
-        folder, rows = self.data_folder(seed), self.constants["ARMS"][arm.name].get("rows", "pairs")
-        return {"model": self.model, "data": str(folder / f"{rows}.json"), "reward": str(folder / "proxy"),
-                "test_data": str(folder / "test.json")}
+        rows = self.constants["ARMS"][arm.name].get("rows", "pairs")
+        files = {"data": f"{rows}.json", "test_data": "test.json", "reward": "proxy"}
+        return {"model": self.model} | {k: str(self.data_folder(seed) / v) for k, v in files.items()}
 
     def config(self, seed):
         arm = next(arm for arm in self.arms.values() if arm.name == SFT)
@@ -117,8 +117,8 @@ class Work(runs.Work):
                     "prompts": len({row["prompt"] for row in rows["pairs"]}), "agreement": right})
         super().prepare(seed)
 
-    def described(self, arm, seed):
-        return super().described(arm, seed) | {"sizes": load(self.data_folder(seed) / "sizes.json")}
+    def described(self, *which):
+        return super().described(*which) | {"sizes": load(self.data_folder(which[1]) / "sizes.json")}
 
 
 def run(config, given, results_dir="results", runs_dir="runs/referee"):
@@ -129,18 +129,19 @@ def run(config, given, results_dir="results", runs_dir="runs/referee"):
         raise UserError(f"{NAME} needs a chat model and its data: give --model DIR and --data FOLDER, which "
                         "python -m tasks.verifiable --prompts FILE --model DIR --out FOLDER makes")
     rows, known = harness.verifiable_rows(config.data), constants(config.quick)
-    identity = {"model": Path(config.model).name, "data": short_hash([rows, known["PROMPTS"], known["PROXY"]])}
-    given = {k: v for k, v in given.items() if k not in SET_HERE} | identity
-    runs.complete(NAME, config, range(config.seeds), results_dir, runs_dir, as_experiments(known),
-                  functools.partial(Work, config.model, rows, config.quick), given,
-                  QUICK_SECONDS if config.quick else SECONDS)
+    same = short_hash([rows, known["PROMPTS"], known["PROXY"]])                # wherever the data lie
+    given = {k: v for k, v in given.items() if k not in SET_HERE} | {
+        "model": Path(config.model).absolute().name, "data": same}
+    make_work = functools.partial(Work, config.model, rows, config.quick)
+    runs.complete(NAME, config, range(config.seeds), results_dir, runs_dir, as_experiments(known), make_work,
+                  given, QUICK if config.quick else SECONDS)
 
 
 def differences(arms):
     """Gold of each arm less that of SFT, paired within the seeds that both have."""
-    rows = [["arm", "gold - SFT", "seeds"]]
+    rows, sft = [["arm", "gold - SFT", "seeds"]], arms[SFT]
     for name, own in arms.items():
-        gaps = [own[seed]["eval/gold"] - arms[SFT][seed]["eval/gold"] for seed in own.keys() & arms[SFT].keys()]
+        gaps = [run["eval/gold"] - sft[seed]["eval/gold"] for seed, run in own.items() if seed in sft]
         rows += [[name, plus_minus(*t_interval(gaps), "+"), str(len(gaps))]] if gaps and name != SFT else []
     return rows
 
@@ -150,20 +151,19 @@ def how_small(view, shared):
     sizes = {run["seed"]: run["sizes"] for run in view["runs"]}.values()
     middle = {name: f"{fmean(size[name] for size in sizes):.0f}" for name in ("prompts", "pairs", "rated")}
     right = [size["agreement"] for size in sizes if size["agreement"] is not None]
-    return (f"How small this is: {len(sizes)} seed{'s' * (len(sizes) > 1)}, each with {middle['prompts']} train "
-            f"prompts, {middle['pairs']} pairs and {middle['rated']} rated answers; at most "
-            f"{shared['eval_prompts']} test prompts, {shared['eval_samples']} answers to each (best of 8: 1). "
-            "No setting was tuned." + (f" The proxy prefers the chosen answer in a share of {fmean(right):.2f} "
-                                       "of the pairs of other prompts." if right else ""))
+    known = (f" The proxy prefers the chosen answer in a share of {fmean(right):.2f} of the pairs of other "
+             "prompts." if right else "")
+    return (f"How small this is: {len(sizes)} seed{'s' * (len(sizes) > 1)}, each with {middle['prompts']} "
+            f"train prompts, {middle['pairs']} pairs and {middle['rated']} rated answers; at most "
+            f"{shared['eval_prompts']} test prompts, {shared['eval_samples']} answers each (best of 8: 1). "
+            f"No setting was tuned.{known}")
 
 
 def parts(path):
     """[(rows of a table or None, text)] of one file of results."""
-    results = load(path)
-    known = constants(results["config"].get("quick"))
+    results, known = load(path), constants(load(path)["config"].get("quick"))
     view, collected = (f(NAME, results, as_experiments(known)) for f in (shown, collect))
-    arms = {name: own for name, own in collected["real text"].items() if own}
-    if not arms:
+    if not (arms := {name: own for name, own in collected["real text"].items() if own}):
         return [(None, f"{path.name} has no run of the present arms.")]
     about = [["arm", "what it learns from"], *([name, known["ARMS"][name]["about"]] for name in arms)]
     small = f"{view['config']['model']}. {how_small(view, known['SHARED'] | view['config'])}"
@@ -171,15 +171,13 @@ def parts(path):
     return [(about, small), (arm_rows(arms, COLUMNS), RULES), *gaps, (None, provenance(view))]
 
 
-def files(results_dir, wanted):
-    """The files of results whose flags are wanted."""
-    return [path for path in sorted(Path(results_dir).glob(f"{NAME}@*.json")) if wanted(load(path)["config"])]
+def files(results_dir):
+    return sorted(Path(results_dir).glob(f"{NAME}@*.json"))
 
 
-def report(results_dir="results", model=""):
-    """Print the tables of all models, or of one."""
-    found = files(results_dir, lambda flags: model in ("", flags["model"]))
-    if not found:
+def report(results_dir="results"):
+    """Print the tables of all models and data."""
+    if not (found := files(results_dir)):
         raise UserError(f"no run is stored: python -m referee {NAME} --model DIR --data FOLDER makes them")
     for rows, text in (part for path in found for part in [(None, str(path)), *parts(path)]):
         print("\n" + "\n".join(([text_table(rows, 130)] if rows else []) + [textwrap.fill(text, 110)]))
@@ -187,7 +185,7 @@ def report(results_dir="results", model=""):
 
 def block(results_dir="results"):
     """The same in Markdown, for docs/comparison.md; without trials."""
-    found = [part for path in files(results_dir, lambda flags: not flags.get("quick"))
+    found = [part for path in files(results_dir) if not load(path)["config"].get("quick")
              for rows, text in parts(path) for part in ([markdown_table(rows)] if rows else []) + [text]]
     return "\n\n".join(found) or f"Not run yet: `python -m referee {NAME} --model DIR --data FOLDER`."
 
@@ -199,4 +197,4 @@ def main(words):
     config = Config(**vars(parser.parse_args(flags)))
     if "--report" not in words:
         run(config, mine.given(Config, flags, parser.prog))
-    report(model=Path(config.model).name if config.model != "tiny" else "")
+    report()

@@ -214,7 +214,7 @@ def verifiable_rows(folder):
 
 
 def rows_of_seed(rows, seed, n):
-    """What a seed draws of verifiable_rows: pairs and ratings of n of the prompts that have a pair, or of all.
+    """What a seed draws of verifiable_rows: pairs and ratings of n of the prompts with a pair, or of all.
 
     "others" are pairs of the other prompts, if there are at least two; "test" is the same for every seed.
     """

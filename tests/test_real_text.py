@@ -1,4 +1,4 @@
-"""The main arms on real text, the whole way with a toy chat model: data, proxy, arms, report, cuts, mistakes."""
+"""The main arms on real text, the whole way with a toy chat model: data, proxy, arms, report, mistakes."""
 import functools
 import json
 import pickle
@@ -64,7 +64,7 @@ def go(chatbot, tmp_path, monkeypatch, no_traces):
     return run
 
 
-# ----------------------------------------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------------------------------------- the whole way
 
 def test_the_whole_way(go, chatbot, tmp_path, monkeypatch, capsys):
     """Cut while the proxy is trained, cut in an arm, gone on with; a second seed; the report; the page."""
@@ -142,8 +142,7 @@ def check_that_arms_of_a_seed_share_everything(started):
 
 
 def check_runs(runs):
-    before = {(run["seed"], run["trace"][0]["eval/gold"]) for run in runs
-              if run["arm"] not in ("best of 8",)}
+    before = {(run["seed"], run["trace"][0]["eval/gold"]) for run in runs if run["arm"] != "best of 8"}
     assert len(before) == 2                                                  # all begin with one policy
     for run in runs:
         assert {"eval/gold", "eval/proxy", "eval/kl", "eval/length", "seconds"} <= {*run}
@@ -159,7 +158,7 @@ def test_another_process_cannot_make_the_work(chatbot):
     assert again.func is real_text.Work and again.args == work.args
 
 
-# ---------------------------------------------------------------------------------------------- arms and tables
+# -------------------------------------------------------------------------------------------- arms and tables
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_arm_is_of_no_method_or_has_an_option_that_it_does_not_know(quick):
@@ -182,13 +181,10 @@ def test_differences_are_not_paired_within_seeds():
     assert rows[1:] == [["a", "+0.100 ±0.000", "2"]]
 
 
-def test_model_of_a_report(go, tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "real_text@x.json").write_text(
-        json.dumps({"config": {"model": "other"}}), encoding="utf-8")
-    assert real_text.files("results", lambda flags: flags["model"] == "other")
+def test_report_of_nothing(go, tmp_path):
     with pytest.raises(UserError, match="^no run is stored: .* --model DIR --data FOLDER makes them$"):
         go("--report")
+    assert not [*tmp_path.iterdir()]
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
@@ -212,7 +208,7 @@ def test_mistake_is_not_one_line(go, words, left_out, said):
     ("pairs", lambda text: text.replace('"prompt"', '"question"'), "pairs.jsonl is missing or damaged"),
     ("rated", lambda text: text + '{"prompt": "a\\nClose with a question. Use no capital letters."}\n',
      "rated.jsonl has wordings of instructions that only test prompts may have"),
-    ("pairs", lambda text: text.split("\n")[0], "needs two train prompts with pairs, and a test prompt in uns"),
+    ("pairs", lambda text: text.split("\n")[0], "needs two train prompts with pairs, and a test prompt in"),
     ("test", lambda text: '{"prompt": "a\\nClose with a question. Use no capital letters."}\n',
      "needs two train prompts with pairs, and a test prompt in unseen wordings")])
 def test_folder_that_was_not_made_for_it(go, chatbot, tmp_path, name, change, said):
