@@ -14,7 +14,7 @@ wins. One of three losses is then minimised on these pairs (w over l):
     hinge:        max(0, 1 - gamma [log pi(w) - log pi(l)])                   (Eq. 9: SLiC, without reference)
     hinge-norm:   max(0, 1 - gamma [log pi(w)/pi_sft(w) - log pi(l)/pi_sft(l)])                      (Eq. 10)
 
-    python rso.py                  # 15 s of one core (at first two minutes more): gold 0.18 to 0.75, KL 3.1
+    python rso.py                  # 16 s of one core (at first two minutes more): gold 0.16 to 0.60, KL 3.3
     python rso.py --reproduce      # losses x sources, beta and label noise
     python rso.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
