@@ -135,8 +135,8 @@ def test_seconds_differ_from_what_was_measured():
     assert len(told) > 10
     measured = {name: round(run["cpu_seconds"][0]) for name, run in STORED.items()}
     assert not [row for row in told if measured.get(row[0].strip(), int(row[1])) != int(row[1])]
-    for card in cards():                     # the first number of seconds is that of the method's default run
-        said = re.search(r"\*\*Seconds\.\*\* .*?(\d+)", card)
+    for card in cards():                                                     # those of a default run
+        said = re.search(r"\*\*Seconds\.\*\* (?:.* default run's )?(\d+)", card)
         assert not said or measured[pages.commands_of(card)[0][0]] == int(said[1]), card
 
 
