@@ -23,7 +23,7 @@ from tasks import CACHE, write_text        # noqa: E402
 
 FILE, FOLDER = ROOT / "results" / "broken.json", ROOT / "results" / "broken"
 LOOKS = {"right": ("#0072B2", "-", "as it should be"), "broken": ("#D55E00", "--", "with the wrong line")}
-LOSS, GOLD = {"loss": "Training loss, nats"}, {"eval/gold": "True reward of test samples (gold)"}
+LOSS, GOLD = {"loss": "Training loss, nats"}, {"eval/gold": "True reward (gold)"}
 
 
 class Bug(NamedTuple):
@@ -45,7 +45,7 @@ BUGS = {
     "pro": Bug("logps = common.sequence_logps(policy, batch).view(len(rows), -1).gather(1, order)",
                "logps = common.sequence_logps(policy, batch).view(len(rows), -1)",
                "The rewards are sorted, and the log-probs stay in their old order.", 3,
-               LOSS | {"scores/worst": "Score of the worst, nats a token"} | GOLD),
+               {"loss/rank": "Ranking loss, nats", "scores/best": "Score of the best, nats a token"} | GOLD),
     "rso": Bug("margins = margins - (sft_chosen_logps - sft_rejected_logps)",
                "margins = margins + (sft_chosen_logps - sft_rejected_logps)",
                "The reference's part of the margin has the wrong sign.", 6,
@@ -103,16 +103,16 @@ def measure(method):
 def draw(method, found):
     """results/broken/<method>.png, 1200 x 400 pixels."""
     import matplotlib.figure
-    with matplotlib.rc_context(picture.STYLE | {"legend.frameon": False}):
+    with matplotlib.rc_context(picture.STYLE | {"legend.frameon": False, "legend.handlelength": 3}):
         figure = matplotlib.figure.Figure((12, 4), 100, layout="constrained")
         for ax, (metric, title) in zip(figure.subplots(1, 3), BUGS[method].panels.items()):
             for kind, (colour, line, label) in LOOKS.items():
                 ax.plot(*zip(*found[kind][metric]), line, color=colour, linewidth=3.5, label=label,
-                        marker="o" * metric.startswith("eval/"), markersize=9)
+                        marker="o" * metric.startswith("eval/"))
             ax.set(title=title, xlabel="step")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=16)
         FOLDER.mkdir(exist_ok=True)
-        figure.savefig(FOLDER / f"{method}.png", metadata={"Software": None})
+        figure.savefig(FOLDER / f"{method}.png", metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def main():
