@@ -11,13 +11,13 @@ repeats this. A round has three steps:
        samples (global ranking)
     3. fine-tune the policy on what was kept, by maximum likelihood
 
-One round gains little more with a larger K: E max_K r <= E r + sqrt(B^2/2 log K), for rewards in a range of
+One round gains little more with a larger K: E max_K r <= E r + B sqrt(log(K) / 2), for rewards in a range of
 B (sec. 3.2). More rounds go further. Best of n has a KL of log n - (n-1)/n nats to the policy at most. A KL
 penalty can join the ranking, not the loss: r - kl_coef log(pi/pi_ref) (Eq. 3 to 5).
 
 In Llama 2 every version starts from the initial model again (--restart), the pool holds the best samples of
 all rounds (--pool all; with those of the last round alone, skills were lost), and the reward model is trained
-further, on labels of new samples (--refresh). Then comes PPO: --policy OUT --reward OUT/reward_model.
+further, on labels of new samples (--refresh). Then comes PPO: see "Differences" in docs/raft.md.
 
     python raft.py                 # 24 s of one core (at first two minutes more): gold 0.16 to 0.72, KL 7.5
     python raft.py --reproduce     # K, noise in the reward, the Llama 2 rounds; against PPO
@@ -222,7 +222,7 @@ def train(run):
         order = harness.shuffled_batches(len(pool), passes, config.batch_size, config.seed)
         rows, means = [pool[j] for j in order[i]], harness.Means()
         for part, batch in run.microbatches(rows):                       # part: n of the rows; batch [n, T]
-            losses = -common.sequence_logps(policy, batch)            # step 3: [n], sums over response tokens
+            losses = -common.sequence_logps(policy, batch)            # step 3: [n], sums, with EOS unless cut
             harness.check_finite(losses, step + 1, [rows[j].prompt for j in part])
             (losses.sum() / len(rows)).backward()                        # the mean over responses, in parts
             means.add({"loss": losses})
@@ -240,7 +240,7 @@ def train(run):
     if "rater" in run.state:                                        # what annotators were asked on the way
         run.results["new_labels"] = len(run.state["labels"]) - len(task.pairs.get("train", []))
         reward.model.load_state_dict(run.state["rater"])                 # as the last round left it
-        run.save_reward_model(reward)                                    # for PPO: --reward OUT/reward_model
+        run.save_reward_model(reward)                                   # for ppo.py --reward OUT/reward_model
     if config.candidates > 1 and "eval/proxy" in run.trace[-1]:
         gain = run.trace[-1]["eval/proxy"] - run.trace[0]["eval/proxy"]
         run.results["gain_per_sqrt_log_k"] = gain / math.sqrt(math.log(config.candidates))       # sec. 3.2

@@ -45,7 +45,7 @@ EXPERIMENTS = {
             dict(claim="more candidates, more reward (proxy)", source="Table of K (T 0.85)",
                  paper="2.18, 2.25, 2.33 for K 8, 16, 32", metric="eval/proxy",
                  holds=[(f"K {2 * k}", ">", f"K {k}") for k in (2, 4, 8)]),
-            dict(claim="rounds pay: five beat one, tuned for itself", source="sec. 4",
+            dict(claim="rounds pay: five beat one with settings of its own", source="sec. 4",
                  paper="10 to 18 rounds to converge", metric="eval/gold",
                  holds=[("K 8", ">", "K 8, one round")]),
             dict(claim="a KL penalty in the ranking costs reward (proxy)", source="Table of KL",

@@ -97,8 +97,8 @@ def overview_block(results_dir="results"):
         if name in (SFT, CONTROL):                                # its run scores candidates, trains nothing
             cells = ["-" if word in COSTS.values() else cell for word, cell in zip(header[1:], cells)]
         table.append([name if name in (SFT, CONTROL) else f"[{name}](docs/{name}.md)", *cells])
-    text = " ".join([f"{SFT} is the policy that methods start from; SteerLM takes its place."
-                     + f" {CONTROL}: the same, sampled otherwise." * (CONTROL in rows),
+    text = " ".join([f"All methods but SteerLM start from the policy {SFT}; SteerLM replaces it."
+                     + f" {CONTROL}: the same policy, sampled at this temperature." * (CONTROL in rows),
                      "± is half a 95% confidence interval over seeds.",
                      *(MEANINGS[word] for word in header if word in MEANINGS)])
     if others:
