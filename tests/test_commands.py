@@ -45,8 +45,9 @@ ON_TOP = {                                               # later entries count w
     r"python \w+\.py": f"{EVALUATION} --quiet True",
     r"python \w+\.py.* --model": "--max_length 64 --max_new_tokens 8",
     r"python \w+\.py$": "--quiet False",                                    # its tables and picture are made
-    r"python raft\.py.* --pool all --refresh True": "--out OUT",                           # docs/raft.md's OUT
+    r"python raft\.py.* --pool all --refresh True": "--out OUT",                       # docs/raft.md's OUT
     r"python steerlm\.py": "--rated 200",
+    r"python decision_transformer\.py": "--validation 0.02",          # each level is asked for on these prompts
     r"python -m referee mine": "--model DIR --data pairs.jsonl --max_length 64 --max_new_tokens 8 "
                                "--methods dpo",
     r"python -m tasks\.verifiable": "--train 8 --test 4 --samples 2 --max_new_tokens 8",
@@ -151,23 +152,23 @@ def furnish(folder):
 
 
 def build_small(cache):
-    """The embedded task's models of SEEDS, where the scripts look for them: one small build, copied."""
+    """The embedded task's models of SEEDS, where the scripts look for them: a small build, and its copy."""
     digest = build.code_hash()
     small = {"DEMONSTRATIONS": 3000, "POOL": (16, 16), "TEST": (8, 4), "RANKED": 64}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(tasks, "CACHE", cache)
-        patch.setattr(build, "code_hash", lambda: digest)                   # that of a build of the usual size
+        patch.setattr(build, "code_hash", lambda: digest)                 # that of a build of the usual size
         for name, size in small.items():
             patch.setattr(build, name, size)
         home = build.models(harness.Config())
-    texts = build.read(home / "demonstrations.json")[:400]           # what two scripts train on, in many passes
+    texts = build.read(home / "demonstrations.json")[:400]         # two scripts train on them, in many passes
     tasks.write_json(home / "demonstrations.json", texts)
     for seed in SEEDS[1:]:
         shutil.copytree(home, home.with_name(f"seed{seed}"))
 
 
 def planned(method_name, config, *where):
-    """In place of runs.complete: everything that is to be run is listed, and checked; none of it is run."""
+    """In place of runs.complete: what is to be run is listed, with valid settings. None of it is run."""
     seeds, results_dir, runs_dir, experiments = where
     work = runs.Work(method_name, given_flags(config), seeds, results_dir, runs_dir, experiments)
     todo = [config_of(arm, seed=seed) for seed in seeds for arm in work.arms.values()]
@@ -206,6 +207,7 @@ class Stage:
                 patch.setattr(module, "ROOT", self.folder)
             for module in (runs, tuning):
                 patch.setattr(module, "complete", planned)
+            patch.setattr(runs, "report", lambda *found: None)                # what --report prints, at last
             patch.setattr(subprocess, "run", self.process)
             patch.setattr(sys, "argv", words[1:] if words[0] == "-m" else [str(script), *words[1:]])
             patch.setattr(sys, "path", [str(script.parent), *sys.path])
