@@ -16,7 +16,7 @@ alignment; in the second, filter is %BC. With dt the policy learns p(y | x, r) f
 is then asked for a high r. A response is one action, so the return-to-go is the reward itself. There is no
 reference model. Rewards fall into ten levels of equally many samples, tokens <reward:0> to <reward:9>.
 
-    python decision_transformer.py    # 76 s (at first two minutes more): gold 0.18 to 0.79, KL 1.6
+    python decision_transformer.py    # 78 s (at first two minutes more): gold 0.16 to 0.83, KL 1.7
     python decision_transformer.py --steer reward=0 --prompt "you saw this old fantasy. how was the score?"
     python decision_transformer.py --reproduce   # the four objectives and PPO; amounts of data
     python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl

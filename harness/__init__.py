@@ -21,3 +21,4 @@ from harness.samples import (candidate_reward, candidates, distinct, given_answe
                              sample_rankings, score, score_metrics, scored, scored_demonstrations)
 from harness.stages import Recipe, check_finite, fit, shuffled_batches, train_reward_model, train_sft
 from tasks import Demonstration, Pair, Ranking, lock, write_json
+from tasks.verifiable import rows_of_seed, verifiable_rows

@@ -6,6 +6,8 @@
                                         # other flags have a file of their own: give the same flags
     python -m referee dpo --tune        # choose settings on validation seeds; --jobs, --report as above
     python -m referee comparison        # all methods at equal time; --tune, --report, --jobs as above
+    python -m referee real_text --model DIR --data FOLDER --seeds 3
+                                        # the main ones on a real model: docs/comparison.md, "Real text"
     python -m referee mine --model DIR --data FILE --methods dpo,raft --minutes 60
                                         # some methods on your model and data: docs/mine.md
     python -m referee --docs            # write the results into README.md and docs/*.md anew
@@ -25,16 +27,18 @@ def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         return print(__doc__)
     # Imported here, so that a UserError of theirs (scipy is missing) is one line too.
-    from referee import comparison, docs, mine, runs, side_by_side, tables, tuning
+    from referee import comparison, docs, mine, real_text, runs, side_by_side, tables, tuning
     from referee.arms import config_class, given_flags, method_names
     if argv == ["--docs"]:
         return print("written:", *docs.write_all())
     name, *flags = argv
     if name == mine.NAME:
         return mine.main(flags)
+    if name == real_text.NAME:
+        return real_text.main(flags)
     if name not in (*method_names(), comparison.NAME):
         raise UserError(f"no method {name!r}; there are: {', '.join(method_names())}, {comparison.NAME}, "
-                        f"{mine.NAME}")
+                        f"{real_text.NAME}, {mine.NAME}")
     from transformers import HfArgumentParser
     Config = config_class(name)
     parser = HfArgumentParser(Config, prog=f"python -m referee {name}")

@@ -40,8 +40,8 @@ def method_names():
 
 
 def config_class(name):
-    """The Config of a method; for what is no script (the comparison of all) the options that all share."""
-    return harness.Config if name == "comparison" else importlib.import_module(name).Config
+    """The Config of a method; for what is no script (the comparisons) the options that all share."""
+    return harness.Config if name in ("comparison", "real_text") else importlib.import_module(name).Config
 
 
 def experiments_of(method_name):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from harness import UserError
-from referee import figures, side_by_side, survey
+from referee import figures, real_text, side_by_side, survey
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
 from referee.tables import (COLUMNS, COSTS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
@@ -19,7 +19,8 @@ from referee.tuning import tuning_block
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->"),
-         "survey": ("<!-- survey:begin -->", "<!-- survey:end -->")}
+         "survey": ("<!-- survey:begin -->", "<!-- survey:end -->"),
+         "real text": ("<!-- real text:begin -->", "<!-- real text:end -->")}
 SFT, CONTROL = "SFT", "SFT, temperature 0.5"      # the policy that all start from; what sampling alone gains
 FIGURE = Path("results/methods.png")
 OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/fluency": "fluency",
@@ -113,6 +114,8 @@ def block(path, kind="results", results_dir="results"):
     name = Path(path).stem
     if kind == "survey":
         text = survey.statements(path, results_dir)
+    elif kind == "real text":
+        text = real_text.block(results_dir)
     elif name.startswith("README") and kind == "results" and survey.chinese(path):
         text = survey.substitutes(*overview(results_dir), results_dir)
     elif name.startswith("README") and kind == "results":

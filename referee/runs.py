@@ -63,6 +63,10 @@ class Work:
     def config(self, seed):
         return self.config_class(**self.given | {"seed": seed, "quiet": True})
 
+    def places(self, arm, seed):
+        """Options of a run that are no part of its arm: where its model and data lie on this machine."""
+        return {}
+
     def folder(self, key, seed):
         slug = re.sub(r"[^a-z0-9.]+", "-", self.arms[key].name.lower()).strip("-")
         return self.runs_dir / f"{slug}-{key}" / f"seed{seed}"
@@ -169,10 +173,10 @@ class Work:
     def run_arm(self, arm, seed):
         """One run of an arm; returns what is stored of it."""
         out, note = self.folder(arm.key, seed), self.note(arm.key, seed)
-        more = {}
+        more = self.places(arm, seed)
         if arm.start:                                # "{start}" in a setting stands for that arm's directory
             start = str(self.folder(arm.start.key, seed))
-            more = {k: v.replace("{start}", start) for k, v in arm.settings.items() if "{start}" in str(v)}
+            more |= {k: v.replace("{start}", start) for k, v in arm.settings.items() if "{start}" in str(v)}
             more["policy"] = start
         config = config_of(arm, seed=seed, quiet=True, out=str(out), **more)
         note.unlink(missing_ok=True)
@@ -183,14 +187,16 @@ class Work:
         return run
 
 
-def complete(method_name, config, seeds, results_dir, runs_dir, experiments):
+def complete(method_name, config, seeds, results_dir, runs_dir, experiments, make_work=Work, given=None,
+             guess=(SECONDS_PER_ARM, SECONDS_PER_SEED)):
     """Run what is missing of the experiments for the seeds, in config.jobs processes."""
-    arguments = method_name, given_flags(config), seeds, results_dir, runs_dir, experiments
-    work = Work(*arguments)
+    given = given_flags(config) if given is None else given
+    arguments = method_name, given, seeds, results_dir, runs_dir, experiments
+    work = make_work(*arguments)
     left = work.left()
     total = sum(map(len, left.values()))
     seconds = [run["seconds"] for run in work.store.runs.values() if run.get("seconds")]
-    seconds = total * (fmean(seconds) if seconds else SECONDS_PER_ARM) + len(left) * SECONDS_PER_SEED
+    seconds = total * (fmean(seconds) if seconds else guess[0]) + len(left) * guess[1]
     minutes = math.ceil(seconds / 60 / config.jobs)
     estimate = f"{total} runs to do, about {minutes} min" if left else "nothing to run"
     print(f"{method_name}: {estimate}; {len(work.store.runs)} stored in {work.store.path}")
@@ -205,7 +211,7 @@ def complete(method_name, config, seeds, results_dir, runs_dir, experiments):
                 show(f"seed {seed}: {what}")
             show("done")
         elif left:
-            jobs.run(config.jobs, Work, arguments, lambda: show(f"{config.jobs} processes"))
+            jobs.run(config.jobs, make_work, arguments, lambda: show(f"{config.jobs} processes"))
 
 
 def reproduce(method_name, config, results_dir="results", runs_dir="runs/referee"):

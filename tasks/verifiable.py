@@ -87,6 +87,12 @@ def instructions(prompt):
     return [(kind, values) for _, kind, values in sorted(found)]
 
 
+def unseen_wordings(prompt):
+    """Of each instruction of the prompt: is it in the wording that no train prompt has?"""
+    last = prompt.strip().splitlines()[-1:]
+    return [KINDS[kind].wordings[-1].format(*values) in last[0] for kind, values in instructions(prompt)]
+
+
 def gold(prompt, response):
     """The share of the prompt's instructions that the response fulfils; 0 below LEAST_WORDS words.
 
@@ -180,6 +186,43 @@ def write_files(given):
     right = statistics.fmean(gold(row["prompt"], row["completion"]) for row in rated) if rated else math.nan
     print(f"{len(train)} train prompts: {len(rated)} rated answers with gold {right:.3f}, {len(pairs)} "
           f"pairs; {len(test)} test prompts; in {out}")
+
+
+def verifiable_rows(folder):
+    """{name: rows} of the three files in the folder; of test.jsonl only the prompts in unseen wordings.
+
+    UserError for a folder with other files, or whose train prompts have wordings of test prompts.
+    """
+    rows = {}
+    for name in ("pairs", "rated", "test"):
+        path = Path(folder) / f"{name}.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows[name] = [json.loads(line) for line in lines if line.strip()]
+            unseen = [unseen_wordings(row["prompt"]) for row in rows[name]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise common.UserError(f"{path} is missing or damaged: python -m tasks.verifiable --prompts FILE "
+                                   f"--model DIR --out {folder} makes it") from None
+        if name == "test":
+            rows[name] = [row for row, found in zip(rows[name], unseen) if found and all(found)]
+        elif any(map(any, unseen)):
+            raise common.UserError(f"{path} has wordings of instructions that only test prompts may have")
+    if not rows["test"] or len({row["prompt"] for row in rows["pairs"]}) < 2:
+        raise common.UserError(f"{folder} needs two train prompts with pairs, and a test prompt in unseen "
+                               "wordings")
+    return rows
+
+
+def rows_of_seed(rows, seed, n):
+    """What a seed draws of verifiable_rows: pairs and ratings of n of the prompts with a pair, or of all.
+
+    "others" are pairs of the other prompts, if there are at least two; "test" is the same for every seed.
+    """
+    prompts = sorted({row["prompt"] for row in rows["pairs"]})
+    chosen = {*random.Random(f"prompts {seed}").sample(prompts, min(n, len(prompts)))}
+    found = {name: [row for row in rows[name] if row["prompt"] in chosen] for name in ("pairs", "rated")}
+    others = [row for row in rows["pairs"] if row["prompt"] not in chosen] if len(prompts) > n + 1 else []
+    return found | {"test": rows["test"], "others": others}
 
 
 def main(arguments=None):

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from conftest import ROOT, method_names
 from harness import UserError
-from referee import comparison, mine
+from referee import comparison, mine, real_text
 from referee.__main__ import OWN_FLAGS
 from referee.arms import config_class
 from referee.docs import BEGIN, END
@@ -102,7 +102,8 @@ def docstring_commands(source):
 
 
 def options_of(name):
-    return mine.Config if name == mine.NAME else config_class(name)
+    own = {mine.NAME: mine.Config, real_text.NAME: real_text.Config}
+    return own.get(name) or config_class(name)
 
 
 @functools.cache
@@ -133,7 +134,7 @@ def command_faults(command):
         if words == ["--docs"]:
             return []
         name, *flags = words or [""]
-        known = name in (*method_names(), comparison.NAME, mine.NAME)
+        known = name in (*method_names(), comparison.NAME, mine.NAME, real_text.NAME)
         faults = [] if known else [f"the referee knows no method {name!r}"]
         return faults or flag_faults(name, [flag for flag in flags if flag not in OWN_FLAGS])
     if module:

@@ -984,10 +984,11 @@ def test_unknown_method_is_one_line_and_status_2(tmp_path):
     for name in ("other.py", "rrhf.py", "steerlm.py", "experiments/__init__.py", "experiments/rrhf.py",
                  "experiments/steerlm.py"):
         page(tmp_path / name, "")
-    shutil.copy(ROOT / "experiments" / "comparison.py", tmp_path / "experiments")
+    for name in ("comparison.py", "real_text.py"):
+        shutil.copy(ROOT / "experiments" / name, tmp_path / "experiments")
     done = python("-m", "referee", "dpp", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm, comparison, mine\n"
+    assert done.stderr == "error: no method 'dpp'; there are: rrhf, steerlm, comparison, real_text, mine\n"
 
 
 @pytest.mark.parametrize("arguments", [("-m", "referee", STORED[0], "--report"),

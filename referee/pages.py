@@ -1,0 +1,80 @@
+"""What the commands on the pages give on seed 0: results/pages.json. It is measured by
+
+    python -m referee.pages
+
+which runs each command of docs/<method>.md and docs/workshop/cards.md that trains on the embedded task: each
+once, in the order of the pages, on one thread. That takes about half an hour. A command that is stored is not
+run again: delete the file after a change of the arithmetic. People write the numbers on the pages, and
+tests/test_numbers.py compares them with this file.
+"""
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from referee.arms import method_names
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "results" / "pages.json"
+# With these a command reads a model or data of the user, makes many runs, or answers instead of training.
+NOT_HERE = "--model", "--data", "--reproduce", "--steer", "--prompt", "--help"
+SENSELESS = "step", "seconds", "seconds_per_step", "cpu_seconds"
+
+
+def commands_of(text):
+    """The commands of a Markdown page, in its order: [words after `python`], without those of NOT_HERE."""
+    spans = re.findall(r"`(python [^`]+)`|^(python [^`\n]+)$", text, re.M)
+    words = [shlex.split(one or other, comments=True)[1:] for one, other in spans]
+    return [[*found] for found in dict.fromkeys(map(tuple, words))
+            if found[0].removesuffix(".py") in method_names() and not {*NOT_HERE, "..."} & {*found}]
+
+
+def pages():
+    """The pages with commands to measure: {name: path}."""
+    found = [ROOT / "docs" / f"{name}.md" for name in method_names()]
+    return {path.stem: path for path in [*found, ROOT / "docs" / "workshop" / "cards.md"]}
+
+
+def summary(rows):
+    """{metric: [first, last, least, largest]} of the rows of metrics.jsonl, to seven digits."""
+    values = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in SENSELESS and isinstance(value, (int, float)):
+                values.setdefault(name, []).append(float(f"{value:.7g}"))
+    return {name: [found[0], found[-1], min(found), max(found)] for name, found in sorted(values.items())}
+
+
+def run(words, folder):
+    """One command in a process of its own: its metrics, and the CPU seconds of the whole process."""
+    own = [] if "--out" in words else ["--out", tempfile.mkdtemp(dir=folder) + "/run"]
+    words = [*words, *own, "--quiet", "True"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, ROOT / words[0], *words[1:]], check=True, cwd=folder,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    lines = (folder / words[words.index("--out") + 1] / "metrics.jsonl").read_text(encoding="utf-8")
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu_seconds": [round(seconds, 1)]} | summary(map(json.loads, lines.splitlines()))
+
+
+def measure():
+    subprocess.run([sys.executable, "-m", "tasks.build"], check=True, cwd=ROOT)     # its time is no command's
+    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    found = [words for path in pages().values() for words in commands_of(path.read_text(encoding="utf-8"))]
+    todo = {" ".join(words): words for words in found if " ".join(words) not in stored}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, words) in enumerate(todo.items(), 1):
+            print(f"{number} of {len(todo)}: python {name}", flush=True)
+            stored[name] = run(words, Path(folder))
+            rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(stored[name])}" for name in sorted(stored))
+            FILE.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    measure()
