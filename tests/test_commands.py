@@ -38,16 +38,17 @@ NOT_RUN = {
     r"python -m pip install": "installs packages",
     r"python -m pytest tests/": "test_workshop.py runs these tests, with and without the bug",
     r"python benchmarks/": "measures for minutes, mostly in processes of its own",
-    r"python -m referee comparison": "needs the runs of its tuning, which take many hours",
+    r"python -m referee (comparison|real_text)": "needs runs that take many hours; test_comparison.py and "
+                                                 "test_real_text.py give the same commands on toys",
 }
-EVALUATION = "--eval_prompts 4 --eval_samples 1 --eval_pairs 8"
+EVALUATION = "--eval_prompts 4 --eval_samples 1 --eval_pairs 8 --max_new_tokens 12"
 ON_TOP = {                                               # later entries count where two name one option
     r"python \w+\.py": f"{EVALUATION} --quiet True",
     r"python \w+\.py.* --model": "--max_length 64 --max_new_tokens 8",
     r"python \w+\.py$": "--quiet False",                                    # its tables and picture are made
     r"python raft\.py.* --pool all --refresh True": "--out OUT",                       # docs/raft.md's OUT
     r"python steerlm\.py": "--rated 200",
-    r"python decision_transformer\.py": "--validation 0.02",          # each level is asked for on these prompts
+    r"python decision_transformer\.py": "--validation 0.02",               # each level is asked for on them
     r"python -m referee mine": "--model DIR --data pairs.jsonl --max_length 64 --max_new_tokens 8 "
                                "--methods dpo",
     r"python -m tasks\.verifiable": "--train 8 --test 4 --samples 2 --max_new_tokens 8",
@@ -91,7 +92,7 @@ def entries(table, command):
 
 def first_of(command):
     """The commands that must come before this one."""
-    return [re.match(pattern, command).expand(first) for pattern, first in AFTER.items()
+    return [plain(re.match(pattern, command).expand(first)) for pattern, first in AFTER.items()
             if re.match(pattern, command)]
 
 
@@ -118,7 +119,7 @@ LETTERS = string.ascii_letters + string.digits + " .,:<>-[]\n"
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[a]"
 MODELS = "HuggingFaceTB/SmolLM2-135M-Instruct", "SMOLLM2", "MODEL", "DIR"
 SYSTEMS = "gpt-4", "davinci", "gpt-4-1106", "text_davinci_003", "strong"
-ANSWERS = " yes", " well", " hm", " no", " never"
+ANSWERS = " yes it is", " well yes", " hm", " no", " never ever"
 
 
 def rows():
@@ -266,7 +267,7 @@ def test_what_a_command_needs_is_not_shown():
 
 def test_added_flag_takes_the_place_of_a_commands_own():
     assert on_top("python dpo.py --eval_prompts 9 --quiet False") == ["--eval_samples", "1", "--eval_pairs",
-                                                                      "8"]
+                                                                      "8", "--max_new_tokens", "12"]
     assert "--eval_pairs" not in on_top("python ppo.py") and on_top("python ppo.py --help") == []
     assert not [command for command in SHOWN if {*on_top(command)} & {*re.findall(r"--\w+", command)}]
 
@@ -277,7 +278,7 @@ def test_added_flag_takes_the_place_of_a_commands_own():
     ("python dpo.py --model DIR --data your_pairs.jsonl", "no such file: your_pairs.jsonl"),
     ("python dpo.py --model DIR --data prompts.jsonl --reward none", "no preference pairs"),
     ("python ppo.py --model MODEL --data prompts.jsonl", "--reward"),
-    ("python steerlm.py --model MODEL --data rated.jsonl --quality kindness", "kindness"),
+    ("python steerlm.py --model MODEL --data rated.jsonl --quality kindness", "--quality must name"),
     ("python dpo.py --model DIR --data ranked.jsonl --pairs 'gpt-5>davinci'", "gpt-5"),
     ("python dpo.py --prompt 'how was the score?' --policy DIR", "no args.json"),
     ("python -m referee dpo --report --beta 0.7", "beta=0.7"),
