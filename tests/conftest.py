@@ -70,21 +70,25 @@ def parameters(model):
 # ------------------------------------------------------------------------------------ the toy: eight letters
 
 def llama_config(**kwargs):
-    return LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                       num_attention_heads=2, max_position_embeddings=96, initializer_range=0.3,
-                       eos_token_id=0, pad_token_id=0, bos_token_id=None, **kwargs)
+    return LlamaConfig(**dict(
+        vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=96, initializer_range=0.3, eos_token_id=0, pad_token_id=0,
+        bos_token_id=None) | kwargs)
 
 
-def save_toy(path, cls=LlamaForCausalLM, **kwargs):
-    """A random Llama over eight letters with its tokenizer, EOS = PAD = 0; returns the directory."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])},
+def save_toy(path, cls=LlamaForCausalLM, letters="abcdefgh", chat=None, **kwargs):
+    """A random Llama over eight letters with its tokenizer, EOS = PAD = 0; returns the directory.
+
+    letters: others than the eight. chat: a chat template.
+    """
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *letters])},
                                       unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>",
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", chat_template=chat,
                             model_max_length=64).save_pretrained(path)
     torch.manual_seed(0)
-    cls(llama_config(**kwargs)).save_pretrained(path)
+    cls(llama_config(vocab_size=len(letters) + 1, **kwargs)).save_pretrained(path)
     return path
 
 
