@@ -47,24 +47,29 @@ def colours(arms):
 
 
 def place_labels(figure):
-    """Each label goes where it covers no other label and little else. A thin line leads to it."""
+    """Each label goes where it covers no other label and little else, near its own point. A line leads to it."""
     figure.draw_without_rendering()                                   # before that nothing has its position
     for ax in figure.axes:
         frame, scale, taken = ax.get_window_extent(), figure.dpi / 72, []
         paths = [line.get_transform().transform(line.get_xydata()) for line in ax.lines]
         paths += [ax.transData.transform(bar) for bars in ax.collections for bar in bars.get_segments()]
         marks = np.array([np.linspace(a, b, 40) for path in paths for a, b in zip([*path[:1], *path], path)])
-        for text in (text for text in ax.texts if text.get_gid() == "label"):
+        labels = [text for text in ax.texts if text.get_gid() == "label"]
+        points = {text: ax.transData.transform(text.xy) for text in labels}
+        for text in labels:
             size = super(type(text), text).get_window_extent().size                   # without the line to it
-            point, choices = ax.transData.transform(text.xy), []
+            point, choices = points[text], []
             for far, way in product((8, 14, 22, 33, 50, 75, 110), SIDES):
                 corner = point + (far * scale + size / 2) * way - size / 2
                 low, high = corner - 3, corner + size + 3
                 faults = sum(np.all((box < high) & (box + other > low)) for box, other in taken)
                 faults += np.any(low < frame.min) or np.any(high > frame.max)
                 covered = np.all((marks > low) & (marks < high), axis=-1).sum()
-                choices.append((1000 * faults + covered + far / 4, *corner))
+                away = {other: np.linalg.norm(points[other] - corner - size / 2) for other in labels}
+                nearer = sum(distance < away[text] for distance in away.values())
+                choices.append((1000 * faults + covered + 10 * nearer + far / 4, *corner))
             corner = np.array(min(choices)[1:])
+            marks = np.concatenate([marks, np.linspace(point, corner + size / 2, 40)[None]])
             text.set_position((corner - point) / scale)
             taken.append((corner, size))
 
