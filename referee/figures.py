@@ -47,7 +47,7 @@ def colours(arms):
 
 
 def place_labels(figure):
-    """Each label goes where it covers no other label and little else, nearest to its own point, with a line."""
+    """Each label goes where it covers no other label and little else, beside its own point, with a line."""
     figure.draw_without_rendering()                                   # before that nothing has its position
     for ax in figure.axes:
         frame, scale, taken = ax.get_window_extent(), figure.dpi / 72, []
