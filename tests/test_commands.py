@@ -47,7 +47,7 @@ ON_TOP = {                                               # later entries count w
     r"python \w+\.py.* --model": "--max_length 64 --max_new_tokens 8",
     r"python \w+\.py$": "--quiet False",                                    # its tables and picture are made
     r"python raft\.py.* --pool all --refresh True": "--out OUT",                       # docs/raft.md's OUT
-    r"python steerlm\.py": "--rated 200",
+    r"python steerlm\.py": "--rated 75",
     r"python decision_transformer\.py": "--validation 0.02",               # each level is asked for on them
     r"python -m referee mine": "--model DIR --data pairs.jsonl --max_length 64 --max_new_tokens 8 "
                                "--methods dpo",
@@ -124,7 +124,7 @@ ANSWERS = " yes it is", " well yes", " hm", " no", " never ever"
 
 def rows():
     """{file: its rows}, in the forms that the documents describe."""
-    numbers = range(24)
+    numbers = range(18)
     pairs = [{"prompt": f"say it {i}:", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in numbers]
     ranked = [{"prompt": f"say it {i}:", "responses": [f"{text} {i}" for text in ANSWERS],
                "scores": [4, 3, 2, 1, 0], "systems": SYSTEMS} for i in numbers]
@@ -155,14 +155,14 @@ def furnish(folder):
 def build_small(cache):
     """The embedded task's models of SEEDS, where the scripts look for them: a small build, and its copy."""
     digest = build.code_hash()
-    small = {"DEMONSTRATIONS": 3000, "POOL": (16, 16), "TEST": (8, 4), "RANKED": 64}
+    small = {"DEMONSTRATIONS": 2500, "POOL": (8, 16), "TEST": (4, 4), "RANKED": 32}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(tasks, "CACHE", cache)
         patch.setattr(build, "code_hash", lambda: digest)                 # that of a build of the usual size
         for name, size in small.items():
             patch.setattr(build, name, size)
         home = build.models(harness.Config())
-    texts = build.read(home / "demonstrations.json")[:400]         # two scripts train on them, in many passes
+    texts = build.read(home / "demonstrations.json")[:150]         # two scripts train on them, in many passes
     tasks.write_json(home / "demonstrations.json", texts)
     for seed in SEEDS[1:]:
         shutil.copytree(home, home.with_name(f"seed{seed}"))
