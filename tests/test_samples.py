@@ -386,7 +386,7 @@ def test_judge_of_the_embedded_task_is_no_person_or_another_one_under_each_label
         assert list(rewards) == ["proxy", "judge"] and rewards["proxy"] is decoder
         assert rewards["judge"](prompts, texts).tolist() == pytest.approx(want, abs=1e-6)
     monkeypatch.setattr(common, "load_reward_model", lambda path, *args: {"some/model": decoder}[path])
-    assert list(load_rewards(Config(reward="some/model"), task)) == ["proxy"]
+    assert list(load_rewards(Config(reward="some/model"), task)) == ["proxy", "judge"]
 
 
 def zeros(prompts, responses):
