@@ -50,13 +50,13 @@ def load_rewards(config, task):
                         "module:function, or leave it out")
     if ":" in config.reward and not Path(config.reward).exists():
         return {"proxy": UserReward(functions_of(config.reward))}
+    judge = {"judge": People(task.opinion)} if task.opinion else {}
     if config.reward not in ("", "gold"):
         check_checkpoint(config.reward, policy=False)
-        judge = {"judge": People(task.opinion)} if task.opinion else {}
         return {"proxy": load(config.reward, config.reward_label)} | judge
     if config.data == "reviews":
         from tasks import build
-        return {"proxy": load(build.proxy(config), config.reward_label), "judge": People(task.opinion)}
+        return {"proxy": load(build.proxy(config), config.reward_label)} | judge
     pairs = task.pairs.get("train")
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")

@@ -10,7 +10,6 @@ tests/test_numbers.py compares them with this file.
 import json
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from referee.arms import method_names
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "results" / "pages.json"
 # With these a command reads a model or data of the user, makes many runs, or answers instead of training.
-NOT_HERE = "--model", "--data", "--reproduce", "--steer", "--prompt", "--help"
+NOT_HERE = "--model", "--data", "--reproduce", "--steer", "--prompt", "--help", "OUT", "..."
 SENSELESS = "step", "seconds", "seconds_per_step", "cpu_seconds"
 
 
@@ -31,13 +30,18 @@ def commands_of(text):
     spans = re.findall(r"`(python [^`]+)`|^(python [^`\n]+)$", text, re.M)
     words = [shlex.split(one or other, comments=True)[1:] for one, other in spans]
     return [[*found] for found in dict.fromkeys(map(tuple, words))
-            if found[0].removesuffix(".py") in method_names() and not {*NOT_HERE, "..."} & {*found}]
+            if found[0].removesuffix(".py") in method_names() and not {*NOT_HERE} & {*found}]
 
 
 def pages():
-    """The pages with commands to measure: {name: path}."""
-    found = [ROOT / "docs" / f"{name}.md" for name in method_names()]
-    return {path.stem: path for path in [*found, ROOT / "docs" / "workshop" / "cards.md"]}
+    """The pages with commands to measure."""
+    return [ROOT / "docs" / f"{name}.md" for name in (*method_names(), "workshop/cards")]
+
+
+def commands():
+    """{command as it is stored: its words} of all pages."""
+    texts = [path.read_text(encoding="utf-8") for path in pages()]
+    return {" ".join(words): words for text in texts for words in commands_of(text)}
 
 
 def summary(rows):
@@ -54,20 +58,19 @@ def run(words, folder):
     """One command in a process of its own: its metrics, and the CPU seconds of the whole process."""
     own = [] if "--out" in words else ["--out", tempfile.mkdtemp(dir=folder) + "/run"]
     words = [*words, *own, "--quiet", "True"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = os.times()
     subprocess.run([sys.executable, ROOT / words[0], *words[1:]], check=True, cwd=folder,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    after = os.times()
     lines = (folder / words[words.index("--out") + 1] / "metrics.jsonl").read_text(encoding="utf-8")
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
     return {"cpu_seconds": [round(seconds, 1)]} | summary(map(json.loads, lines.splitlines()))
 
 
 def measure():
     subprocess.run([sys.executable, "-m", "tasks.build"], check=True, cwd=ROOT)     # its time is no command's
     stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    found = [words for path in pages().values() for words in commands_of(path.read_text(encoding="utf-8"))]
-    todo = {" ".join(words): words for words in found if " ".join(words) not in stored}
+    todo = {name: words for name, words in commands().items() if name not in stored}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, words) in enumerate(todo.items(), 1):
             print(f"{number} of {len(todo)}: python {name}", flush=True)
