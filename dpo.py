@@ -12,7 +12,7 @@ logistic regression as any reward model, therefore trains the policy itself, wit
 
     L = -log sigmoid(beta [log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)])                 (Eq. 7)
 
-    python dpo.py                  # 23 s of one core (at first two minutes more): gold 0.16 to 0.68, KL 1.7
+    python dpo.py                  # 26 s of one core (at first two minutes more): gold 0.16 to 0.68, KL 1.7
     python dpo.py --reproduce      # beta, other losses and PPO, the data curriculum: ten seeds
     python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 

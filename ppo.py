@@ -14,7 +14,7 @@ by moving the policy further:
 
     L = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),  ratio_t = pi(y_t) / pi_old(y_t)     (-L^CLIP)
 
-    python ppo.py                  # 29 s of one core (at first two minutes more): gold 0.16 to 0.75, KL 7.4
+    python ppo.py                  # 27 s of one core (at first two minutes more): gold 0.16 to 0.75, KL 7.4
     python ppo.py --reproduce      # the KL penalty and over-optimisation
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 

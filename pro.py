@@ -13,7 +13,7 @@ and for n = 2 a logistic loss. There is no reference model. The best response is
 
     L = L_rank + 0.05 (n-1)^2 (-log pi(y_1|x))                                                        (Eq. 5)
 
-    python pro.py                  # 18 s of one core (at first two minutes more): gold 0.16 to 0.72, KL 1.2
+    python pro.py                  # 16 s of one core (at first two minutes more): gold 0.16 to 0.72, KL 1.2
     python pro.py --reproduce      # ranking length, ablations, RRHF and DPO
     python pro.py --model HuggingFaceTB/SmolLM2-135M-Instruct --sources P --data ranked.jsonl
 

@@ -19,7 +19,7 @@ In Llama 2 every version starts from the initial model again (--restart), the po
 all rounds (--pool all; with those of the last round alone, skills were lost), and the reward model is trained
 further, on labels of new samples (--refresh). Then PPO goes on with the last policy and reward model.
 
-    python raft.py                 # 24 s of one core (at first two minutes more): gold 0.16 to 0.72, KL 7.5
+    python raft.py                 # 22 s of one core (at first two minutes more): gold 0.16 to 0.72, KL 7.5
     python raft.py --reproduce     # K, noise in the reward, the Llama 2 rounds; against PPO
     python raft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 

@@ -15,7 +15,7 @@ token. A token is credited with its own and with all that follow (KL to go):
 
 (These numbers are ours: the paper's own could not be checked.)
 
-    python remax.py                # 24 s of one core (at first two minutes more): gold 0.16 to 0.81, KL 6.1
+    python remax.py                # 22 s of one core (at first two minutes more): gold 0.16 to 0.81, KL 6.1
     python remax.py --reproduce    # the gradient's variance, and against PPO
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 

@@ -12,7 +12,7 @@ the reward:
 
 There is no value model and no reference model, and only the order of the rewards counts.
 
-    python rrhf.py                 # 20 s of one core (at first two minutes more): gold 0.16 to 0.65, KL 1.4
+    python rrhf.py                 # 19 s of one core (at first two minutes more): gold 0.16 to 0.65, KL 1.4
     python rrhf.py --reproduce     # terms of the loss, sources of candidates
     python rrhf.py --model HuggingFaceTB/SmolLM2-135M-Instruct --sources P --data ranked.jsonl
 

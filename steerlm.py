@@ -11,7 +11,7 @@ responses. At inference the user says which levels are wanted. There is no refer
     4. Bootstrapping: for combinations v that were seen with the highest quality, sample y' from pi(y | x, v)
        (Eq. 3), rate it as in step 2: v'' (Eq. 4), and train on (x, v'', y') as in step 3.
 
-    python steerlm.py                # 86 s of one core (at first two minutes more): gold 0.16 to 1.09, KL 3.1
+    python steerlm.py                # 96 s of one core (at first two minutes more): gold 0.16 to 1.09, KL 3.1
     python steerlm.py --steer sentiment=9,verbosity=0 --prompt "you saw this old fantasy. how was the score?"
     python steerlm.py --reproduce    # the paper's ladder, steering, noise; against PPO
     python steerlm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data rated.jsonl
