@@ -162,6 +162,12 @@ def in_one_line(function):
         sys.exit(128 + (Stop.signal or signal.SIGINT))
 
 
+def parser_of(config_class, about=None, prog=None):
+    """The parser of all options; above its error stands one line, not the list of all flags."""
+    usage = "%(prog)s [--flag value ...]    (all flags: %(prog)s --help)"
+    return HfArgumentParser(config_class, prog=prog, usage=usage, description=about)
+
+
 def main(config_class, train, answer=None):
     """The command line of a script: one run, --reproduce, or for --prompt answer(config), else asking.ask.
 
@@ -169,7 +175,7 @@ def main(config_class, train, answer=None):
     """
     def command():
         about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
-        config = config_class(**vars(HfArgumentParser(config_class, description=about).parse_args()))
+        config = config_class(**vars(parser_of(config_class, about).parse_args()))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, Stop.handle)
         if config.reproduce:

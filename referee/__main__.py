@@ -18,7 +18,7 @@ import importlib
 import sys
 
 from harness import UserError
-from harness.command_line import in_one_line
+from harness.command_line import in_one_line, parser_of
 
 OWN_FLAGS = "--report", "--tune"                # all others are the method's
 
@@ -39,9 +39,8 @@ def main(argv):
     if name not in (*method_names(), comparison.NAME):
         raise UserError(f"no method {name!r}; there are: {', '.join(method_names())}, {comparison.NAME}, "
                         f"{real_text.NAME}, {mine.NAME}")
-    from transformers import HfArgumentParser
     Config = config_class(name)
-    parser = HfArgumentParser(Config, prog=f"python -m referee {name}")
+    parser = parser_of(Config, prog=f"python -m referee {name}")
     config = Config(**vars(parser.parse_args([flag for flag in flags if flag not in OWN_FLAGS])))
     if name == comparison.NAME:
         if "--report" not in flags:

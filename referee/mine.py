@@ -21,10 +21,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Optional
 
-from transformers import HfArgumentParser
-
 import harness
 from harness import UserError, directory, option
+from harness.command_line import parser_of
 from harness.run import Stop
 from referee import page
 from referee.arms import config_class, load, method_names
@@ -50,7 +49,7 @@ def given(cls, words, prog):
     """The options that a command line gives: {name: value}, without defaults."""
     unset = object()
     found = argparse.Namespace(**{f.name: unset for f in fields(cls)})
-    HfArgumentParser(cls, prog=prog).parse_args(words, found)
+    parser_of(cls, prog=prog).parse_args(words, found)
     return {name: value for name, value in vars(found).items() if value is not unset}
 
 
@@ -233,7 +232,7 @@ def finish(name, plan, options, state, out, known):
 
 def main(words):
     """The command line: python -m referee mine."""
-    parser = HfArgumentParser(Config, prog=f"python -m referee {NAME}", description=__doc__.split("\n")[0])
+    parser = parser_of(Config, __doc__.split("\n")[0], f"python -m referee {NAME}")
     config = Config(**vars(parser.parse_args(words)))
     for number in (signal.SIGINT, signal.SIGTERM):                           # a step is ended, and saved
         signal.signal(number, Stop.handle)

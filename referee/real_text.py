@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from transformers import HfArgumentParser
 
 import experiments.real_text as data
 import harness
 from harness import UserError, adapters, option
+from harness.command_line import parser_of
 from harness.rewards import load_rewards
 from referee import mine, runs
 from referee.arms import OWN, SET_HERE, config_of, load
@@ -193,7 +193,7 @@ def block(results_dir="results"):
 def main(words):
     """The command line: python -m referee real_text."""
     flags = [word for word in words if word != "--report"]
-    parser = HfArgumentParser(Config, prog=f"python -m referee {NAME}", description=__doc__.split("\n")[0])
+    parser = parser_of(Config, __doc__.split("\n")[0], f"python -m referee {NAME}")
     config = Config(**vars(parser.parse_args(flags)))
     if "--report" not in words:
         run(config, mine.given(Config, flags, parser.prog))

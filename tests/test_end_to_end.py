@@ -431,7 +431,8 @@ def check_refused(run, *parts, after_warnings=False):
 
 
 def check_refused_by_argparse(run, *parts):
-    """Status 2, and the parts in the last line, which follows the usage."""
+    """Status 2, and the parts in the last line, which follows one line of usage."""
+    assert len(run.err.splitlines()) == 2, run.err
     assert run.status == 2 and not [part for part in parts if part not in run.err.splitlines()[-1]], run.err
     assert "Traceback" not in run.err
 
