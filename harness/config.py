@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal, Optional, get_args, get_origin
 
-from common import UserError
+from common import UserError, pick_device
 
 LARGEST = {int: 2 ** 62, float: 1e30}                       # what 64 and 32 bits can hold, with some room
 
@@ -68,7 +68,6 @@ class Config:
     MAX_NEW_TOKENS: ClassVar = {"tiny": 40, "real": 128}
     MAX_LENGTH: ClassVar = {"tiny": 160, "real": 512}
     EPOCHS: ClassVar = {"tiny": 1.0, "real": 1.0}
-    TOKEN_BUDGET: ClassVar = {"tiny": 2048, "real": 16384}   # small: less padding, see common.batches
 
     model: str = option("tiny", "'tiny' (built here, no download) or any causal LM: a directory or a hub id")
     policy: str = option("", "start from this saved policy, which is then the reference too")
@@ -104,7 +103,7 @@ class Config:
     epochs: Optional[float] = option(
         None, "passes over the training rows; the default depends on the model", "[0, inf)")
     token_budget: Optional[int] = option(
-        None, "padded tokens per forward pass; a step is split to fit, same effect (tiny 2048, else 16384)",
+        None, "padded tokens per forward pass; a step is split to fit, same effect (16384; tiny or CPU 2048)",
         "(0, inf)")
     gradient_checkpointing: bool = option(
         False, "keep one activation a layer, compute the others again going back: less memory, slower")
@@ -151,7 +150,9 @@ class Config:
                 must = outside(getattr(self, f.name), interval_of(f) or "(-inf, inf)")
                 self.check(lambda value: not must, must, f.name)
         kind = "tiny" if self.model == "tiny" else "real"
-        for name in ("lr", "epochs", "max_new_tokens", "max_length", "token_budget"):
+        if self.token_budget is None:                            # small: less padding, see common.batches
+            self.token_budget = 2048 if kind == "tiny" or pick_device(self.device).type == "cpu" else 16384
+        for name in ("lr", "epochs", "max_new_tokens", "max_length"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self, name.upper())[kind])
                 if name == "lr" and self.lora_rank:

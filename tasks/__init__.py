@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import sys
+from collections import UserDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -103,6 +104,15 @@ class Demonstration(NamedTuple):
     prompt: str
     response: str
     attributes: dict[str, int] = {}
+
+
+class Late(UserDict):
+    """A dict in which a value may be a function: it is called where its key is used first."""
+
+    def __getitem__(self, key):
+        if callable(self.data[key]):
+            self.data[key] = self.data[key]()
+        return self.data[key]
 
 
 @dataclass

@@ -8,6 +8,7 @@ written under a temporary name and then renamed, so a build that is killed goes 
 missing.
 """
 import argparse
+import copy
 import functools
 import hashlib
 import inspect
@@ -24,7 +25,7 @@ from transformers import (AutoModelForSequenceClassification, LlamaConfig, Llama
 import common
 import tasks
 from harness.stages import Recipe, fit, reward_model_losses, shuffled_batches, train_reward_model, train_sft
-from tasks import Demonstration, Pair, Ranking, Task, lock, lock_or_say, reviews, write_json
+from tasks import Demonstration, Late, Pair, Ranking, Task, lock, lock_or_say, reviews, write_json
 
 DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
 POOL = 512, 16               # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
@@ -219,8 +220,9 @@ def load_task(config):
     if key not in LAST:
         LAST.clear()
         LAST[key] = make_task(config, path)
-    own = {name: dict(value) for name, value in vars(LAST[key]).items() if isinstance(value, dict)}
-    return replace(LAST[key], **own)
+    task = LAST[key]
+    own = {name: copy.copy(value) for name, value in vars(task).items() if isinstance(value, (dict, Late))}
+    return replace(task, **own)
 
 
 def make_task(config, path):
@@ -232,25 +234,33 @@ def make_task(config, path):
         prefers_a = reviews.annotate(reviews.gold(prompt, a), reviews.gold(prompt, b), rng)
         return prefers_a != (rng.random() < config.label_noise)
 
-    rng, off_policy = random.Random(f"off policy {config.seed}"), []
-    for row in rows["pool"]:
-        for _ in range(PAIRS):
-            a, b = (reviews.write("off_policy", row["prompt"], rng) for _ in range(2))
-            prefers_a = annotate(row["prompt"], a, b, rng)
-            off_policy.append(Pair(row["prompt"], *((a, b) if prefers_a else (b, a))))
+    @functools.cache                                                    # few runs use these: made if they do
+    def off_policy():
+        rng, pairs = random.Random(f"off policy {config.seed}"), []
+        for row in rows["pool"]:
+            for _ in range(PAIRS):
+                a, b = (reviews.write("off_policy", row["prompt"], rng) for _ in range(2))
+                prefers_a = annotate(row["prompt"], a, b, rng)
+                pairs.append(Pair(row["prompt"], *((a, b) if prefers_a else (b, a))))
+        return pairs
+
+    @functools.cache
+    def ratings(name, split):
+        return rated(rows[name], split, config)
+
     pairs = with_noise(annotated(rows["shown"], "proxy", config.seed), config)
     if config.pair_labels == "gold":
         pairs = [Pair(p.prompt, *sorted(p.responses, key=lambda text: -reviews.gold(p.prompt, text)))
                  for p in pairs]
     return Task("reviews", prompts={"train": [row["prompt"] for row in rows["pool"]],
                                     "test": [row["prompt"] for row in rows["test"]]},
-                pairs={"train": pairs,
-                       "test": annotated(rows["test"], "test", config.seed), "off_policy": off_policy},
+                pairs=Late(train=pairs, test=annotated(rows["test"], "test", config.seed),
+                           off_policy=off_policy),
                 rankings={"train": rankings, "test": []},
                 pool={row["prompt"]: Ranking(row["prompt"], sampled(row), [], ended=row["ended"])
                       for row in rows["pool"]},
-                ratings={"train": rated(rows["pool"], "train", config),
-                         "test": rated(rows["test"], "test", config)},
+                ratings=Late(train=functools.partial(ratings, "pool", "train"),
+                             test=functools.partial(ratings, "test", "test")),
                 annotate=annotate, opinion=functools.partial(reviews.opinion, seed=config.seed),
                 gold=reviews.gold, fluent=reviews.fluent, attributes=reviews.attributes)
 

@@ -58,6 +58,7 @@ def test_defaults_do_not_follow_the_model_or_override_what_is_given():
     tiny, real = Config(), Config(model="some/model", data="x.jsonl")
     assert (tiny.lr, tiny.max_new_tokens, tiny.max_length) == (5e-4, 40, 160)
     assert (real.lr, real.max_new_tokens, real.max_length) == (1e-6, 128, 512)
+    assert (tiny.token_budget, Config(device="cpu", model="a/b", data="x.jsonl").token_budget) == (2048, 2048)
     assert Config(lr=0.5).lr == 0.5 and Config(max_new_tokens=7).max_new_tokens == 7
     assert (tiny.pair_labels, tiny.proxy_pairs, tiny.seeds) == ("annotators", "samples", 10)
 
