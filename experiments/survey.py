@@ -19,21 +19,21 @@ STATEMENTS = [
     ("RRHF is slightly above PPO, cheap and stable", "RRHF 略优于 PPO，成本低，训练稳定", [
         ("comparison", "RRHF has more gold than PPO, within one budget of time",
          "在同样的时间预算内，RRHF 的 gold 高于 PPO"),
-        ("comparison", "and trains fewer MB", "训练占用的 MB 更少")]),
+        ("comparison", "and trains fewer MB", "RRHF 训练占用的 MB 少于 PPO")]),
     ("RRHF's ranking loss alone destroys the model", "RRHF 只用排序损失，模型会崩溃", [
         ("rrhf", "ranking alone destroys the language model: gold falls below SFT's",
          "去掉 SFT 损失，gold 低于 SFT 策略"),
-        ("rrhf", "and fluency falls by a tenth or more", "而且流畅度比 SFT 策略低 0.1 以上")]),
-    ("RRHF gains from each new round of samples (IP-3)", "RRHF 每用新策略重新采样一轮，效果更好（IP-3）", [
+        ("rrhf", "and fluency falls by a tenth or more", "去掉 SFT 损失，流畅度比 SFT 策略低 0.1 以上")]),
+    ("RRHF gains from each new round of samples (IP-3)", "RRHF 用训练后的策略重新采样，轮数越多越好（IP-3）", [
         ("rrhf", "sampling again from the trained policy helps: 3 > 2 > 1 (proxy)",
          "按 proxy，三轮高于两轮，两轮高于一轮")]),
     ("own samples beat others'", "用自己的样本比用别人的好", [
         ("rrhf", "own samples beat the data's own answers (proxy)",
-         "按 proxy，自己的样本高于数据自带的回答"),
+         "按 proxy，用自己的样本高于用数据自带的回答"),
         ("rso", "SFT samples beat the data's own pairs, under every loss",
-         "按胜率，三种损失下，SFT 策略的样本都高于数据自带的偏好对")]),
+         "按胜率，三种损失下，用 SFT 策略的样本都高于用数据自带的偏好对")]),
     ("DPO is less sensitive and reaches a better reward", "DPO 不那么敏感，奖励更高", [
-        ("dpo", "gold rises above SFT at every beta", "试过的每个 β，gold 都高于 SFT"),
+        ("dpo", "gold rises above SFT at every beta", "试过的每个 β，gold 都高于 SFT 策略"),
         ("dpo", "on pairs labelled by gold it has more gold than PPO on gold, at equal KL",
          "偏好对由 gold 标注，KL 相等时，gold 高于直接以 gold 为奖励的 PPO"),
         ("comparison", "DPO has more gold than PPO, within one budget of time",
@@ -46,36 +46,36 @@ STATEMENTS = [
          ("dpo", "easy to hard beats the other order", "按 gold，由易到难高于由难到易")]),
     ("the constraint matters more than the loss", "约束比损失函数更重要", [
         ("rso", "hacking: the hinge without a reference wins most by the proxy",
-         "没有参考策略的 hinge 损失，按 proxy 胜率最高（reward hacking）"),
-        ("rso", "but less than the others by the judge", "但按 judge 的胜率，它低于另外两种损失"),
+         "没有参考策略的 hinge 损失，按 proxy 的胜率最高（奖励黑客）"),
+        ("rso", "but less than the others by the judge", "没有参考策略的 hinge 损失，按 judge 的胜率低于另外两种损失"),
         ("rso", "the two losses with a reference are level (win rate, within 0.05)",
          "有参考策略的两种损失不分高下（胜率相差不到 0.05）")]),
     ("rejection sampling gives two points more", "拒绝采样再提高 2 个点", [
         ("rso", "rejection sampling beats SFT samples, under every loss",
-         "按胜率（0.02 即 2 个点），三种损失下，拒绝采样都高于直接用 SFT 策略的样本")]),
+         "三种损失下，拒绝采样的胜率都高于直接用 SFT 策略的样本（2 个点即 0.02）")]),
     ("rounds of best-of-n gain, and PPO after them gains again", "先做几轮拒绝采样微调，再做 PPO，还能提高", [
         ("raft", "versions climb: the fifth has more gold than the second (half-way)",
-         "按 gold，第五版高于第二版（训练进行到一半时）"),
+         "按 gold，第五版（最后一版）高于第二版（约在训练的一半处）"),
         ("raft", "PPO adds to the last version", "在最后一版上再做 PPO，gold 更高")]),
     ("ReMax saves memory and time, and is better at 1.3B", "ReMax 省显存、省时间，1.3B 上效果更好", [
         ("remax", "less memory for weights, gradients and optimizer (MB)",
-         "权重、梯度、优化器状态合计的 MB 少于 PPO（每批只更新一次）"),
-        ("remax", "less CPU time", "CPU 时间少于 PPO（每批只更新一次）"),
+         "权重、梯度、优化器状态合计的 MB 少于每批只更新一次的 PPO"),
+        ("remax", "less CPU time", "CPU 时间少于每批只更新一次的 PPO"),
         ("remax", "no less gold than PPO with one update a batch, for equal prompts (within 0.1)",
-         "提示一样多时，gold 不低于这样的 PPO（容许低 0.1）")]),
+         "提示一样多时，gold 不低于每批只更新一次的 PPO（容许低 0.1）")]),
     ("the Decision Transformer is above PPO", "Decision Transformer 优于 PPO", [
         ("decision_transformer", "it is comparable to PPO (gold, within 0.1)",
          "与 PPO 相当（gold 相差不到 0.1；论文第 2 版的说法）"),
         ("comparison", "the Decision Transformer has more gold than PPO, within one budget of time",
-         "在同样的时间预算内，gold 高于 PPO")]),
+         "在同样的时间预算内，Decision Transformer 的 gold 高于 PPO")]),
     ("SteerLM is above RLHF", "SteerLM 优于 RLHF", [
         ("steerlm", "it beats RLHF", "gold 高于 PPO")]),
     ("the reward model is the bottleneck: it agrees with people in 70% of pairs",
      "奖励模型是瓶颈：与人的一致率只有 70% 左右", [
          ("ppo", "while the proxy keeps rising", "没有 KL 惩罚的 PPO，在训练的后一半，proxy 还在上升"),
          ("ppo", "without a penalty gold turns over (it falls in the second half of training)",
-          "同时 gold 下降"),
-         ("raft", "a reward model refreshed by new labels helps", "用新标注更新奖励模型，gold 更高")]),
+          "没有 KL 惩罚的 PPO，在训练的后一半，gold 下降"),
+         ("raft", "a reward model refreshed by new labels helps", "多轮拒绝采样时，用新标注更新奖励模型，gold 更高")]),
 ]
 
 # The substitutes in the survey's order: name, method, (experiment, arm) or None for the default run, and in
@@ -96,6 +96,6 @@ SUBSTITUTES = [
     ("ReMax", "remax", None, ("用", "每批，一个提示两条", "用", "不用", "提示")),
     ("PPO", "ppo", None, ("用", "每批，一个提示一条", "用", "用", "提示")),
     ("Decision Transformer", "decision_transformer", None,
-     ("打分用；数据有分数时不用", "训练中不用", "不用", "不用", "回答，各有一个分数")),
+     ("打分用；数据有分数时不用", "训练时不用，选等级时用", "不用", "不用", "回答，各有一个分数")),
     ("SteerLM", "steerlm", None, ("不用；用属性预测模型", "不用", "不用", "不用", "回答，部分有多个属性的评分")),
 ]

@@ -35,6 +35,9 @@ PHRASES = [                                       # what tables.measured and tab
     (r"; about (\d+) seeds would settle it", r"；约 \1 个种子可以得出结论"),
     (r"; over (\d+) seeds would settle it", r"；要 \1 个以上的种子才能得出结论"),
     (r"^Seeds none\.", "没有种子。"), (r"^Seeds ([\d, ]+)\.", r"种子：\1。"),
+    (r"^Seeds ([\d, ]+) \((\d+) of the (\d+) that were set beforehand\)\.",
+     r"种子：\1（事先定下 \3 个，已运行 \2 个）。"),
+    (r": (?=[+-]?\d+(\.\d+)?( ±|（|；|$))", "："),
     (r" Flags: (.*?)\.(?= |$)", r"选项：\1。"), (r" (\w+): ([^,;]+), (\d+) cores; ", r"设备 \1：\2，\3 核；"),
     (r"(?<=\d)\.$", "。")]
 
@@ -140,7 +143,7 @@ def substitutes(defaults, others, sources, results_dir="results"):
     """The block of the substitutes, in Chinese, of what docs.overview returns."""
     parts = [markdown_table(substitute_rows(defaults, results_dir))]
     if others:
-        parts.append(f"{'、'.join(others)} 的结果来自其他种子，或较早版本的任务模型，只能粗略比较。")
+        parts.append(f"{'、'.join(others)} 的结果来自其他种子，或较早版本的任务模型，与其他各行只能粗略比较。")
     where = [in_chinese(source) if len(sources) == 1 else f"{'、'.join(names)}：{in_chinese(source)}"
              for source, names in sources.items()]
     return "\n\n".join([*parts, "".join(where)])                   # one line: the page's length is limited

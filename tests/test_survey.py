@@ -146,6 +146,9 @@ def test_provenance_is_left_in_english():
         {"config": {"beta": 0.3}, "seeds": [0, 1], "machines": [machine, machine]}))
     assert text.startswith("种子：0, 1。选项：beta=0.3。设备 auto：x86_64，2 核；python 3.11.7")
     assert not re.search("Seeds|Flags|cores", text) and text.count("2 核") == 2
+    text = survey.in_chinese(tables.provenance({"config": {}, "seeds": [0, 1], "machines": [machine]}))
+    assert text.startswith("种子：0, 1（事先定下 10 个，已运行 2 个）。设备 auto：x86_64，2 核；python 3.11.7")
+    assert not re.search("Seeds|beforehand|cores", text)
 
 
 # ------------------------------------------------------------------------------------------------ substitutes
