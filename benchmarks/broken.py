@@ -46,7 +46,30 @@ BUGS = {
     "raft": Bug("return (rewards == rewards.amax(1, keepdim=True)).int().argmax(1)",
                 "return (rewards == rewards.amin(1, keepdim=True)).int().argmax(1)",
                 "The worst sample of each prompt is kept, not the best.", 16,
-                LOSS | {"round/mean": "Mean reward of a round's samples"} | GOLD)}
+                LOSS | {"round/mean": "Mean reward of a round's samples"} | GOLD),
+    "rrhf": Bug("best = rewards.argmax(1, keepdim=True)", "best = scores.argmax(1, keepdim=True)",
+                "The SFT term imitates the response with the best score, not with the best reward.", 4,
+                {"loss/sft": "SFT term, nats", "loss/rank": "Ranking loss, nats a token"} | GOLD),
+    "rso": Bug("margins = margins - (sft_chosen_logps - sft_rejected_logps)",
+               "margins = margins + (sft_chosen_logps - sft_rejected_logps)",
+               "The reference's part of the margin has the wrong sign.", 8,
+               LOSS | {"eval/kl": "KL, nats a response"} | GOLD),
+    "remax": Bug("batch, responses, ended = harness.rollout(run, prompts)  ",
+                 "batch, responses, ended = harness.rollout(run, prompts, greedy=True)  ",
+                 "The sample is decoded greedily, too.", 4,
+                 {"objective/scores": "Mean reward of samples", "grad_norm": "Norm of the gradient"} | GOLD),
+    "ppo": Bug("return advantages, advantages + values",
+               "return advantages, masked_whiten(advantages, mask) + values",
+               "The returns are made from whitened advantages.", 4,
+               {"loss/value": "Value loss", "val/explained_variance": "Explained variance"} | GOLD),
+    "decision_transformer": Bug("tag(levels, s.reward)) for s in samples]",
+                                "tag(levels, -s.reward)) for s in samples]",
+                                "Each response is trained with the tag of minus its reward.", 158,
+                                LOSS | {"eval/slope_reward": "Reward found per unit asked for"} | GOLD),
+    "steerlm": Bug("for row, new in zip(samples, levels) if new]",
+                   "for row, new in zip(samples, levels[1:]) if new]",
+                   "Each response gets the levels of the one that follows it.", 180,
+                   LOSS | {"eval/slope": "Levels found per level asked for"} | GOLD)}
 
 
 def texts_of(method):
