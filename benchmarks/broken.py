@@ -65,11 +65,11 @@ BUGS = {
     "decision_transformer": Bug("tag(levels, s.reward)) for s in samples]",
                                 "tag(levels, -s.reward)) for s in samples]",
                                 "Each response is trained with the tag of minus its reward.", 158,
-                                LOSS | {"eval/slope_reward": "Reward found per unit asked for"} | GOLD),
+                                LOSS | {"eval/slope_reward": "Reward per unit asked for"} | GOLD),
     "steerlm": Bug("for row, new in zip(samples, levels) if new]",
                    "for row, new in zip(samples, levels[1:]) if new]",
                    "Each response gets the levels of the one that follows it.", 180,
-                   LOSS | {"eval/slope": "Levels found per level asked for"} | GOLD)}
+                   LOSS | {"eval/slope": "Levels per level asked for"} | GOLD)}
 
 
 def texts_of(method):
@@ -108,8 +108,9 @@ def draw(method, found):
         figure = matplotlib.figure.Figure((12, 4), 100, layout="constrained")
         for ax, (metric, title) in zip(figure.subplots(1, 3), BUGS[method].panels.items()):
             for kind, (colour, line, label) in LOOKS.items():
-                ax.plot(*zip(*found[kind][metric]), line, color=colour, linewidth=3.5, label=label,
-                        marker="o" * metric.startswith("eval/"))
+                steps, values = zip(*found[kind][metric])
+                ax.plot(steps, picture.smooth(values) if len(steps) > 100 else values, line, color=colour,
+                        linewidth=3.5, label=label, marker="o" * metric.startswith("eval/"))
             ax.set(title=title, xlabel="step")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=16)
         FOLDER.mkdir(exist_ok=True)
