@@ -259,8 +259,8 @@ def pick_device(name):
 
 def compute(model):
     """bfloat16 autocast around float32 weights where load() asked for it; else nothing."""
-    dtype = getattr(model, "compute_dtype", torch.float32)
-    return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    dtype, cast = getattr(model, "compute_dtype", torch.float32), getattr(model, "autocast", torch.autocast)
+    return cast(model.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

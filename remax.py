@@ -70,6 +70,8 @@ class Config(harness.Config):
     def __post_init__(self):
         super().__post_init__()
         self.check(lambda value: value == 0 or value > 1, "be 0 or at least 2", "variance_prompts")
+        if self.shard and self.variance_prompts:
+            raise harness.UserError("--variance_prompts needs whole gradients: leave out --shard")
 
 
 @torch.no_grad()
@@ -182,7 +184,7 @@ def train(run):
                 ref_logps = common.token_logps(reference, part, config.temperature)
             returns = remax_returns(scores[rows].to(device), baselines[rows].to(device), logps, ref_logps,
                                     mask, config.kl_coef, config.gamma)                  # no gradient
-            share = len(rows) / len(batch)                  # the mean over the step's responses, in parts
+            share = len(rows) / len(batch) * run.weight     # the mean over the step's responses, in parts
             part_loss = share * remax_loss(logps, returns, mask)
             part_loss.backward()
             loss = loss + part_loss.detach()

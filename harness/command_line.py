@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 import common
 from common import UserError
-from harness import directory, loading, ranks
+from harness import directory, loading, ranks, shards
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
 from harness.config import method_name
@@ -26,7 +26,7 @@ from tasks import ROOT, chat
 
 def output_directory(config):
     """--out, or the first free number under runs/<method>. UserError for a directory of another run."""
-    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs")
+    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs", "shard")
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
         return directory.free_directory(ROOT / "runs" / method_name(config))
@@ -50,6 +50,7 @@ def output_directory(config):
 def start(config):
     """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
     ranks.start(config.device)
+    shards.check(config)
     torch.manual_seed(config.seed)
     out = ranks.from_first(lambda: output_directory(config))
     lock, run = directory.claim(out) if ranks.first() else None, None
@@ -107,6 +108,9 @@ def launch(train, config, known=None):
     try:
         train(run)
         return run.finish()
+    except RuntimeError as error:
+        ranks.check_others(error)
+        raise
     finally:
         Stop.stepping, error = False, sys.exc_info()[1]
         alone = known is None                                     # an arm of the referee is not resumed

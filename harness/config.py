@@ -102,6 +102,8 @@ class Config:
     batch_size: int = option(64, "prompts per optimizer step", "(0, inf)")
     epochs: Optional[float] = option(
         None, "passes over the training rows; the default depends on the model", "[0, inf)")
+    shard: bool = option(
+        False, "with torchrun: each process keeps a part of the weights (FSDP); see docs/scale.md")
     token_budget: Optional[int] = option(
         None, "padded tokens per forward pass; a step is split to fit, same effect (16384; tiny or CPU 2048)",
         "(0, inf)")
@@ -166,6 +168,10 @@ class Config:
                             f"{self.max_length}; prompts may take the other three: raise --max_length")
         if self.resume and not self.out:
             raise UserError("--resume needs --out: the directory of the run to go on with")
+        if self.shard and self.lora_rank:
+            raise UserError("--shard is for training all weights: leave out --lora_rank, or --shard")
+        if self.shard and (self.prompt or self.reproduce):
+            raise UserError("--shard is for training one run: leave it out with --prompt and --reproduce")
         if self.data == "reviews" and (self.test_data or self.gold):
             raise UserError("--test_data and --gold are for --data; the built-in task has its own")
         if self.model != "tiny" and self.data == "reviews":

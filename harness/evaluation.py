@@ -130,10 +130,12 @@ def kl_to_reference(config, policy, batch, plain=None):
     if len(embeddings) > known:                                     # tags, see conditioning.add_tags
         extend_vocabulary(reference, embeddings[known:])
     temperatures, plain = (config.eval_temperature, config.temperature), plain or batch
-    kls = torch.zeros(len(batch))
-    for rows in batch.split(config.token_budget)[ranks.number()::ranks.count()]:
+    kls, parts = torch.zeros(len(batch)), batch.split(config.token_budget)
+    own = parts[ranks.number()::ranks.count()]
+    for rows in ranks.filled(own, lambda: parts[0]) if config.shard else own:
         both = [b[rows].to(policy.device) for b in (batch, plain)]
-        kls[rows] = sequence_kl((policy, reference), both, temperatures).cpu()
+        found = sequence_kl((policy, reference), both, temperatures).cpu()
+        kls[rows] = kls[rows] if ranks.Filler.now else found
     return ranks.total(kls)
 
 
@@ -161,6 +163,7 @@ def probe(run, prompts):
         torch.manual_seed(config.seed)
         batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.eval_temperature,
                                 max_new_tokens=config.max_new_tokens)
+        ranks.wait(run.policy)
     return common.decode(run.tokenizer, batch), common.finished(run.tokenizer, batch)
 
 

@@ -9,7 +9,7 @@ from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
 
 import common
 from common import UserError
-from harness import adapters
+from harness import adapters, ranks, shards
 from harness.prompts_once import share_prompts
 
 MEGABYTE = 2 ** 20
@@ -48,7 +48,7 @@ def load_task(config):
     """The data to train on, and what judges it. The tiny models are built at the first use of a seed."""
     if config.data == "reviews":
         from tasks import build
-        return build.load_task(config)
+        return ranks.first_makes(lambda: build.load_task(config))
     from tasks import preferences
     preferences.locate(config.data)                       # a wrong path: before the tiny model is built
     tokenizer = load_tokenizer(config)
@@ -127,9 +127,9 @@ def load_policy(config):
     """The initial policy; with --lora_rank it has an adapter, and nothing else of it is trained."""
     path = policy_path(config)
     if adapters.settings_of(path):
-        policy = adapters.load(path, config.lora_rank, config.device, config.dtype)
+        policy = shards.load(config, lambda *place: adapters.load(path, config.lora_rank, *place))
     else:
-        policy = common.load_policy(path, config.device, config.dtype)
+        policy = shards.load(config, lambda *place: common.load_policy(path, *place))
         if config.lora_rank:
             adapters.add(policy, config.lora_rank)
     return shared(config, lightened(config, policy))
@@ -170,8 +170,9 @@ def load_scorer(config, labels=1):
     family = without_scorer(config)
     if family:
         raise UserError(f"transformers has no class for models of scores of the family {family}")
-    model = common.load(AutoModelForSequenceClassification, weights_path(config), config.device, config.dtype,
-                        num_labels=labels)
+    path = weights_path(config)                             # each process reads all rows that it learns: mean
+    model = shards.load(config, lambda *place: common.load(
+        AutoModelForSequenceClassification, path, *place, num_labels=labels), mean=True)
     if config.lora_rank:
         adapters.add(model, config.lora_rank, "SEQ_CLS")
     return shared(config, lightened(config, model))
@@ -204,16 +205,19 @@ def load_reference(config, policy=None):
         return adapters.Reference(policy)
     path = policy_path(config)
     if adapters.settings_of(path):
-        return shared(config, adapters.load(path, 0, config.device, config.dtype).requires_grad_(False))
-    return shared(config, common.load_reference(path, config.device, config.dtype))
+        return shared(config, shards.load(
+            config, lambda *place: adapters.load(path, 0, *place).requires_grad_(False)))
+    return shared(config, shards.load(config, lambda *place: common.load_reference(path, *place)))
 
 
 def load_base(config):
     """The model before SFT: of tiny the untrained one, else --model."""
     if config.model != "tiny":
-        return common.load_policy(config.model, config.device, config.dtype)
-    from tasks import build
-    return common.load_policy(build.models(config) / "base", config.device, config.dtype)
+        path = config.model
+    else:
+        from tasks import build
+        path = build.models(config) / "base"
+    return shards.load(config, lambda *place: common.load_policy(path, *place))
 
 
 def demonstrations(config, task, n, rated=0):

@@ -4,8 +4,11 @@ Every process goes through the same program with the same random numbers. Of a s
 answer, it reads its share; then gradients and numbers are added up. A loss is a mean over the rows of the
 step, so its gradient is the sum of the shares' gradients, whatever the number of processes. The first process
 alone writes and prints. Rewards, and values and log-probs of rollouts, are computed by each process anew.
+
+With --shard (shards.py) no process has a model whole, and all must make equally many passes: `filled`.
 """
 import contextlib
+import datetime
 import os
 import sys
 
@@ -14,6 +17,11 @@ import torch.distributed as dist
 
 import common
 from common import UserError
+
+ENDED = "another process of this run has ended: see its message. A checkpoint goes on with --resume, with " \
+        "any number of processes"
+
+PATIENCE = datetime.timedelta(days=1)        # the first may train a reward model while the others wait for it
 
 
 def joined():
@@ -38,7 +46,7 @@ def start(device):
         cuda = common.pick_device(device).type == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         if not first():
             sys.stdout, sys.stderr = (Without(stream, starts) for stream, starts in (
                 (sys.stdout, ""), (sys.stderr, "warning:")))
@@ -69,8 +77,24 @@ def together():
     try:
         yield
     except RuntimeError:                                   # of gloo and of NCCL
-        raise UserError("another process of this run has ended: see its message. A checkpoint goes on with "
-                        "--resume, with any number of processes") from None
+        raise UserError(ENDED) from None
+
+
+def check_others(error):
+    """UserError if this RuntimeError, of a forward or backward pass, says that another process has ended."""
+    if joined() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        raise UserError(ENDED) from None
+
+
+@contextlib.contextmanager
+def in_turn():
+    """The processes of a machine do what is within one after another."""
+    mine, all_here = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    for _ in range(mine):
+        gathered(None)
+    yield
+    for _ in range(all_here - mine):
+        gathered(None)
 
 
 def gathered(value):
@@ -95,6 +119,35 @@ def from_first(make):
     return gathered(make() if first() else None)[0]
 
 
+class Filler:
+    """A part that only keeps this process in step with others that have more: is one under way?"""
+    now = False
+
+
+def filled(parts, filler):
+    """Yield the parts, then filler() as often as the process with most parts has more than this one."""
+    parts = [*parts]
+    most = max(gathered(len(parts)))
+    yield from parts
+    Filler.now = True
+    try:
+        for _ in range(most - len(parts)):
+            yield filler()
+    finally:
+        Filler.now = False
+
+
+def first_makes(make):
+    """make() in the first process, then in the others, where it finds the files that the first has made.
+
+    They wait, because save_pretrained writes nothing in them.
+    """
+    if first():
+        made = make()
+    gathered(None)
+    return made if first() else make()
+
+
 def add_gradients(module):
     """Add up the gradients of all processes; a process that had no row counts as 0."""
     with together():
@@ -102,6 +155,11 @@ def add_gradients(module):
             if weight.requires_grad:
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 dist.all_reduce(weight.grad)
+
+
+def wait(model):
+    """Until all processes have sampled: a model in shards takes all of them."""
+    getattr(model, "wait", bool)()
 
 
 def generate(model, tokenizer, prompts, n=1, *args, **kwargs):
@@ -116,6 +174,7 @@ def generate(model, tokenizer, prompts, n=1, *args, **kwargs):
             before = batch.attention_mask - batch.response_mask
             rows = [tuple(ids[mask.bool()].tolist() for mask in masks)
                     for ids, *masks in zip(batch.input_ids, before, batch.response_mask)]
+        wait(model)
     shares = gathered(rows)
     rows = [shares[i % count()][i // count() * n + k] for i in range(len(prompts)) for k in range(n)]
     return common.pack(rows, tokenizer.pad_token_id)

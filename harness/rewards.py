@@ -1,4 +1,5 @@
 """Rewards: which models judge a run, and which function a method maximises."""
+import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 import common
 import tasks
 from common import UserError, warn
-from harness import adapters, ranks
+from harness import adapters, ranks, shards
 from harness.checkpoints import check_checkpoint
 from harness.loading import fit_positions, load_scorer, policy_path, shared, without_scorer
 from harness.stages import Recipe, check_finite, train_reward_model
@@ -29,8 +30,8 @@ def load_rewards(config, task):
     cache.
     """
     def load(path, label=""):
-        reward = common.load_reward_model(path, config.max_length, config.device, config.dtype, label,
-                                          config.token_budget)
+        reward = shards.load(config, lambda *place: common.load_reward_model(
+            path, config.max_length, *place, label, config.token_budget))
         if not hasattr(reward.model, "score"):
             reward = EncoderReward(**vars(reward))
         else:
@@ -56,7 +57,8 @@ def load_rewards(config, task):
         return {"proxy": load(config.reward, config.reward_label)} | judge
     if config.data == "reviews":
         from tasks import build
-        return {"proxy": load(build.proxy(config), config.reward_label)} | judge
+        path = ranks.first_makes(lambda: build.proxy(config))
+        return {"proxy": load(path, config.reward_label)} | judge
     pairs = task.pairs.get("train")
     if not pairs:
         warn("no pairs to train a reward model from and no --reward: samples go without a proxy reward")
@@ -67,15 +69,19 @@ def load_rewards(config, task):
              "proxy reward; --reward names one of another family")
         return {}
     path = trained_path(config, pairs)
-    with tasks.lock(path):
-        if not path.exists():
+    with tasks.lock(path) if ranks.first() else contextlib.nullcontext():
+        missing = ranks.from_first(lambda: not path.exists())
+        if missing and (ranks.first() or config.shard):                  # in shards, all processes together
             torch.manual_seed(config.seed)
             tokenizer = common.load_tokenizer(policy_path(config), config.max_length)
             model = load_scorer(config)
             recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear",
                             token_budget=config.token_budget, seed=config.seed, flag="--reward_lr")
             train_reward_model(model, tokenizer, pairs, recipe)
-            tasks.save_model(adapters.merge(model) if config.lora_rank else model, tokenizer, path)
+            model = shards.whole_model(model) if config.shard else model
+            if ranks.first():
+                tasks.save_model(adapters.merge(model) if config.lora_rank else model, tokenizer, path)
+        ranks.gathered(None)                                             # it is there now
     return {"proxy": load(path, config.reward_label)}
 
 

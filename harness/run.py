@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
-from harness import adapters, directory, loading, picture, ranks
+from harness import adapters, directory, loading, picture, ranks, shards
 from harness.checkpoints import check_checkpoint
 from harness.config import Config, method_name
 from harness.evaluation import before_and_after, check_policy, evaluate, most_changed, texts_of
@@ -28,7 +28,7 @@ from tasks import Task, save_model, write_json, write_text
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
                "rating_noise", "pair_labels", "eval_every", "save_every", "out", "resume", "reproduce",
-               "seeds", "jobs", "quiet"}
+               "seeds", "jobs", "quiet", "shard"}
 BAR = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
 PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpoint keeps beside the weights
 
@@ -131,6 +131,8 @@ class Run:
                     print(f"{len(plan)} steps, about {minutes:.0f} min", file=sys.stderr)
                 every = self.config.save_every
                 due = (step + 1) % every == 0 if every else time.time() - saved > wait
+                if self.config.shard:                           # a checkpoint takes all processes
+                    due, Stop.signal = map(max, zip(*ranks.gathered((due, Stop.signal))))
                 if due or Stop.signal:
                     saved = time.time()
                     self.checkpoint()
@@ -144,26 +146,47 @@ class Run:
 
         Parts fit --token_budget; rows of like length come together; the k responses of a row keep their
         order. Of several processes (torchrun), each has a share; after the last part gradients are added up.
+        With --shard, one that has fewer parts than another gets fillers: the first row, with no
+        response token, so that its log-probs are 0 and have no gradient.
         """
         mine, before = ranks.share(len(rows)), dict(self.counts)
-        own = [rows[i] for i in mine]
-        for part, batch in common.batches(
-                self.tokenizer, [row.prompt for row in own], [row.responses for row in own],
-                self.config.token_budget, self.policy.device, [row.ended for row in own]):
-            yield [mine[i] for i in part], batch
+        own = self.batches([rows[i] for i in mine])
+        for part, batch in self.filled(own, lambda: next(self.batches(rows[:1]))):
+            yield ([0], silent(batch)) if ranks.Filler.now else ([mine[i] for i in part], batch)
         self.add_up(before)
 
+    def batches(self, rows):
+        return common.batches(
+            self.tokenizer, [row.prompt for row in rows], [row.responses for row in rows],
+            self.config.token_budget, self.policy.device, [row.ended for row in rows])
+
     def parts(self, batch):
-        """Yield the rows [n] of each part of a Batch that fits --token_budget, shared like microbatches."""
+        """Yield the rows [n] of each part of a Batch that fits --token_budget, shared like microbatches.
+
+        With --shard, one that has fewer parts than another gets the first row again: what a part adds to loss
+        and metrics is to be multiplied with run.weight, which is then 0.
+        """
         mine, before = torch.tensor(ranks.share(len(batch))), dict(self.counts)
-        for part in batch[mine].split(self.config.token_budget) if len(mine) else ():
-            yield mine[part]
+        parts = [mine[part] for part in batch[mine].split(self.config.token_budget)] if len(mine) else []
+        yield from self.filled(parts, lambda: torch.tensor([0]))
         self.add_up(before)
+
+    def filled(self, parts, filler):
+        """The parts; with --shard then filler() as often as another process has more parts than this one."""
+        for part in ranks.filled(parts, filler) if self.config.shard else parts:
+            counts = dict(self.counts)
+            yield part
+            self.counts = counts if ranks.Filler.now else self.counts
+
+    @property
+    def weight(self):
+        """1, or 0 during a filler, see parts."""
+        return float(not ranks.Filler.now)
 
     def add_up(self, before):
         """After a pass over a step's rows: gradients, and what was counted since, of all processes."""
         if ranks.count() > 1:
-            if self.trained is not None and torch.is_grad_enabled():
+            if self.trained is not None and torch.is_grad_enabled() and not self.config.shard:
                 ranks.add_gradients(self.trained)
             for name in self.counts:
                 if name.startswith("tokens"):
@@ -175,8 +198,7 @@ class Run:
 
     def log(self, step, metrics):
         """One line of metrics.jsonl, and the progress bar's. Ends the step: the clock of the step stops."""
-        metrics = {name: float(value.detach() if torch.is_tensor(value) else value)
-                   for name, value in metrics.items()}
+        metrics = {name: float(shards.number(value)) for name, value in metrics.items()}
         self.count_time()
         self.step = step + 1
         self.write({"step": self.step, **metrics})
@@ -257,8 +279,8 @@ class Run:
         """A common.ValueModel that starts from the path or the initial policy (of an adapter, its base)."""
         if path:
             check_checkpoint(path, policy=False)
-        model = common.load_value_model(path or loading.weights_path(self.config), self.tokenizer,
-                                        self.config.device, self.config.dtype)
+        path = path or loading.weights_path(self.config)
+        model = shards.load(self.config, lambda *place: common.load_value_model(path, self.tokenizer, *place))
         if self.config.lora_rank:
             adapters.add(model.base_model, self.config.lora_rank)
         loading.lightened(self.config, model.base_model)
@@ -296,16 +318,20 @@ class Run:
 
     def checkpoint(self):
         """state.pt: everything that --resume needs, tensors and plain values only."""
-        if not ranks.first():                                      # all processes have the same weights
+        if not ranks.first() and not self.config.shard:            # all processes have the same weights
             return
         state = {name: getattr(self, name).state_dict() for name in ("trained", "optimizer", "schedule")}
         weights = self.trained.named_parameters(remove_duplicate=False)
         for frozen in [name for name, weight in weights if not weight.requires_grad]:      # beside adapters
             del state["trained"][frozen]
-        directory.save_state(self.out, state | {name: getattr(self, name) for name in PLAIN})
+        state = shards.whole(state)
+        if ranks.first():
+            directory.save_state(self.out, state | {name: getattr(self, name) for name in PLAIN})
 
     def restore(self):
-        state = directory.load_state(self.out)
+        with ranks.in_turn() if self.config.shard else contextlib.nullcontext():       # whole in memory: once
+            state = directory.load_state(self.out)
+            shards.cut(state, self.trained, self.optimizer)
         self.trained.load_state_dict(state["trained"], strict=not self.config.lora_rank)
         for name in ("optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
@@ -316,8 +342,9 @@ class Run:
         """Save the policy, samples.txt and run.png, print before and after; returns the final metrics."""
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
         texts = texts_of(before, after)
+        policy = shards.whole_model(self.policy) if self.config.shard else self.policy
         if ranks.first():
-            save_policy(self.policy, self.out, self.config.lora_rank)
+            save_policy(policy, self.out, self.config.lora_rank)
             (self.out / directory.CHECKPOINTS[1]).unlink(missing_ok=True)
             as_it_came(self.tokenizer).save_pretrained(self.out)
             (self.out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -363,6 +390,19 @@ def as_it_came(tokenizer):
     return own
 
 
+def silent(batch):
+    """The rows of a batch without response tokens, for a filler; `lengths` are 1, to be divided by."""
+    batch = Silent(*batch.tensors())
+    batch.response_mask = torch.zeros_like(batch.response_mask)
+    return batch
+
+
+class Silent(common.Batch):
+    @property
+    def lengths(self):
+        return torch.ones_like(self.input_ids[:, 0])
+
+
 class Means:
     """Means over a step of values [n] that come in microbatches."""
 
@@ -370,6 +410,8 @@ class Means:
         self.values = {}
 
     def add(self, values):
+        if ranks.Filler.now:
+            return
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().float())
 

@@ -160,7 +160,7 @@ def response_logps(run, rows, model=None, counted=""):
     values = torch.zeros(2, len(rows), len(rows[0].responses) if rows else 0, device=model.device)
     for part, batch in run.microbatches(rows):
         logps = common.sequence_logps(model, batch)
-        values[:, part] = torch.stack([logps, batch.lengths.float()]).view(2, len(part), -1)
+        values[:, part] += run.weight * torch.stack([logps, batch.lengths.float()]).view(2, len(part), -1)
         if counted:
             run.counts[counted] += int(batch.attention_mask.sum())
     return run.total(values).unbind()

@@ -1,5 +1,7 @@
 """Two processes (torchrun, gloo) make the run that one makes: every method's losses, weights and files.
 
+With whole models in each process, and with --shard; what shards are is checked in test_shards.py.
+
 What is sampled is made by a rule here, because two processes draw other random numbers than one.
 """
 import json
@@ -19,7 +21,7 @@ import collections, importlib, os, pathlib, random, signal, sys
 sys.path[:0] = {paths!r}
 import torch
 import common, harness
-from conftest import settings
+from conftest import method_names, settings
 from harness import ranks
 
 COUNTED, PLAIN = [], ranks.generate
@@ -57,15 +59,19 @@ def die(run, step, metrics, log=harness.Run.log):
     log(run, step, metrics)
 
 
-def main(home, *names):
-    if names[0] == "die":
-        names, harness.Run.log = names[1:], die
+def main(home, *words):
+    """words: methods; shard: with --shard; die: killed in the third step; resume=FOLDER: of a killed run."""
+    names = [word for word in words if word in method_names()]
+    shard, resumed = "shard" in words, [word[7:] for word in words if word.startswith("resume=")]
+    if "die" in words:
+        harness.Run.log = die
     common.generate, ranks.generate = by_rule, numbered
     torch.set_num_threads(1)
     harness.add_tags = lambda run, tags: None                               # the toy has no letters for tags
     harness.steering, harness.steering_metrics = (lambda *args: {{"matrix": {{}}}}), (lambda matrix: {{}})
     harness.report_steering = lambda *args: None
     rank, n = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    folder = resumed[0] if resumed else "of" + n + "shards" * shard
     for name in names:
         module = importlib.import_module(name)
         for tag in ("tag", "format_attributes"):
@@ -73,8 +79,9 @@ def main(home, *names):
                 setattr(module, tag, lambda *args: "hg")
         extra = {{"labels": "human"}} if name == "steerlm" else {{}}
         config = settings(pathlib.Path(home), module.Config, data=home + "/rows.jsonl",
-                          reward="worker:letters", epochs=1.0, out=home + "/of" + n + "/" + name,
-                          lr=1e-3, batch_size=7, token_budget=40, save_every=2, **extra)
+                          reward="worker:letters", epochs=1.0, out=f"{{home}}/{{folder}}/{{name}}",
+                          lr=1e-3, batch_size=7, token_budget=40, save_every=2, shard=shard,
+                          resume=bool(resumed), **extra)
         COUNTED.clear()
         harness.launch(module.train, config)
         print("RANK", rank, name, sum(COUNTED), flush=True)
@@ -109,13 +116,16 @@ def launched(worker, n, *arguments):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """{1: (folder of the runs, what was printed), 2: the same of two processes}."""
+    """{1: (folder of the runs, what was printed), 2: the same of two processes, "shard": in shards}."""
     home, found = tmp_path_factory.mktemp("ranks"), {}
     worker = worker_in(home)
     for n in (1, 2):
         done = launched(worker, n, *method_names())
         assert done.returncode == 0, done.stderr[-3000:]
         found[n] = home / f"of{n}", done.stdout + done.stderr
+    done = launched(worker, 2, "shard", *method_names())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found["shard"] = home / "of2shards", done.stdout + done.stderr
     return found
 
 
@@ -125,15 +135,16 @@ def rows_of(folder, method):
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_two_processes_learn_something_else(both, method):
-    one, two = (rows_of(both[n][0], method) for n in (1, 2))
+@pytest.mark.parametrize("kind", [2, "shard"])
+def test_two_processes_learn_something_else(both, method, kind):
+    one, two = (rows_of(both[n][0], method) for n in (1, kind))
     assert len(one) == len(two) > 3
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
         for name, value in a.items():
             close = 1e-5 if "loss" in name else 1e-4
             assert b[name] == pytest.approx(value, rel=close, abs=1e-5), (a["step"], name)
-    weights = [common.load_policy(both[n][0] / method, "cpu").state_dict() for n in (1, 2)]
+    weights = [common.load_policy(both[n][0] / method, "cpu").state_dict() for n in (1, kind)]
     start = common.load_policy(both[1][0].parent, "cpu").state_dict()
     moved = 0.0
     for name, weight in weights[0].items():
@@ -143,19 +154,29 @@ def test_two_processes_learn_something_else(both, method):
 
 
 def test_second_process_writes_prints_or_samples_what_the_first_does(both):
-    files = [{path.relative_to(both[n][0]).as_posix() for path in both[n][0].rglob("*")} for n in (1, 2)]
-    assert files[0] == files[1] and not any(".lock" in name or ".process" in name for name in files[1])
-    assert "RANK 1 " not in both[2][1]                                        # its standard output is closed
+    files = [{path.relative_to(both[n][0]).as_posix() for path in both[n][0].rglob("*")} for n in both]
+    assert files[0] == files[1] == files[2]
+    assert not any(".lock" in name or ".process" in name for name in files[1])
+    assert "RANK 1 " not in both[2][1] + both["shard"][1]                     # its standard output is closed
+    saved = [json.loads((both[n][0] / "dpo" / "config.json").read_text(encoding="utf-8")) for n in both]
+    assert saved[0] == saved[1] == saved[2]
     for method in ("ppo", "remax"):
         alone, first, second = (int(re.search(pattern + f" {method} (\\d+)", both[n][1])[1])
                                 for n, pattern in ((1, "RANK 0"), (2, "RANK 0"), (2, "SECOND")))
         assert alone > 0 and abs(first - alone / 2) < 0.2 * alone
 
 
-def test_killed_process_is_a_traceback_or_leaves_nothing_to_go_on_with(tmp_path):
-    done = launched(worker_in(tmp_path), 2, "die", "dpo")
+@pytest.mark.parametrize("before, after", [("plain", "shard"), ("shard", "plain")])
+def test_killed_process_is_a_traceback_or_leaves_nothing_to_go_on_with(tmp_path, both, before, after):
+    """Killed with --shard it goes on in one process without; killed without, in two with --shard."""
+    worker, folder = worker_in(tmp_path), "of2" + "shards" * (before == "shard")
+    done = launched(worker, 2, "die", before, "dpo")
     ours = re.split(r"\n[WE]\d{4} ", done.stderr)[0]                     # before the report of torchrun
     assert done.returncode and "Traceback" not in ours, done.stderr
     assert "error: another process of this run has ended" in ours or ours.count("stopped") == 1, done.stderr
-    state = torch.load(tmp_path / "of2" / "dpo" / "state.pt", weights_only=True)
+    state = torch.load(tmp_path / folder / "dpo" / "state.pt", weights_only=True)
     assert state["step"] == 2
+    done = launched(worker, 1 + (after == "shard"), after, f"resume={folder}", "dpo")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(rows_of(both[1][0], "dpo"), rows_of(tmp_path / folder, "dpo"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
