@@ -25,11 +25,11 @@ def add_tags(run, attributes):
     prompt, and read like a word of its kind. (Drawn at random, tags went unnoticed for epochs.) Without
     responses, a tag differs from the others by noise.
     """
-    if run.config.shard and not {tag for tags in attributes.values() for tag in tags} <= {
-            *run.tokenizer.get_vocab()}:
+    old, generator = run.policy.get_input_embeddings().weight.detach(), torch.Generator().manual_seed(0)
+    words = {tag for tags in attributes.values() for tag in tags}
+    if hasattr(old, "full_tensor") and not words <= {*run.tokenizer.get_vocab()}:                # in shards
         raise UserError("a model in shards takes no new tokens for tags: leave out --shard, or take a model "
                         "whose tokenizer can spell them (decision_transformer.py: with --control text)")
-    old, generator = run.policy.get_input_embeddings().weight.detach(), torch.Generator().manual_seed(0)
 
     def tokens_of(texts):
         return sum(run.tokenizer(texts, add_special_tokens=False).input_ids, []) if texts else []

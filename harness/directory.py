@@ -118,10 +118,10 @@ def load_plain(file):
     """A file of torch.save: tensors, plain values and rows of tasks; nothing that runs code.
 
     Raises one of UNREADABLE, also for a byte that is not what was written: torch.load does not look at the
-    checksums.
+    checksums. A record with attributes (torch.save gives none) may be a folder to it, of which it reads none.
     """
     with zipfile.ZipFile(file) as parts:
-        damaged = parts.testzip()
+        damaged = parts.testzip() or next((p.filename for p in parts.infolist() if p.external_attr), None)
     if damaged:
         raise ValueError(f"{damaged} in it is damaged")
     with torch.serialization.safe_globals([Pair, Ranking, Prompt, Sampled]):

@@ -326,6 +326,22 @@ def test_flipped_byte_of_a_checkpoint_goes_unseen(cut, tmp_path):
     assert good["step"] - 2 in found
 
 
+@pytest.mark.parametrize("mask", [1, 16, 255])
+def test_flipped_byte_of_a_list_of_records_goes_unseen(mask, tmp_path):
+    """Every byte behind the records: an error, or what was saved. A record may be marked as a folder."""
+    saved = {"step": 3, "trained": {str(i): torch.full((2, 3), i + 0.5) for i in range(3)}}
+    file = tmp_path / "state.pt"
+    torch.save(saved, file)
+    content = file.read_bytes()
+    for place in range(content.index(b"PK\x01\x02"), len(content)):
+        flipped = bytes([content[place] ^ mask])
+        file.write_bytes(content[:place] + flipped + content[place + 1:])
+        try:
+            assert str(directory.load_plain(file)) == str(saved), place
+        except directory.UNREADABLE:
+            pass
+
+
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True,
                      suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(name=st.sampled_from(["model.safetensors", "config.json", "tokenizer.json",
