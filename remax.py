@@ -19,7 +19,8 @@ token. A token is credited with its own and with all that follow (KL to go):
     python remax.py --reproduce    # the gradient's variance, and against PPO
     python remax.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
-What to look at: `objective/greedy_scores` is above `objective/scores` at first; later the two come closer.
+What to look at: `objective/greedy_scores` may start below `objective/scores`. Soon it is above, and later the
+two come closer.
 Compare --variance_prompts 256 with and without --reward_noise prompt. This noise is equal for all responses
 to a prompt: it adds variance to REINFORCE, and none to ReMax.
 

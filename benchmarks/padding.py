@@ -49,7 +49,8 @@ def main():
     task = preferences.load(options.data, tokenizer, limit=0, chat=False, skip_bad_rows=True, columns="")
     pairs = task.pairs["train"]
     print(f"{len(pairs)} pairs, at most {options.max_length} tokens a row\n")
-    print("| pairs a step | budget | padding, as they come | by length | tokens computed, of as they come |")
+    print("| pairs a step | budget | padding, as they come | padding, by length | "
+          "tokens computed, as a share |")
     print("| --- | --- | --- | --- | --- |")
     for size in SIZES:
         for budget in BUDGETS:

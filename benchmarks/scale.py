@@ -131,7 +131,8 @@ def tables():
             cells = [need(shape, *models, rank=RANK), need(shape, *models),
                      *(need(shape, *models, processes=n) for n in GPUS)]
             lines.append(f"| {size} | {method} | " + " | ".join(f"{cell:,.0f}" for cell in cells) + " |")
-    lines += ["", "| model | method | processes | activations | MB counted | MB measured | of measured |",
+    lines += ["", "| model | method | processes | activations | MB counted | MB measured | "
+              "counted / measured |",
               "| --- " * 7 + "|"]
     for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"]:
         counted = counted_of(row)

@@ -102,8 +102,8 @@ def overview_block(results_dir="results"):
                      "± is half a 95% confidence interval over seeds.",
                      *(MEANINGS[word] for word in header if word in MEANINGS)])
     if others:
-        text += (f" From other seeds or an older build of the task's models: {', '.join(others)}. Compare "
-                 "with the other rows only roughly.")
+        text += (f" For some seeds {', '.join(others)} began with models from another machine or an older "
+                 "build. Compare with the other rows only roughly.")
     where = [source if len(sources) == 1 else f"{', '.join(names)}: {source}"
              for source, names in sources.items()]
     return "\n\n".join([markdown_table(table), text, *where])

@@ -143,7 +143,7 @@ def substitutes(defaults, others, sources, results_dir="results"):
     """The block of the substitutes, in Chinese, of what docs.overview returns."""
     parts = [markdown_table(substitute_rows(defaults, results_dir))]
     if others:
-        parts.append(f"{'、'.join(others)} 的结果来自其他种子，或较早版本的任务模型，与其他各行只能粗略比较。")
+        parts.append(f"{'、'.join(others)} 的部分种子用的是另一台机器上的或较早版本的任务模型，与其他各行只能粗略比较。")
     where = [in_chinese(source) if len(sources) == 1 else f"{'、'.join(names)}：{in_chinese(source)}"
              for source, names in sources.items()]
     return "\n\n".join([*parts, "".join(where)])                   # one line: the page's length is limited

@@ -30,8 +30,8 @@ FLUENCY_LOST, DIFFERENCE = 0.03, 0.1            # allowed in a chosen setting; f
 COLUMNS = {"eval/win_rate_judge": "win rate by judge", "eval/judge": "judge", "eval/fluency": "fluency",
            "eval/kl": "KL, nats", "cpu_seconds": "CPU s", "eval/gold": "gold (not used)"}
 RULES = ("± is half a 95% t-interval over the validation seeds. The chosen setting has the highest win rate "
-         "by the judge over the SFT policy, of the settings whose fluency is at least the SFT policy's less "
-         f"{FLUENCY_LOST}.")
+         "by the judge over the policy that the runs start from, of the settings whose fluency is at least "
+         f"that policy's less {FLUENCY_LOST}.")
 
 
 def in_words(settings):

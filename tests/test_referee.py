@@ -902,7 +902,7 @@ def test_readme_says_which_rows_are_of_another_build_and_takes_sft_from_the_comm
     text = docs.overview_block()
     found = {name: arm for name, (arm, _) in docs.overview()[0].items()}
     assert found == {"SFT": "SFT of toy2"} | dict.fromkeys(["toy", "toy2", "toy3"], "beta 0.1")
-    assert "older build of the task's models: toy. " in text
+    assert "For some seeds toy began with models from another machine or an older build. " in text
     monkeypatch.setattr(docs, "method_names", lambda: ["toy2", "toy3"])
     assert "older build" not in docs.overview_block()
 
