@@ -189,7 +189,7 @@ def update(run, old, rows, trained, optimizer, schedule, first):
         new_values = common.token_values(value_model, batch)
         pg_loss, clipped = policy_loss(new_logps, old.logps[part], old.advantages[part], mask, config.clip)
         vf_loss = value_loss(new_values, old.values[part], old.returns[part], mask, config.value_clip)
-        share = mask.sum() / tokens * run.weight   # the mean over the minibatch's tokens, in parts
+        share = mask.sum() / tokens * run.weight   # a minibatch's mean, in parts; weight: 1 without --shard
         ((pg_loss + config.vf_coef * vf_loss) * share).backward()
 
         log_ratio = (new_logps - old.logps[part]).detach()

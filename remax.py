@@ -185,7 +185,7 @@ def train(run):
                 ref_logps = common.token_logps(reference, part, config.temperature)
             returns = remax_returns(scores[rows].to(device), baselines[rows].to(device), logps, ref_logps,
                                     mask, config.kl_coef, config.gamma)                  # no gradient
-            share = len(rows) / len(batch) * run.weight     # the mean over the step's responses, in parts
+            share = len(rows) / len(batch) * run.weight  # a step's mean, in parts; weight: 1 without --shard
             part_loss = share * remax_loss(logps, returns, mask)
             part_loss.backward()
             loss = loss + part_loss.detach()

@@ -26,7 +26,8 @@ from tasks import ROOT, chat
 
 def output_directory(config):
     """--out, or the first free number under runs/<method>. UserError for a directory of another run."""
-    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs", "shard")
+    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs", "shard",
+                   "token_budget")                  # its default depends on the device; it changes no result
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
         return directory.free_directory(ROOT / "runs" / method_name(config))

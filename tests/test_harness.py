@@ -135,6 +135,7 @@ def test_run_overwrites_another_or_resumes_nothing(toy, tmp_path):
         output_directory(replace(config, out=str(out / "args.json")))
     (out / "state.pt").touch()
     assert output_directory(replace(config, resume=True, quiet=False, device="auto")) == out
+    assert output_directory(replace(config, resume=True, token_budget=999)) == out   # another device
     with pytest.raises(UserError) as error:
         output_directory(replace(config, resume=True, beta=0.7, seed=3))
     assert "--beta" in str(error.value) and "--seed" in str(error.value)
