@@ -101,6 +101,18 @@ RECIPES = {                                  # the papers' own: they take the pl
     "SteerLM, its recipe": {"method": "steerlm"},
 }
 
+FAMILIES = {                                 # in the figure: a colour each; the first is black
+    "nothing is trained": [*UNTRAINED],
+    "people's pairs": ["DPO", "curriculum"],
+    "SFT samples, ranked by the proxy": ["filter", "RWR", "RRHF", "PRO", "RSO", "DPO, proxy labels"],
+    "conditioned": ["Decision Transformer", "SteerLM", *RECIPES],
+    "new samples in rounds": ["RAFT", "Llama 2 rounds", "RRHF IP-3"],
+    "reinforcement learning": ["ReMax", "PPO", "PPO, one pass", "rounds, then PPO"],
+}
+
+# README's table
+MAIN = [*UNTRAINED, "DPO", "RRHF", "PRO", "RSO", "RAFT", "ReMax", "PPO", "Decision Transformer", "SteerLM"]
+
 FEW = 64                                     # prompts of 512: an eighth
 SITUATIONS = {
     "clean": ("Annotators agree with gold in about 73% of pairs.", {}),

@@ -20,6 +20,7 @@ from referee.tuning import tuning_block
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->"),
          "survey": ("<!-- survey:begin -->", "<!-- survey:end -->"),
+         "comparison": ("<!-- comparison:begin -->", "<!-- comparison:end -->"),
          "real text": ("<!-- real text:begin -->", "<!-- real text:end -->")}
 SFT, CONTROL = "SFT", "SFT, temperature 0.5"      # the policy that all start from; what sampling alone gains
 FIGURE = Path("results/methods.png")
@@ -114,6 +115,8 @@ def block(path, kind="results", results_dir="results"):
     name = Path(path).stem
     if kind == "survey":
         text = survey.statements(path, results_dir)
+    elif kind == "comparison":
+        text = survey.compared(path, results_dir)
     elif kind == "real text":
         text = real_text.block(results_dir)
     elif name.startswith("README") and kind == "results" and survey.chinese(path):

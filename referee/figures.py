@@ -84,13 +84,15 @@ def track(run, panel, y):
 def draw_lines(ax, panel, arms, palette, curves):
     """y over x, means over seeds, with the intervals of both at the end; with `ends`, at every point."""
     x, several, labels = panel["x"], len(panel["y"]) > 1, []
+    hues = dict(zip(panel.get("families", ()), ("black", *COLOURS)))
+    palette = palette | {name: hues[family] for family in hues for name in panel["families"][family]}
     for (name, runs), (y, dash, hue) in product(arms.items(), zip(panel["y"], cycle(DASHES), cycle(COLOURS))):
         tracks = [found for run in runs.values() if (found := track(run, panel, y))]
         steps = sorted(set.intersection(*map(set, tracks))) if tracks else []
         if steps:
             spread = np.array([[interval(t[step][i] for t in tracks) for i in (0, 1)] for step in steps])
             colour, star = hue if several and len(arms) == 1 else palette[name], palette[name] == "black"
-            ax.plot(*spread[..., 0].T, dash, color=colour, linewidth=2.5)
+            ax.plot(*spread[..., 0].T, dash, color=colour, linewidth=1.2 if hues else 2.5)
             shown = spread if "ends" in panel else spread[-1:]
             ax.errorbar(*shown[..., 0].T, shown[:, 1, 1], shown[:, 0, 1], fmt="*" if star else "o",
                         color=colour, markersize=16 if star else 8, zorder=4)
@@ -100,14 +102,19 @@ def draw_lines(ax, panel, arms, palette, curves):
     for y in panel["y"] if panel.get("best_of_n") and curves else ():
         means = np.mean(list(zip(*curves)), axis=1)[:, [0, column[x], column[y]]]
         ax.plot(*means[:, 1:].T, "--", color="black", zorder=1)
-        labels.append((means[-1, 1:], f"best of {means[-1, 0]:.0f}", "black"))
+        label = f"best of {means[-1, 0]:.0f}"
+        labels += [(means[-1, 1:], label, "black")] * (label not in arms)
     for point, text, colour in labels:
         ax.annotate(text, point, (6, 6), textcoords="offset points", va="bottom", gid="label", color=colour,
                     in_layout=False, arrowprops=dict(arrowstyle="-", color=colour, shrinkA=1, shrinkB=3))
     if panel.get("root"):
         ax.set_xscale("function", functions=(lambda v: np.sign(v) * abs(v) ** 0.5, lambda v: v * abs(v)))
+    if hues:
+        ax.legend(handles=[ax.plot([], [], "o", color=hue, label=name)[0] for name, hue in hues.items()],
+                  **ABOVE | {"ncols": 3, "handlelength": 1})
     ax.margins(0.12)
-    ax.set(xlabel=name_of(x, unit=True), ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
+    ax.set(xlabel=panel.get("over", name_of(x, unit=True)),
+           ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
 
 
 def draw_bars(ax, panel, arms, *_):
@@ -193,7 +200,8 @@ def draw_matrix(ax, panel, arms, *_):
 def height(panel, arms):                                                                          # in inches
     kind, n, long = panel.get("kind"), len(panel.get("y", ())), any(len(name) > 28 for name in arms)
     bars = max(2.4, 1.2 + 0.24 * (n + len(arms) * max(1.5, 1.1 * n, 2.2 * long)))
-    return bars if kind == "bars" else 1.2 + 0.75 * len(panel["rows"]) if kind == "grid" else 4.8
+    return bars if kind == "bars" else 1.2 + 0.75 * len(panel["rows"]) if kind == "grid" else (
+        6.4 if "families" in panel else 4.8)
 
 
 def draw_rows(rows, curves, path):

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from experiments.comparison import ARMS, RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS, UNTRAINED
+from experiments.comparison import ARMS, FAMILIES, MAIN, RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS, UNTRAINED
 from referee import figures
 from referee.comparison import BUDGET, NAME, QUARTER, cost, experiments, start_of, tuned
 from referee.ranking import agreement, duels, order, ranks
@@ -71,10 +71,16 @@ def ranked(arms):
     return {name: values for name, values in found.items() if len(values) == most}
 
 
+def places(arms):
+    """{arm: its rank and the interval of that, in words}, where two seeds or more are there."""
+    values = ranked(arms)
+    found = ranks(values) if len(values) > 1 and min(map(len, values.values())) > 1 else {}
+    return {name: "{:.0f} ({:.0f} to {:.0f})".format(*place) for name, place in found.items()}
+
+
 def main_rows(arms, quarter={}):
     """A row for each arm, the best first: number, rank, metrics, gold after a quarter of the work."""
-    values = ranked(arms)
-    places = ranks(values) if len(values) > 1 and min(map(len, values.values())) > 1 else {}
+    place = places(arms)
     gold = {name: fmean(run[METRIC] for run in runs.values()) for name, runs in arms.items() if runs}
     best_first = sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))
     header, *body = arm_rows({name: arms[name] for name in best_first},
@@ -82,11 +88,24 @@ def main_rows(arms, quarter={}):
     less = {"eval/gold": "gold, a quarter of the work", "cpu_seconds": "CPU s of that"} if quarter else {}
     rows = [["", header[0], "rank", *header[1:], *less.values()]]
     for i, (name, *cells) in enumerate(body, 1):
-        rank = "{:.0f} ({:.0f} to {:.0f})".format(*places[name]) if name in places else "-"
         found = [[run[metric] for run in quarter.get(name, {}).values()] for metric in less]
         cells += [plus_minus(*t_interval(row)) if row else "-" for row in found]
-        rows.append([str(i), name, rank, *cells])
+        rows.append([str(i), name, place.get(name, "-"), *cells])
     return rows
+
+
+def short_rows(collected):
+    """A row for each of the main arms, the best first: rank, gold in each situation, KL, fluency, time."""
+    situations = {title: of_seeds(collected[title], SEEDS) for title in SITUATIONS}
+    clean, place = situations["clean"], places(situations["clean"])
+    gold = {name: fmean(run[METRIC] for run in clean[name].values()) for name in MAIN if clean.get(name)}
+    found = {name: {seed: run | {title: arms[name][seed][METRIC] for title, arms in situations.items()
+                                 if seed in arms.get(name, {})} for seed, run in clean[name].items()}
+             for name in sorted(gold, key=gold.get, reverse=True)}
+    body = arm_rows(found, {title: f"gold, {title}" for title in SITUATIONS} | {
+        "eval/kl": "KL, nats", "eval/fluency": "fluency", "share": "time"})
+    place["arm"] = "rank"
+    return [[name, place.get(name, "-"), *cells] for name, *cells in body]
 
 
 def matrix_rows(arms):
@@ -199,10 +218,10 @@ def draw(results_dir="results"):
     arms, quarter = (of_seeds(collected[title], SEEDS) for title in ("clean", QUARTER))
     path = results_path(NAME, {}, results_dir).with_suffix(".png")
     figures.draw_rows([
-        ("gold against KL", [dict(kind="points", x="eval/kl", y=[METRIC], best_of_n=True)],
+        ("gold against KL", [dict(kind="points", x="eval/kl", y=[METRIC], best_of_n=True, families=FAMILIES)],
          {name: runs for name, runs in arms.items() if runs}),
         ("gold against the CPU seconds of training: none, a quarter, all",
-         [dict(x="cpu_seconds", y=[METRIC], ends=1)],
+         [dict(x="cpu_seconds", y=[METRIC], ends=1, families=FAMILIES, over="CPU seconds of training")],
          {name: runs for name, runs in by_cost(arms, quarter).items() if name not in RECIPES})],
         {seed: curve for seed, curve in view["best_of_n"].items() if int(seed) in SEEDS}, path)
     return path

@@ -7,14 +7,14 @@ statements and needs; what was measured comes from results/*.json alone.
 import re
 from pathlib import Path
 
-from experiments.comparison import SEEDS
+from experiments.comparison import ARMS, SEEDS
 from experiments.survey import COMPARED, STATEMENTS, SUBSTITUTES
 from harness import UserError
 from referee import side_by_side
 from referee.arms import experiments_of, method_names
 from referee.statistics import verdict
 from referee.store import planned, results_path
-from referee.tables import arm_rows, collect, markdown_table, measured, stored
+from referee.tables import arm_rows, collect, markdown_table, measured, provenance, stored
 
 NOT_RUN, COMPARISON_NOT_RUN = "not measured yet", "comparison not run yet"
 STATEMENT_COLUMNS = "the survey says", "what we test", "measured", "verdict"
@@ -27,6 +27,9 @@ CHINESE = {                                       # every header, every verdict,
     "the survey says": "综述的说法", "what we test": "我们检验的命题", "measured": "实测", "verdict": "结论",
     "reproduced": "复现", "not reproduced": "未复现", "inconclusive": "尚无定论",
     "not measured": "无法测量", NOT_RUN: "尚未测量", COMPARISON_NOT_RUN: "横向比较尚未运行",
+    "arm": "方法", "rank": "名次", "fluency": "流畅度", "time": "时间（PPO = 1）",
+    "gold, clean": "gold，标注正常", "gold, noisy labels": "gold，标注多错", "gold, little data": "gold，数据少",
+    "best of 16": "16 选 1（best of 16）",
     "SFT": "SFT", "SFT, temperature 0.5": "SFT，温度 0.5", side_by_side.NAME: "横向比较"}
 PHRASES = [                                       # what tables.measured and tables.provenance write
     (r" \(against (\S+)\)", r"（与 \1 比较）"), (r" \(within (\S+) of (\S+)\)", r"（与 \2 相差 \1 以内）"),
@@ -147,3 +150,18 @@ def substitutes(defaults, others, sources, results_dir="results"):
     where = [in_chinese(source) if len(sources) == 1 else f"{'、'.join(names)}：{in_chinese(source)}"
              for source, names in sources.items()]
     return "\n\n".join([*parts, "".join(where)])                   # one line: the page's length is limited
+
+
+def compared(path, results_dir="results"):
+    """The block of the comparison for a README, in its language: the main arms and the figure."""
+    if not results_path(side_by_side.NAME, {}, results_dir).exists():
+        return CHINESE[COMPARISON_NOT_RUN] if chinese(path) else COMPARISON_NOT_RUN
+    view, collected = side_by_side.gathered(results_dir)
+    rows = side_by_side.short_rows(collected)
+    if chinese(path):
+        rows[0] = [CHINESE[word] for word in rows[0]]
+    for row in rows[1:]:
+        label = CHINESE.get(row[0], row[0]) if chinese(path) else row[0]
+        row[0] = f"[{label}](docs/{ARMS[row[0]]['arm']['method']}.md)" if row[0] in ARMS else label
+    text = provenance(view | {"seeds": [seed for seed in view["seeds"] if seed in SEEDS]})
+    return f"{markdown_table(rows)}\n\n{in_chinese(text) if chinese(path) else text}"

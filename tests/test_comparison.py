@@ -19,7 +19,7 @@ import harness
 from conftest import count_a, pair_task, tensor, toy_run
 from harness import UserError
 from referee import __main__ as command_line
-from referee import arms, best_of_n, comparison, docs, figures, side_by_side, statistics
+from referee import arms, best_of_n, comparison, docs, figures, side_by_side, statistics, survey
 from referee.tuning import START, as_experiments
 
 
@@ -296,6 +296,33 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
         assert [row["step"] for row in trace] == steps
         assert trace[0] == {"step": 0, "eval/gold": first["SFT"][0]["eval/gold"], "cpu_seconds": 0}
         assert trace[-1]["cpu_seconds"] == first[name][0]["cpu_seconds"] > trace[-2]["cpu_seconds"]
+
+
+def test_short_table_has_the_gold_of_another_situation_or_another_order(toys, monkeypatch):
+    for path in ("README.md", "README.zh.md"):
+        assert docs.block(path, "comparison") in (survey.COMPARISON_NOT_RUN, "横向比较尚未运行")
+    everything(toys)
+    monkeypatch.setattr(side_by_side, "MAIN", ["SFT", "fast", "second"])
+    monkeypatch.setattr(survey, "ARMS", {name: {"arm": {"method": name}} for name in ARMS})
+    collected = side_by_side.gathered()[1]
+    header, *body = rows = side_by_side.short_rows(collected)
+    assert header[:5] == ["arm", "rank", "gold, clean", "gold, noisy labels", "gold, little data"]
+    place = side_by_side.places(side_by_side.of_seeds(collected["clean"], range(4)))
+    assert [(row[0], row[1]) for row in body] == [(name, place[name]) for name in ("second", "fast", "SFT")]
+    for row, column in itertools.product(body, (2, 3, 4)):
+        title = header[column].removeprefix("gold, ")
+        gold = [collected[title][row[0]][seed]["eval/gold"] for seed in range(4)]
+        assert float(row[column].split()[0]) == pytest.approx(fmean(gold), abs=0.006)
+    english, chinese = (docs.block(path, "comparison") for path in ("README.md", "README.zh.md"))
+    assert all(text in english for text in ("| [second](docs/second.md) |", "\n| SFT | ", "Seeds 0, 1, 2, 3"))
+    assert "| 方法 | 名次 | gold，标注正常 |" in chinese and "种子：0, 1, 2, 3" in chinese
+    assert len(english.splitlines()) == len(rows) + 3
+
+
+def test_arm_has_two_colours_or_none():
+    arms = [name for names in data.FAMILIES.values() for name in names]
+    assert sorted(arms) == sorted([*data.UNTRAINED, *data.ARMS, *data.RECIPES])
+    assert len(data.FAMILIES) <= 1 + len(figures.COLOURS) and set(data.MAIN) < set(arms)
 
 
 def test_figure_cannot_be_drawn(toys, tmp_path, monkeypatch):
