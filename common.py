@@ -400,12 +400,13 @@ def load_reward_model(path, max_length, device="auto", dtype="auto", label="", b
 # ---------------------------------------------------------------------------------------- sampling, optimizer
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=None):
+def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_new_tokens=40, budget=None,
+             done=lambda rows: None):
     """Sample n responses to each prompt from the model itself: no top-k, no top-p, no repetition penalty.
 
     Returns a Batch of len(prompts) * n rows on the CPU, in order, n rows of a prompt together. As many are
     sampled at once as fit `budget` padded tokens. After as many new tokens as a row was long, those that have
-    not ended are read again and go on. The model and its own settings stay as they were.
+    not ended are read again and go on. done(n): n more rows are complete. The model stays as it was.
     """
     rows = [(ids, []) for ids in prompt_ids(tokenizer, prompts) for _ in range(n)]
     stops, pad, todo, left = stop_ids(tokenizer), tokenizer.pad_token_id, [*range(len(rows))], max_new_tokens
@@ -415,13 +416,11 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
         while todo and left:
             read = {i: rows[i][0] + rows[i][1] for i in todo}
             todo.sort(key=lambda i: -len(read[i]))
-            new = min(left, max(16, len(read[todo[0]])))
+            waiting, new = todo, min(left, max(16, len(read[todo[0]])))
+            how = {} if greedy else dict(temperature=temperature, top_k=0, top_p=1.0)
             # generate() takes what is not given from model.generation_config, where many models keep a top-k
             model.generation_config = GenerationConfig(
-                max_new_tokens=new, do_sample=not greedy, temperature=None if greedy else temperature,
-                top_k=None if greedy else 0, top_p=None if greedy else 1.0, eos_token_id=stops,
-                pad_token_id=pad)
-            waiting = todo
+                max_new_tokens=new, do_sample=not greedy, eos_token_id=stops, pad_token_id=pad, **how)
             while waiting:
                 count = max(1, (budget or ROOM[model.device.type]) // (len(read[waiting[0]]) + new))
                 part, waiting = waiting[:count], waiting[count:]
@@ -430,6 +429,7 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
                     texts = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
                 for i, ids in zip(part, texts[:, prompt.input_ids.shape[1]:].tolist()):
                     rows[i][1].extend(ids[:next((t for t, v in enumerate(ids) if v in stops), len(ids)) + 1])
+                done(sum(new == left or rows[i][1][-1] in stops for i in part))
             todo, left = [i for i in todo if rows[i][1][-1] not in stops], left - new
     finally:
         model.train(mode)

@@ -115,7 +115,7 @@ def train_regression(run, samples):
     targets = torch.tensor([[r.levels[name] / TOP for name in names] for r in samples], device=model.device)
     plan = harness.shuffled_batches(len(samples), config.predictor_epochs, 32, config.seed)
     optimizer, schedule = common.adamw(model, config.predictor_lr, len(plan), "cosine", warmup=0.1)
-    for step, indices in enumerate(plan):
+    for step, indices in enumerate(harness.progress.steps(plan, "prediction model")):
         prompts, texts = [samples[i].prompt for i in indices], [samples[i].responses for i in indices]
         for part, batch in common.batches(score.tokenizer, prompts, texts, config.token_budget, model.device):
             scores = common.sequence_scores(model, batch)               # [n, attributes], at the last token

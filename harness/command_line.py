@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 import common
 from common import UserError
-from harness import directory, loading, ranks, shards
+from harness import directory, loading, progress, ranks, shards
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
 from harness.config import method_name
@@ -51,6 +51,8 @@ def output_directory(config):
 def start(config):
     """Load everything that a run needs. Raises UserError for an output directory that holds another run."""
     ranks.start(config.device)
+    progress.begin(not config.quiet and ranks.first(), f"{method_name(config)}: loading the model "
+                   f"{config.policy or config.model} and the data {config.data}, seed {config.seed}")
     shards.check(config)
     torch.manual_seed(config.seed)
     out = ranks.from_first(lambda: output_directory(config))

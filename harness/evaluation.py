@@ -2,7 +2,7 @@
 import torch
 
 import common
-from harness import ranks
+from harness import progress, ranks
 from harness.loading import load_reference
 from harness.picture import SCORES
 from harness.stages import check_finite
@@ -132,7 +132,8 @@ def kl_to_reference(config, policy, batch, plain=None):
     temperatures, plain = (config.eval_temperature, config.temperature), plain or batch
     kls, parts = torch.zeros(len(batch)), batch.split(config.token_budget)
     own = parts[ranks.number()::ranks.count()]
-    for rows in ranks.filled(own, lambda: parts[0]) if config.shard else own:
+    passes = ranks.filled(own, lambda: parts[0]) if config.shard else own
+    for rows, in progress.over(zip(passes), len(batch), "KL to the initial policy"):
         both = [b[rows].to(policy.device) for b in (batch, plain)]
         found = sequence_kl((policy, reference), both, temperatures).cpu()
         kls[rows] = kls[rows] if ranks.Filler.now else found

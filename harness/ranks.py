@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import common
 from common import UserError
+from harness import progress
 
 ENDED = "another process of this run has ended: see its message. A checkpoint goes on with --resume, with " \
         "any number of processes"
@@ -165,7 +166,9 @@ def wait(model):
 def generate(model, tokenizer, prompts, n=1, *args, **kwargs):
     """common.generate, each process its share of the prompts. The random numbers of all stay the same."""
     if count() == 1:
-        return common.generate(model, tokenizer, prompts, n, *args, **kwargs)
+        with progress.bar(len(prompts) * n, "sampling") as bar:
+            kwargs |= {} if bar.disable else {"done": bar.update}
+            return common.generate(model, tokenizer, prompts, n, *args, **kwargs)
     mine, seed, rows = share(len(prompts)), int(torch.randint(2 ** 31, ())), []
     with torch.random.fork_rng():
         torch.manual_seed(seed + number())

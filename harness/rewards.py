@@ -16,7 +16,7 @@ import torch
 import common
 import tasks
 from common import UserError, warn
-from harness import adapters, ranks, shards
+from harness import adapters, progress, ranks, shards
 from harness.checkpoints import check_checkpoint
 from harness.loading import fit_positions, load_scorer, policy_path, shared, without_scorer
 from harness.stages import Recipe, check_finite, train_reward_model
@@ -38,6 +38,8 @@ def load_rewards(config, task):
             shared(config, reward.model)
         if config.data != "reviews":
             fit_positions(reward.model, reward.tokenizer, path)
+            read = reward.read
+            reward.read = lambda prompts, texts: progress.over(read(prompts, texts), len(texts), "rewards")
         if task.chat:
             reward.render = lambda prompts: chat.as_read_by(reward.tokenizer, prompts)
             if reward.tokenizer.chat_template:

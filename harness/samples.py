@@ -9,7 +9,7 @@ import torch
 
 import common
 from common import UserError, warn
-from harness import ranks
+from harness import progress, ranks
 from harness.evaluation import check_policy, held_out
 from harness.directory import kept
 from harness.loading import demonstrations
@@ -158,7 +158,7 @@ def response_logps(run, rows, model=None, counted=""):
     """
     model = model or run.policy
     values = torch.zeros(2, len(rows), len(rows[0].responses) if rows else 0, device=model.device)
-    for part, batch in run.microbatches(rows):
+    for part, batch in progress.over(run.microbatches(rows), len(rows), "log-probs"):
         logps = common.sequence_logps(model, batch)
         values[:, part] += run.weight * torch.stack([logps, batch.lengths.float()]).view(2, len(part), -1)
         if counted:

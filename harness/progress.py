@@ -1,0 +1,41 @@
+"""What is going on, for those who wait: a bar on a terminal for what takes longer than three seconds.
+
+It is gone when the work is done. Nothing is shown with --quiet, nor where stderr is a file or a pipe.
+"""
+import shutil
+import sys
+
+from tqdm import tqdm
+
+SECONDS = 3
+
+
+class Show:
+    """Set at the start of each run."""
+    on = True
+
+
+def begin(on, text):
+    """Show bars from now on, or not; on a terminal the text comes first."""
+    Show.on = on
+    if on and sys.stderr.isatty():
+        print(text, file=sys.stderr)
+
+
+def bar(total, what):
+    """A bar of so many rows; bar.update(n) says that n more are done."""
+    return tqdm(total=total, desc=what, leave=False, delay=SECONDS, disable=None if Show.on else True,
+                ncols=min(80, shutil.get_terminal_size().columns))
+
+
+def over(parts, total, what):
+    """Yield the parts, with a bar of so many rows: the rows of a part are its first entry."""
+    with bar(total, what) as shown:
+        for part in parts:
+            yield part
+            shown.update(len(part[0]))
+
+
+def steps(plan, what):
+    """Yield what is in a list, with a bar of its entries."""
+    return over(((entry,) for entry in plan), len(plan), what)
