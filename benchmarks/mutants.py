@@ -22,7 +22,7 @@ METHODS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if (R
 FILES = {f"{name}.py": [f"test_{name}.py"] for name in METHODS} | {
     "common.py": ["test_common.py"], "harness/samples.py": ["test_samples.py"],
     "harness/stages.py": ["test_samples.py", "test_harness.py"],
-    "harness/rewards.py": ["test_samples.py", "test_user_rewards.py"],
+    "harness/rewards.py": ["test_samples.py", "test_user_rewards.py", "test_real_data.py"],
     "harness/conditioning.py": ["test_conditioning.py", "test_steerlm.py"],
     "harness/evaluation.py": ["test_harness.py", "test_conditioning.py"]}
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE,

@@ -37,5 +37,6 @@ def over(parts, total, what):
 
 
 def steps(plan, what):
-    """Yield what is in a list, with a bar of its entries."""
-    return over(((entry,) for entry in plan), len(plan), what)
+    """Yield the entries of a list, with a bar of so many steps."""
+    for entry, in over(zip(plan), len(plan), what):
+        yield entry

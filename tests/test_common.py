@@ -887,6 +887,21 @@ def test_d_encoder_score_is_that_of_the_text_alone():                           
     assert beside[0].item() == pytest.approx(alone[0].item(), abs=1e-5) and abs(beside[1] - beside[0]) > 1e-3
 
 
+# ---------------------------------------------------------------------------------------------------- devices
+
+@pytest.mark.parametrize("there, best", [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")])
+def test_auto_takes_a_slower_device_or_a_name_is_not_what_it_says(monkeypatch, there, best):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    assert common.pick_device("auto").type == best
+    for name in ("cuda", "mps", "cpu"):
+        if name in (*there, "cpu"):
+            assert common.pick_device(name).type == name
+        else:
+            with pytest.raises(UserError, match=f"--device {name}: there is none on this machine"):
+                common.pick_device(name)
+
+
 # --------------------------------------------------------------------------------------- optimizer, schedule
 
 def test_optimizer_has_other_settings_than_all_scripts_share():

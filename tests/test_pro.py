@@ -296,10 +296,11 @@ def test_O_step_is_not_clipped_or_the_schedule_is_not_followed(trained, monkeypa
 
 
 def test_D_loss_of_a_prompt_depends_on_its_batch_or_its_candidates_places(trained, monkeypatch):
-    seen, plain = {}, harness.check_finite
+    seen, steps, plain = {}, set(), harness.check_finite
 
     def spy(values, step, prompts, name="loss"):
         plain(values, step, prompts, name)
+        steps.add(step)
         seen.update(zip(prompts, values.tolist()) if name == "loss" else ())
 
     monkeypatch.setattr(harness, "check_finite", spy)
@@ -317,6 +318,7 @@ def test_D_loss_of_a_prompt_depends_on_its_batch_or_its_candidates_places(traine
         seen.clear()
         trained(str(i), task, **options)
         results.append([seen[row.prompt] for row in ROWS])
+    assert steps == {*range(1, len(ROWS) + 1)}                        # as metrics.jsonl counts them
     for result in results[1:]:
         close(tensor(result), results[0], 1e-5)
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 import harness
 from conftest import PAIRS, ROOT, count_a, pair_task, toy_run
 from harness import progress
+from tasks import Demonstration
 
 
 class Terminal(io.StringIO):
@@ -35,7 +36,7 @@ def work(toy, tmp_path):
     run = toy_run(toy, pair_task(count_a), out=tmp_path)
     harness.response_logps(run, PAIRS[:5])
     run.evaluate()
-    list(progress.steps(["a", "b"], "prediction model"))
+    assert list(progress.steps(["ab", "cde"], "prediction model")) == ["ab", "cde"]
 
 
 def test_long_work_is_done_in_silence(toy, tmp_path, show):
@@ -47,6 +48,12 @@ def test_long_work_is_done_in_silence(toy, tmp_path, show):
         assert re.search(rf"{what}: 100%.* {total}/{total} ", shown), what
     assert max(map(len, re.split("[\r\n]", shown))) <= 80
     assert not shown.splitlines()[-1].strip()                                    # no bar stays on the screen
+
+
+def test_bar_of_a_stage_stays_on_the_screen(toy, show):
+    terminal, run = show(Terminal()), toy_run(toy)
+    harness.train_sft(run.policy, run.tokenizer, [Demonstration("a", "b")], harness.Recipe(lr=1e-3))
+    assert "SFT: " in terminal.getvalue() and not terminal.getvalue().splitlines()[-1].strip()
 
 
 @pytest.mark.parametrize("change", ["file", "quiet", "short"])

@@ -267,6 +267,14 @@ def test_regression_is_not_trained_as_its_options_say(toy, tmp_path, monkeypatch
     assert seen[4] == [row[:2] for row in rows]             # scored once more, to rank what is rated later
 
 
+def test_AD_regression_steps_on_a_loss_that_is_not_finite(toy, tmp_path, monkeypatch):
+    run, scores = begun(toy, tmp_path / "run"), common.sequence_scores
+    samples = [Sample(row.prompt, [row.response], [True], row.attributes) for row in rated(8)]
+    monkeypatch.setattr(common, "sequence_scores", lambda *args: scores(*args) * math.nan)
+    with pytest.raises(UserError, match="step 1: loss is nan for the prompt .*; lower --predictor_lr"):
+        steerlm.train_regression(run, samples)
+
+
 SCORES = {"a": (0.3, 0.5), "b": (0.1, 0.6), "c": (0.4, 0.1), "d": (0.2, 0.9), "e": (-5.0, 9.0),
           "f": (0.31, 0.65), "g": (0.39, 0.3)}
 
