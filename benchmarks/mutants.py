@@ -24,7 +24,7 @@ FILES = {f"{name}.py": [f"test_{name}.py"] for name in METHODS} | {
     "harness/stages.py": ["test_samples.py", "test_harness.py"],
     "harness/rewards.py": ["test_samples.py", "test_user_rewards.py", "test_real_data.py"],
     "harness/conditioning.py": ["test_conditioning.py", "test_steerlm.py"],
-    "harness/evaluation.py": ["test_harness.py", "test_conditioning.py"]}
+    "harness/evaluation.py": ["test_harness.py", "test_conditioning.py", "test_picture.py"]}
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE,
          ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.And: ast.Or, ast.Or: ast.And}

@@ -18,9 +18,11 @@ from referee.tuning import START
 
 METRIC = "eval/gold"
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/win_rate": "win rate",
-           "eval/kl": "KL, nats", "eval/fluency": "fluency", "eval/length": "length, tokens"}
+           "eval/kl": "KL, nats", "eval/fluency": "fluency", "eval/distinct_2": "distinct-2",
+           "eval/length": "length, tokens"}
 RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean gold; in brackets, the "
-         "ranks in 95% of draws of the seeds. Time is in units of ppo.py with its defaults on the same seed. "
+         "ranks in 95% of draws of the seeds. distinct-2: different word pairs of all samples over all of "
+         "their word pairs. Time is in units of ppo.py with its defaults on the same seed. "
          "KL and win rate are against the SFT policy; the KL of best of n is an upper bound, and what starts "
          "from another arm has none. The papers' own recipes take the place of SFT and need its time, so "
          "they have no rank.")

@@ -248,6 +248,24 @@ def test_default_run_has_nothing_to_resume(toy, tmp_path, monkeypatch, straight)
     assert same(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize("options, lines", [
+    ({}, [f"step {step} of 11, about {left} min left" for step, left in (
+        (2, 10), (4, 8), (6, 6), (8, 4), (10, 1))]),
+    ({"save_every": 1}, []), ({"quiet": True}, [])])
+def test_long_run_into_a_file_is_silent(toy, tmp_path, monkeypatch, capsys, options, lines):
+    """A log of nohup has no bar. It has a line with every checkpoint that is due after a time."""
+    clock = [0.0]
+
+    def tick(run, step, metrics, log=harness.Run.log):
+        clock[0] += 70
+        log(run, step, metrics)
+
+    monkeypatch.setattr(harness.Run, "log", tick)
+    monkeypatch.setattr(harness.run.time, "time", lambda: clock[0])
+    harness.launch(dpo.train, config_of(toy, tmp_path / "run", **{"quiet": False} | options))
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")] == lines
+
+
 def test_candidates_that_took_minutes_are_drawn_again(toy, tmp_path, monkeypatch):
     run, made = started(toy, tmp_path / "run"), []
     rows = [Ranking("ab", ["c", "d"], [1.0, 0.5], ended=[True, False])]

@@ -347,6 +347,18 @@ def test_pool_of_all_rounds_forgets_or_takes_more_steps(toy, tmp_path, monkeypat
     assert steps["all"] == steps["last"] == ([("sample", 6)] + [("step", 4)] * 6) * 3
 
 
+@pytest.mark.parametrize("options, steps", [
+    ({}, 2), ({"ranking": "global", "share": 0.5}, 3), ({"ranking": "global", "share": 0.01}, 1),
+    ({"rare": "b", "rounds": 2, "prompts": 0}, 2)])
+def test_steps_of_a_round_are_those_of_another_share_or_of_another_round(
+        toy, tmp_path, monkeypatch, options, steps):
+    """6 prompts (all 8 without --prompts) with 4 candidates each; a share is of all candidates."""
+    run, _ = watched(toy, tmp_path / "run", monkeypatch, **{"candidates": 4, "rounds": 1} | options)
+    assert run.n_steps == steps * run.config.rounds
+    if "share" in options:
+        assert len(run.state["pool"]) == max(1, round(options["share"] * 24))
+
+
 def test_rare_prompts_come_again_or_rounds_share_their_prompts(toy):
     config, data = settings(toy, rare="b", prompts=0), task()
     assert sorted(raft.prompts_of_round(config, data, 0)) == sorted(PROMPTS)
