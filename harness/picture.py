@@ -24,7 +24,7 @@ PANELS = [
     ("Reward", "score", {"eval/gold": "gold", "eval/proxy": "proxy", "objective/scores": "training samples"}),
     ("KL to the initial policy", "nats per response", {"eval/kl": "test samples",
                                                        "objective/kl": "training samples"}),
-    ("Well-formed responses", "share", {"eval/fluency": "can be parsed", "eval/eos_rate": "end with EOS"}),
+    ("Well-formed responses", "share", {"eval/fluency": "fluency", "eval/eos_rate": "end with EOS"}),
     ("Loss", "loss", {"loss": "training", "eval/loss": "held-out pairs"}),
     ("Reward margin of the pairs", "chosen minus rejected", {"rewards/margins": "training",
                                                             "eval/rewards/margins": "held-out pairs"})]

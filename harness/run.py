@@ -138,10 +138,10 @@ class Run:
                     self.checkpoint()
                     wait = max(wait, 20 * (time.time() - saved))        # at most a twentieth of the time
                     saved = time.time()
-                    if self.bar.disable and not (self.quiet or every or Stop.signal):        # no terminal
+                    if self.bar.disable and not (self.quiet or every or Stop.signal):       # no terminal
                         each = (saved - began) / 60 / (step + 1 - first)
-                        print(f"step {step + 1} of {len(plan)}, about {each * (len(plan) - step - 1):.0f} min "
-                              "left", file=sys.stderr)
+                        minutes = each * (len(plan) - step - 1)
+                        print(f"step {step + 1} of {len(plan)}, about {minutes:.0f} min left", file=sys.stderr)
                 if Stop.signal:
                     raise KeyboardInterrupt
 

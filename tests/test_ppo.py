@@ -161,6 +161,12 @@ def test_M_rewards_do_not_sum_to_score_less_penalty():
     scores = rand(5, seed=3)
     rewards = kl_penalised_rewards(scores, logps, ref_logps, mask, 0.3)
     close(rewards.sum(1), torch.where(mask.any(1), scores - 0.3 * ((logps - ref_logps) * mask).sum(1), 0))
+
+
+def test_M_score_is_not_at_the_last_token_of_its_response():
+    mask, logps, ref_logps, _ = ragged()
+    scores = rand(5, seed=3)
+    rewards = kl_penalised_rewards(scores, logps, ref_logps, mask, 0.3)
     for i, last in ((0, 6), (1, 0), (2, 6), (4, 7)):
         close(rewards[i, last], scores[i] - 0.3 * (logps - ref_logps)[i, last])
 

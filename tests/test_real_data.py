@@ -165,7 +165,7 @@ def test_encoder_reads_more_rows_at_once_than_the_budget_allows(encoder):
     reward, rows = EncoderReward(**vars(common.load_reward_model(encoder, 512, "cpu"))), []
     reward.model.register_forward_pre_hook(
         lambda model, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
-    for budget, expected in ((1, [1] * 5), (32, [2, 2, 1]), (10 ** 6, [5])):         # a row: 16 tokens at most
+    for budget, expected in ((1, [1] * 5), (32, [2, 2, 1]), (10 ** 6, [5])):        # a row: 16 tokens at most
         rows.clear()
         reward.budget = budget
         reward(["a"] * 5, ["b"] * 5)

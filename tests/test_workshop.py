@@ -206,6 +206,47 @@ def test_card_lacks_a_part_or_its_answer_holds_a_number_of_no_page():
     assert faults_of_a_card(good.replace("</details>", ""), "0.5") == ["the answer is not folded away"]
 
 
+def test_counts_of_seeds_on_cards_are_not_those_of_the_stored_runs():
+    def values(method, arm, metric):
+        runs = json.loads(read(ROOT / "results" / f"{method}.json"))["runs"]
+        return [run[metric] for run in runs if run["arm"] == arm]
+
+    cards, ratio = parts(read(KIT / "cards.md")), "eval/variance/ReMax / REINFORCE, 1 sample"
+    plain, shifted = (values("remax", arm, ratio) for arm in ("SFT", "SFT, rewards shifted by prompt"))
+    assert [sum(v > 1 for v in plain), sum(v < 1 for v in shifted), len(plain)] == [9, 9, 10]
+    text = "above 1 in nine without offsets, and below 1 in nine with them"
+    assert text in " ".join(cards["Card 8: what a baseline is for"].split())
+    assert text in " ".join(read(ROOT / "docs" / "remax.md").split())
+    gold, fluency = (values("ppo", "pushed", f"eval/{name}") for name in ("gold", "fluency"))
+    assert [sum(v < 0 for v in gold), len(gold)] == [9, 10] and fluency[gold.index(max(gold))] > 0.95
+    assert "gold ends below 0 in nine. In the tenth" in " ".join(cards["Finale: hack the reward"].split())
+
+
+def test_number_of_a_bug_is_not_on_the_page_that_it_names():
+    symptom = parts(read(KIT / "bugs.md"))["08"].partition("<details>")[0]
+    number, = re.findall(r"-\d+\.\d+", symptom)
+    assert number in read(ROOT / "docs" / "dpo.md")
+
+
+def test_first_or_last_value_is_of_another_metric_or_rounded(tmp_path, script, monkeypatch, capsys):
+    rows = [{"step": 0, "eval/loss": 0.6931471}, {"step": 1, "loss": 0.25, "loss/sft": 2.0},
+            {"step": 2, "loss": 1 / 3, "kl": 7}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def show(*words):
+        monkeypatch.setattr(sys, "argv", ["show.py", *map(str, words)])
+        script("show").main()
+        return capsys.readouterr().out.splitlines()
+
+    assert show(tmp_path, "loss", "sft", "x") == [
+        "eval/loss: first 0.6931471 (step 0), last 0.6931471 (step 0)",
+        "loss: first 0.25 (step 1), last 0.3333333333333333 (step 2)",
+        "loss/sft: first 2.0 (step 1), last 2.0 (step 1)", "x: no such metric"]
+    assert show(tmp_path) == ["eval/loss", "loss", "loss/sft", "kl"]
+    with pytest.raises(SystemExit, match="give the directory of a run"):
+        show(tmp_path / "nothing")
+
+
 # ------------------------------------------------------------------------------------- collecting on the wall
 
 def write_run(folder, seed, gold, method="dpo", finished=True, rows=None, **options):
@@ -313,6 +354,29 @@ def test_prepared_folder_lacks_wheels_or_models_or_they_do_not_arrive(tmp_path, 
         main("use", stick)
     with pytest.raises(SystemExit, match="no cache"):
         main("use", tmp_path / "empty")
+
+
+def test_answers_lie_open_without_network(tmp_path, script, monkeypatch):
+    pytest.importorskip("markdown")
+    prepare = script("prepare")
+    prepare.write_pages(tmp_path / "pages")
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "pages").iterdir()}
+    assert {*pages} == {*prepare.PAGES, "to_print"}
+    for name, folds in (("cards", 11), ("bugs", 50), ("to_print", 0), ("README", 1)):
+        assert pages[name].count("<details>") == pages[name].count("</details>") == folds, name
+        assert "<table>" in pages[name] or name != "README"
+        assert not re.search(r'href="(?!(README|cards|bugs)\.html)|\]\(', pages[name]), name
+    assert "<code>python dpo.py</code>" in pages["to_print"] and "0.684" not in pages["to_print"]
+    assert "0.684" in pages["cards"] and 'href="cards.html"' in pages["README"]
+
+
+def test_laptop_without_packages_gets_a_traceback_from_make(tmp_path, script, monkeypatch):
+    prepare = script("prepare")
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name != "filelock")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "make", str(tmp_path / "stick")])
+    with pytest.raises(SystemExit, match=r"error: filelock not installed. First: python -m pip install -e "):
+        prepare.main()
+    assert not (tmp_path / "stick").exists()
 
 
 def test_what_is_missing_on_a_laptop_passes_or_what_is_there_does_not(tmp_path, script, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from prepare import ROOT, requirements
 
 sys.path.insert(0, str(ROOT))
 
+NAMES = {"one_step": "forward and backward pass", "cache": "built models"}
 TEXT = "ä ö ü ß é  中文  ±"
 
 
@@ -88,7 +89,7 @@ def main():
         try:
             found, fix = check()
         except ImportError as error:                          # said above, package by package
-            found, fix = f"{check.__name__}: {error}", "install the packages first"
+            found, fix = NAMES[check.__name__], f"install the packages first ({error.name} is missing)"
         to_do += bool(fix)
         print(f"TO DO  {found}: {fix}" if fix else f"OK     {found}", flush=True)
     sys.exit(min(to_do, 1))

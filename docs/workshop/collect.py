@@ -68,40 +68,40 @@ def groups_of(folder):
     return dict(sorted(groups.items()))
 
 
-def values(runs, metric, change=False):
-    """The metric after training, or its change, of each run that measured it."""
-    pairs = [(first.get(metric), last.get(metric)) for first, last, _ in runs.values()]
-    return [b - a if change else b for a, b in pairs if None not in (a, b)]
-
-
 def table(label, runs):
     """Lines: mean and half a 95% t-interval of each metric, after training and its change."""
     lines = [f"{label}: n = {len(runs)}, seeds {', '.join(map(str, sorted(runs)))}",
              f"  {'':10}{'after':>18}{'change':>18}"]
     for name, metric in METRICS.items():
-        after, change = (values(runs, metric, way) for way in (False, True))
-        cells = [plus_minus(*t_interval(after)), plus_minus(*t_interval(change), "+")] if after else "--"
+        pairs = [(a[metric], b[metric]) for a, b, _ in runs.values() if metric in a and metric in b]
+        after, change = [b for _, b in pairs], [b - a for a, b in pairs]
+        cells = [plus_minus(*t_interval(after)), plus_minus(*t_interval(change), "+")] if pairs else "--"
         lines.append(f"  {name:10}{cells[0]:>18}{cells[1]:>18}")
     return lines
 
 
 def draw(groups, file):
-    """A panel for each metric: a dot for each seed, the mean and its interval below them."""
+    """A panel for each metric: a dot for each seed, grey before training; the mean and its interval below."""
     lines = 2 + max(label.count(" --") for label in groups)                     # of the longest name
     figure = Figure(figsize=(16, 3 + max(1.2, 0.3 * lines) * len(groups)), layout="constrained")
     for ax, (name, metric) in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS.items()):
         for y, runs in enumerate(groups.values()):
-            found = values(runs, metric)
-            ax.plot(found, [y - 0.15] * len(found), "o", color="#0072B2", alpha=0.6, markersize=9)
-            if len(found) > 1:
-                mean, half = t_interval(found)
+            before, after = ({seed: run[i][metric] for seed, run in sorted(runs.items()) if metric in run[i]}
+                             for i in (0, 1))
+            ax.scatter(before.values(), [y - 0.2] * len(before), color="0.75", zorder=1)
+            places = [y - 0.1 - 0.07 * (i % 4) for i in range(len(after))]      # so that none hides another
+            ax.plot(after.values(), places, "o", color="#0072B2", alpha=0.6, markersize=9)
+            for (seed, number), place in zip(after.items(), places):
+                ax.annotate(seed, (number, place), (0, 6), textcoords="offset points", ha="center")
+            if len(after) > 1:
+                mean, half = t_interval([*after.values()])
                 ax.errorbar(mean, y + 0.15, xerr=half, fmt="D", color="black", capsize=6, markersize=8)
         ax.set_title(name, fontsize=20)
         ax.tick_params(labelsize=14)
     names = [f"{label.replace(' --', chr(10) + '--')}\nn = {len(runs)}" for label, runs in groups.items()]
     figure.axes[0].set_yticks(range(len(groups)), names)
     figure.axes[0].set_ylim(len(groups) - 0.5, -0.5)                             # the first group at the top
-    figure.suptitle("after training: a dot is a laptop, the bar a 95% t-interval of the mean", fontsize=18)
+    figure.suptitle("dots: laptops, by seed (grey: before training). Bar: mean, 95% t-interval", size=18)
     figure.savefig(file, dpi=100)
 
 

@@ -1,14 +1,16 @@
-"""Prepare a workshop without network: a folder with wheels and the built models, for a USB stick.
+"""Prepare a workshop without network: a folder with wheels, the built models and pages, for a USB stick.
 
     python docs/workshop/prepare.py make FOLDER                # the day before, on one laptop of each kind
-    python docs/workshop/prepare.py make FOLDER --no_wheels    # the built models alone
+    python docs/workshop/prepare.py make FOLDER --no_wheels    # without wheels
     python docs/workshop/prepare.py use FOLDER                 # on each laptop; needs no network
 
 Wheels are for one system and one version of Python. So run `make` into the same FOLDER once on Windows, once
 on a Mac and once on Linux, as far as there will be such laptops. The models are built once: they are found by
-seed and by a hash of the code, and so all laptops that have the same code start from the same models.
+seed and by a hash of the code, and so all laptops that have the same code start from the same models. The
+pages are the kit's as HTML: a browser folds the answers away, without network. to_print.html has no answers.
 """
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -18,7 +20,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+KIT = Path(__file__).resolve().parent
 EXTRAS = "plot", "test"                              # what the workshop needs beside the dependencies
+INSTALL = 'python -m pip install -e ".[plot,test]"'
+NEEDED = "torch", "transformers", "filelock", "markdown"                            # to make a folder
+PAGES = "README", "cards", "bugs"
+HEAD = ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><style>'
+        'body {max-width: 48em; margin: 2em auto; font: 18px/1.5 sans-serif} summary {cursor: pointer} '
+        'td, th {border: 1px solid silver; padding: .3em} pre {overflow: auto}</style>\n')
 
 
 def requirements():
@@ -36,8 +45,26 @@ def run(*words, **kwargs):
     return done
 
 
+def write_pages(folder):
+    """The kit's pages as HTML; in a browser the answers are folded away. to_print.html: the cards alone."""
+    import markdown
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {name: (KIT / f"{name}.md").read_text(encoding="utf-8") for name in PAGES}
+    texts["to_print"] = re.sub(r"(?s)<details>.*?</details>\n", "", texts["cards"])
+    for name, text in texts.items():
+        text = re.sub(rf"\]\(({'|'.join(PAGES)})\.md\)", r"](\1.html)", text)
+        text = re.sub(r"\[([^\]]+)\]\((?![a-zA-Z]+\.html)[^)]*\)", r"\1", text)        # not on the stick
+        body = markdown.markdown(text.replace("<details>", '<details markdown="1">'),
+                                 extensions=["tables", "fenced_code", "md_in_html"])
+        (folder / f"{name}.html").write_text(HEAD + body, encoding="utf-8")
+
+
 def make(folder, seeds, wheels):
-    """Write FOLDER/wheels and FOLDER/cache."""
+    """Write FOLDER/pages, FOLDER/cache and FOLDER/wheels."""
+    missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
+    if missing:
+        sys.exit(f"error: {', '.join(missing)} not installed. First: {INSTALL}")
+    write_pages(folder / "pages")
     for seed in seeds:
         print(f"models of seed {seed}: about two minutes, if they are not built yet", flush=True)
         built = run("-m", "tasks.build", "--seed", seed, stdout=subprocess.PIPE, text=True, encoding="utf-8")
