@@ -140,8 +140,8 @@ class Run:
                     saved = time.time()
                     if self.bar.disable and not (self.quiet or every or Stop.signal):       # no terminal
                         each = (saved - began) / 60 / (step + 1 - first)
-                        minutes = each * (len(plan) - step - 1)
-                        print(f"step {step + 1} of {len(plan)}, about {minutes:.0f} min left", file=sys.stderr)
+                        left = f"about {each * (len(plan) - step - 1):.0f} min left"
+                        print(f"step {step + 1} of {len(plan)}, {left}", file=sys.stderr)
                 if Stop.signal:
                     raise KeyboardInterrupt
 
