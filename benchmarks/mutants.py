@@ -1,11 +1,13 @@
-"""How many small mistakes the tests notice: one change to one place of a file, and the file's own tests.
+"""How many small mistakes the tests notice: one change to one place of a file, and the tests of that file.
 
     python benchmarks/mutants.py --number 60 --seed 0         # a quarter of an hour, prints the survivors
+    python benchmarks/mutants.py --number 60 --seed 0 --numbers 4,17              # these of the same 60 again
 
 A mutant swaps an operator (+ -, * /, < <=, == !=, and or), removes a `not`, a minus or a `.detach()`, changes
 a number (n + 1, or twice a float), swaps True and False, or deletes a call that stands alone. Places are
 drawn from all functions, messages of errors apart; every file of FILES gets as many. Mutants live in a copy
-of the project. A mutant whose change has no effect counts as a survivor too.
+of the project. What a file's own tests let pass is given to the short runs of test_end_to_end.py. A mutant
+whose change has no effect counts as a survivor too.
 """
 import argparse
 import ast
@@ -25,6 +27,7 @@ FILES = {f"{name}.py": [f"test_{name}.py"] for name in METHODS} | {
     "harness/rewards.py": ["test_samples.py", "test_user_rewards.py", "test_real_data.py"],
     "harness/conditioning.py": ["test_conditioning.py", "test_steerlm.py"],
     "harness/evaluation.py": ["test_harness.py", "test_conditioning.py", "test_picture.py"]}
+RUNS = "not embedded and not built and not smol and "           # of test_end_to_end.py: a toy model's only
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE,
          ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.And: ast.Or, ast.Or: ast.And}
@@ -84,35 +87,44 @@ def mutant(source, place):
     return ast.unparse(changed_tree), f"line {line}: {before} -> {after}"
 
 
+def fails(project, *tests):
+    """Does one of these tests fail? Ten minutes without an end count as a failure."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=project / "tests", capture_output=True, timeout=600)
+        return done.returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--number", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files to change, 'A,B' (default: all of FILES)")
+    parser.add_argument("--numbers", default="", help="which of the mutants to try, '4,17' (default: all)")
     options = parser.parse_args()
     rng, files = random.Random(options.seed), options.only.split(",") if options.only else list(FILES)
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
         left_out = shutil.ignore_patterns(".git", "cache", "runs", "results", "docs")
         shutil.copytree(ROOT, project, ignore=left_out)
-        survived = 0
-        for number in range(options.number):
-            name = files[number % len(files)]
+        wanted = [int(number) for number in options.numbers.split(",") if number]
+        wanted, survived = wanted or range(1, options.number + 1), 0
+        for number in range(1, options.number + 1):
+            name = files[(number - 1) % len(files)]
             source = (ROOT / name).read_text(encoding="utf-8")
             text, what = mutant(source, rng.choice(places(ast.parse(source))))
-            (project / name).write_text(text, encoding="utf-8")
-            tests = [str(project / "tests" / test) for test in FILES[name]]
-            try:
-                command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-                done = subprocess.run(command, cwd=project, capture_output=True, timeout=600)
-                noticed = done.returncode != 0
-            except subprocess.TimeoutExpired:
-                noticed = True
-            survived += not noticed
-            word = "noticed " if noticed else "SURVIVED"
-            print(f"{number + 1:4} {word} {name} {' '.join(what.split())[:150]}", flush=True)
-            (project / name).write_text(source, encoding="utf-8")
-        print(f"{options.number - survived} of {options.number} noticed")
+            if number in wanted:
+                (project / name).write_text(text, encoding="utf-8")
+                runs = Path(name).stem if Path(name).stem in METHODS else "(dpo or ppo or steerlm)"
+                noticed = (fails(project, *FILES[name])
+                           or fails(project, "test_end_to_end.py", "-k", RUNS + runs))
+                survived += not noticed
+                word = "noticed " if noticed else "SURVIVED"
+                print(f"{number:4} {word} {name} {' '.join(what.split())[:150]}", flush=True)
+                (project / name).write_text(source, encoding="utf-8")
+        print(f"{len(wanted) - survived} of {len(wanted)} noticed")
 
 
 if __name__ == "__main__":
