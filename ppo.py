@@ -192,7 +192,7 @@ def update(run, old, rows, trained, optimizer, schedule, first):
         share = mask.sum() / tokens * run.weight   # a minibatch's mean, in parts; weight: 1 without --shard
         ((pg_loss + config.vf_coef * vf_loss) * share).backward()
 
-        log_ratio = (new_logps - old.logps[part]).detach()
+        log_ratio = new_logps - old.logps[part]
         if first:                                  # no update yet: the policy is still the one that sampled
             tolerance = 1e-3 if policy.compute_dtype != torch.bfloat16 else 0.1
             assert log_ratio.abs().max() < tolerance, "the ratio is not 1 before a rollout's first update"

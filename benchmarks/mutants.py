@@ -25,7 +25,7 @@ FILES = {f"{name}.py": [f"test_{name}.py"] for name in METHODS} | {
     "common.py": ["test_common.py"], "harness/samples.py": ["test_samples.py"],
     "harness/stages.py": ["test_samples.py", "test_harness.py"],
     "harness/rewards.py": ["test_samples.py", "test_user_rewards.py", "test_real_data.py"],
-    "harness/conditioning.py": ["test_conditioning.py", "test_steerlm.py"],
+    "harness/conditioning.py": ["test_conditioning.py", "test_steerlm.py", "test_decision_transformer.py"],
     "harness/evaluation.py": ["test_harness.py", "test_conditioning.py", "test_picture.py"]}
 RUNS = "not embedded and not built and not smol and "           # of test_end_to_end.py: a toy model's only
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE,

@@ -533,6 +533,8 @@ def test_rank_correlation_differs_from_hand_values():
         ranks = [sorted(values).index(value) for value in values]
         expected = 1 - 6 * sum((i - rank) ** 2 for i, rank in enumerate(ranks)) / (n * (n * n - 1))
         assert spearman(values) == spearman([value ** 3 for value in values]) == pytest.approx(expected)
+    assert spearman([2.0, 2.0, 2.0]) == 0
+    assert spearman([1.0, 1.0, 2.0, 0.0]) == pytest.approx(-0.3162, abs=1e-4)        # ranks 2.5, 2.5, 4, 1
 
 
 @pytest.mark.parametrize("control", ["tokens", "text"])

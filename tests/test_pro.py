@@ -158,7 +158,8 @@ def test_Q_wrong_shapes_are_broadcast(shapes):
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         pro.Config(**wrong)
-    pro.Config(candidates=1, sources="DP"), pro.Config(sft_weight=0.0, terms=0)
+    pro.Config(candidates=1, sources="DP"), pro.Config(candidates=2, sources="D")
+    pro.Config(sft_weight=0.0, terms=0)
 
 
 # --------------------------------------------------------------------------------------------------- training

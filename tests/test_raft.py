@@ -349,7 +349,7 @@ def test_pool_of_all_rounds_forgets_or_takes_more_steps(toy, tmp_path, monkeypat
 
 @pytest.mark.parametrize("options, steps", [
     ({}, 2), ({"ranking": "global", "share": 0.5}, 3), ({"ranking": "global", "share": 0.01}, 1),
-    ({"rare": "b", "rounds": 2, "prompts": 0}, 2)])
+    ({"rare": "b", "rounds": 2, "prompts": 0, "batch_size": 3}, 3)])
 def test_steps_of_a_round_are_those_of_another_share_or_of_another_round(
         toy, tmp_path, monkeypatch, options, steps):
     """6 prompts (all 8 without --prompts) with 4 candidates each; a share is of all candidates."""

@@ -184,6 +184,12 @@ def test_reward_none_is_not_none_or_missing_pairs_crash(toy, capsys):
     assert "no pairs to train a reward model" in capsys.readouterr().err
 
 
+def test_family_without_reward_models_is_not_named(toy, monkeypatch, capsys):
+    monkeypatch.setattr(harness.rewards, "without_scorer", lambda config: "odd")
+    assert load_rewards(settings(toy, reward=""), pair_task()) == {}
+    assert "no class for reward models of the family odd" in capsys.readouterr().err
+
+
 def test_cached_reward_model_is_trained_again_or_is_not_trained(toy, monkeypatch):
     config = settings(toy, reward="", reward_lr=1e-2)
     prompts, chosen, rejected = zip(*PAIRS[-6:])
