@@ -38,5 +38,7 @@ def over(parts, total, what):
 
 def steps(plan, what):
     """Yield the entries of a list, with a bar of so many steps."""
-    for entry, in over(zip(plan), len(plan), what):
-        yield entry
+    with bar(len(plan), what) as shown:
+        for entry in plan:
+            yield entry
+            shown.update()

@@ -36,7 +36,7 @@ def work(toy, tmp_path):
     run = toy_run(toy, pair_task(count_a), out=tmp_path)
     harness.response_logps(run, PAIRS[:5])
     run.evaluate()
-    assert list(progress.steps(["ab", "cde"], "prediction model")) == ["ab", "cde"]
+    assert list(progress.steps(["abc", "de"], "prediction model")) == ["abc", "de"]
 
 
 def test_long_work_is_done_in_silence(toy, tmp_path, show):
