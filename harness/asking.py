@@ -1,6 +1,5 @@
 """--prompt: what a finished run's policy answers, beside what the policy that it began from answers."""
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 import common
 from common import UserError
+from harness import directory
 from harness.conditioning import parse_request
 from harness.loading import check_vocabulary, load_policy, load_tokenizer, more_stop_ids
 from tasks import ROOT, chat
@@ -70,7 +70,7 @@ def ask(config, method, tags_of=None):
     after = replace(config, **usual | {"policy": str(path), "lora_rank": 0})
     conversation = of_run.get("conversations", attributes.get("chat", False))
     if not config.policy:
-        print(f"asking {os.path.relpath(path)}", file=sys.stderr)
+        print(f"asking {directory.short(path)}", file=sys.stderr)
     print(config.prompt + tags)
     if of_run:
         before = replace(after, policy=of_run["policy"])

@@ -118,7 +118,7 @@ def launch(train, config, known=None):
         Stop.stepping, error = False, sys.exc_info()[1]
         alone = known is None                                     # an arm of the referee is not resumed
         if error and alone and not isinstance(error, UserError) and (run.out / "args.json").exists():
-            print(f"the run's files are in {os.path.relpath(run.out)}", file=sys.stderr)
+            print(f"the run's files are in {directory.short(run.out)}", file=sys.stderr)
             if any((run.out / name).exists() for name in directory.CHECKPOINTS):
                 print("to go on:", command_that_resumes(run.out), file=sys.stderr)
             else:
@@ -132,7 +132,7 @@ def command_that_resumes(out):
     words = re.sub(r"\0--resume(=\w+)?(\0(True|False|true|false))?(?=\0|$)", "", "\0".join(sys.argv))
     words = words.split("\0")
     given = any(word == "--out" or word.startswith("--out=") for word in words)
-    return shlex.join(["python", *words, *([] if given else ["--out", os.path.relpath(out)]), "--resume"])
+    return shlex.join(["python", *words, *([] if given else ["--out", directory.short(out)]), "--resume"])
 
 
 class Plain:

@@ -25,6 +25,14 @@ UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, 
 CHECKPOINTS = "state.pt", "state-before.pt"
 
 
+def short(path):
+    """The path from the current directory on; whole where there is none (another drive on Windows)."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
 def free_directory(home):
     """Make home/001, or the first number after the highest. Two runs never get the same."""
     taken = [int(path.name) for path in home.glob("*") if path.name.isdigit()]

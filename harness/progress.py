@@ -1,6 +1,6 @@
-"""What is going on, for those who wait: a bar on a terminal for what takes longer than three seconds.
+"""What is going on, for those who wait: a line at the start, and a bar for what takes longer than 3 seconds.
 
-It is gone when the work is done. Nothing is shown with --quiet, nor where stderr is a file or a pipe.
+A bar is gone when its work is done. Nothing is shown with --quiet, nor where stderr is a file or a pipe.
 """
 import shutil
 import sys
@@ -23,7 +23,7 @@ def begin(on, text):
 
 
 def bar(total, what):
-    """A bar of so many rows; bar.update(n) says that n more are done."""
+    """A progress bar for so many rows. Call its update(n) when n more are done."""
     return tqdm(total=total, desc=what, leave=False, delay=SECONDS, disable=None if Show.on else True,
                 ncols=min(80, shutil.get_terminal_size().columns))
 

@@ -363,7 +363,7 @@ class Run:
             pairs = len(self.task.pairs.get("test", []))
             if 0 < pairs < 30:
                 print(f"{pairs} held-out pairs are too few to tell: accuracies move by {1 / pairs:.2f}")
-            where = os.path.relpath(self.out)
+            where = directory.short(self.out)
             print(f"{seconds:.0f} s; the policy, metrics.jsonl and samples.txt are in {where}")
             print(f"no {picture.FILE}: {fault}" if fault else f"picture: {os.path.join(where, picture.FILE)}")
             if counts["seconds_generating"]:

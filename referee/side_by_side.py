@@ -151,7 +151,9 @@ def parts(results_dir="results", given={}):
     seeds = view["seeds"] if given else SEEDS
     view = view | {"seeds": [seed for seed in view["seeds"] if seed in seeds]}
     about = [["arm", "what it learns from"], *([name, entry["about"]] for name, entry in ARMS.items())]
-    found = [("arms", about, "Beside them: three that train nothing.")]
+    fewer = not given and {*view["seeds"]} < {*SEEDS}
+    found = [("arms", about, "Beside them: three that train nothing." + fewer * (
+        f" Of the {len(SEEDS)} seeds that were set beforehand, {len(view['seeds'])} are run."))]
     for title, (question, _) in SITUATIONS.items():
         arms = of_seeds(collected[title], seeds)
         if any(arms.values()):

@@ -298,6 +298,13 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
         assert trace[-1]["cpu_seconds"] == first[name][0]["cpu_seconds"] > trace[-2]["cpu_seconds"]
 
 
+def test_part_of_the_seeds_is_shown_as_all_of_them(toys, monkeypatch):
+    everything(toys)
+    assert "set beforehand" not in side_by_side.block()
+    monkeypatch.setattr(side_by_side, "SEEDS", range(-2, 4))
+    assert "Of the 6 seeds that were set beforehand, 4 are run." in side_by_side.block()
+
+
 def test_short_table_has_the_gold_of_another_situation_or_another_order(toys, monkeypatch):
     for path in ("README.md", "README.zh.md"):
         assert docs.block(path, "comparison") in (survey.COMPARISON_NOT_RUN, "横向比较尚未运行")

@@ -1,6 +1,7 @@
 """Those who wait see what is going on: on a terminal, after three seconds, and nowhere else."""
 import functools
 import io
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 import harness
 from conftest import PAIRS, ROOT, count_a, pair_task, toy_run
-from harness import progress
+from harness import command_line, directory, progress
 from tasks import Demonstration
 
 
@@ -80,3 +81,16 @@ def test_first_line_comes_late_or_in_a_pipe(show, monkeypatch):
     command = [sys.executable, "dpo.py", "--model", "nowhere", "--data", "nothing.jsonl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_directory_on_another_drive_ends_a_finished_run(toy, tmp_path, monkeypatch):
+    """os.path.relpath raises ValueError on Windows where no path leads from one drive to another."""
+    def other_drive(path):
+        raise ValueError("path is on mount 'Z:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", other_drive)
+    assert directory.short(tmp_path / "run") == str(tmp_path / "run")
+    assert f"--out {tmp_path / 'run'}" in command_line.command_that_resumes(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert directory.short(tmp_path / "run") == "run"

@@ -320,7 +320,13 @@ def test_dots_or_interval_on_the_wall_stand_elsewhere(tmp_path, script, monkeypa
 # -------------------------------------------------------------------------------- preparing, checking laptops
 
 def test_prepared_folder_lacks_wheels_or_models_or_they_do_not_arrive(tmp_path, script, monkeypatch, capsys):
+    pytest.importorskip("markdown")
     prepare, calls, failing = script("prepare"), [], []
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    for name in prepare.PAGES:
+        (kit / f"{name}.md").write_text(f"# {name}", encoding="utf-8")
+    monkeypatch.setattr(prepare, "KIT", kit)
     built = tmp_path / "cache of the teacher" / "reviews" / "0123" / "seed1"
     built.mkdir(parents=True)
     (built / "vitals.json").write_text("{}", encoding="utf-8")
@@ -348,6 +354,8 @@ def test_prepared_folder_lacks_wheels_or_models_or_they_do_not_arrive(tmp_path, 
     install, = main("use", stick)
     assert install.startswith(f"-m pip install --no-index --find-links {stick / 'wheels'} torch>=2.6 ")
     assert (tmp_path / "cache" / "reviews" / "0123" / "seed1" / "vitals.json").exists()
+    assert (tmp_path / "kit" / "pages" / "cards.html").exists()
+    assert str(tmp_path / "kit" / "pages" / "README.html") in capsys.readouterr().out
     assert main("use", stick, "--no_wheels") == []
     failing.append("pip")
     with pytest.raises(SystemExit, match="pip"):
@@ -392,7 +400,7 @@ def test_what_is_missing_on_a_laptop_passes_or_what_is_there_does_not(tmp_path, 
     monkeypatch.setattr(check.importlib.metadata, "version", version)
     monkeypatch.setattr(build.tasks, "CACHE", tmp_path)
     found, fix = check.cache()
-    assert found == "models of seed 0: not built" and fix.startswith("python -m tasks.build --seed 0 ")
+    assert found == "models of seed 0: not built" and "python -m tasks.build --seed 0 " in fix
     home = build.home(SimpleNamespace(seed=0, layers=1))
     home.mkdir(parents=True)
     (home / "vitals.json").write_text("{}", encoding="utf-8")

@@ -31,7 +31,7 @@ def numbers(version):
 def package(requirement):
     """A package of pyproject.toml: its version, and whether that is in the range asked for."""
     name, *bounds = re.split(r"(?=[<>])|,", requirement)
-    fix = f'python -m pip install "{requirement}", or prepare.py use FOLDER'
+    fix = f'python -m pip install "{requirement}", or python docs/workshop/prepare.py use FOLDER'
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -67,7 +67,7 @@ def cache(seed=0):
     from tasks import build
     found = (build.home(SimpleNamespace(seed=seed, layers=1)) / "vitals.json").exists()
     return f"models of seed {seed}{'' if found else ': not built'}", "" if found else (
-        f"python -m tasks.build --seed {seed} (about two minutes), or prepare.py use FOLDER")
+        f"python docs/workshop/prepare.py use FOLDER, or python -m tasks.build --seed {seed} (two minutes)")
 
 
 def terminal(encoding=None):

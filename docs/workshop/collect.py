@@ -101,7 +101,7 @@ def draw(groups, file):
     names = [f"{label.replace(' --', chr(10) + '--')}\nn = {len(runs)}" for label, runs in groups.items()]
     figure.axes[0].set_yticks(range(len(groups)), names)
     figure.axes[0].set_ylim(len(groups) - 0.5, -0.5)                             # the first group at the top
-    figure.suptitle("dots: laptops, by seed (grey: before training). Bar: mean, 95% t-interval", size=18)
+    figure.suptitle("dots: laptops, by seed (grey: before training). Diamond: mean, 95% interval", size=18)
     figure.savefig(file, dpi=100)
 
 

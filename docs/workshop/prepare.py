@@ -4,10 +4,10 @@
     python docs/workshop/prepare.py make FOLDER --no_wheels    # without wheels
     python docs/workshop/prepare.py use FOLDER                 # on each laptop; needs no network
 
-Wheels are for one system and one version of Python. So run `make` into the same FOLDER once on Windows, once
-on a Mac and once on Linux, as far as there will be such laptops. The models are built once: they are found by
-seed and by a hash of the code, and so all laptops that have the same code start from the same models. The
-pages are the kit's as HTML: a browser folds the answers away, without network. to_print.html has no answers.
+Wheels are for one system and one version of Python. So run `make` into the same FOLDER once for each kind of
+laptop; but there first `use FOLDER --no_wheels`: it takes the models, so that they are not built again. They
+are found by seed and by a hash of the code, so all laptops with the same code start from the same models.
+FOLDER/pages has the kit's pages as HTML: a browser hides the answers until a click. to_print.html has none.
 """
 import argparse
 import importlib.util
@@ -27,7 +27,8 @@ NEEDED = "torch", "transformers", "filelock", "markdown"                        
 PAGES = "README", "cards", "bugs"
 HEAD = ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><style>'
         'body {max-width: 48em; margin: 2em auto; font: 18px/1.5 sans-serif} summary {cursor: pointer} '
-        'td, th {border: 1px solid silver; padding: .3em} pre {overflow: auto}</style>\n')
+        'td, th {border: 1px solid silver; padding: .3em} pre {overflow: auto} '
+        '@media print {h2 {break-before: page}}</style>\n')
 
 
 def requirements():
@@ -83,6 +84,9 @@ def use(folder, wheels):
         run("-m", "pip", "install", "--no-index", "--find-links", folder / "wheels", *requirements())
     cache = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
     shutil.copytree(folder / "cache", cache, dirs_exist_ok=True)
+    if (folder / "pages").is_dir():
+        shutil.copytree(folder / "pages", KIT / "pages", dirs_exist_ok=True)
+        print(f"Open in a browser: {KIT / 'pages' / 'README.html'}")
     print("done. Now: python docs/workshop/check.py")
 
 
@@ -91,7 +95,7 @@ def main():
     parser.add_argument("what", choices=("make", "use"))
     parser.add_argument("folder", type=lambda text: Path(text).resolve())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="whose models are built (make)")
-    parser.add_argument("--no_wheels", action="store_true", help="the models alone")
+    parser.add_argument("--no_wheels", action="store_true", help="no packages: models and pages only")
     options = parser.parse_args()
     if options.what == "make":
         make(options.folder, options.seeds, not options.no_wheels)

@@ -2,8 +2,8 @@
 
     python docs/workshop/show.py RUN loss kl          # RUN: the run's directory, such as runs/dpo/001
 
-A name stands for every metric that is called so, whatever is before its last slash: `loss` for `loss`, which
-is of the training steps, and for `eval/loss`, which is of the evaluations. Without names it lists all.
+NAME finds the metric NAME and every metric that ends in /NAME: `loss` finds `loss`, which is of the training
+steps, and `eval/loss`, which is of the evaluations. Without names it lists all metrics.
 """
 import argparse
 import json
