@@ -60,12 +60,16 @@ AFTER = {
         'python dpo.py --pairs "strong>weak" --loss sft --epochs 4 --out runs/dpo/strong',
     r"python ppo\.py --policy OUT":
         "python raft.py --restart True --pool all --refresh True --epochs 4 --lr 1e-3",
-    r"python docs/workshop/prepare\.py use stick": "python docs/workshop/prepare.py make stick",
+    r"python docs/workshop/prepare\.py use FOLDER":
+        "python docs/workshop/prepare.py make FOLDER --seeds 0 1 2 3",
+    r"python docs/workshop/show\.py runs/dpo/strong":
+        'python dpo.py --pairs "strong>weak" --loss sft --epochs 4 --out runs/dpo/strong',
+    r"python docs/workshop/show\.py runs/bug04": "python dpo.py --epochs 0.5 --out runs/bug04",
     r"python docs/workshop/plant\.py (\d+) --undo": r"python docs/workshop/plant.py \1",
     r"python docs/workshop/collect\.py wall": "python dpo.py --seed 7 --out wall/seed7",
 }
 NO_RUN = r"--(reproduce|prompt|help)\b"                      # nothing is added to these: they train nothing
-SEEDS = 0, 7                                                # of the embedded task's models, in the commands
+SEEDS = 0, 1, 2, 3, 7                                    # of the embedded task's models, in the commands
 
 
 def plain(command):
