@@ -1,6 +1,6 @@
 """How many small mistakes the tests notice: one change to one place of a file, and the tests of that file.
 
-    python benchmarks/mutants.py --number 60 --seed 0         # a quarter of an hour, prints the survivors
+    python benchmarks/mutants.py --number 60 --seed 0         # prints the survivors
     python benchmarks/mutants.py --number 60 --seed 0 --numbers 4,17              # these of the same 60 again
 
 A mutant swaps an operator (+ -, * /, < <=, == !=, and or), removes a `not`, a minus or a `.detach()`, changes

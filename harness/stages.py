@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 from common import UserError
+from harness import progress
 
 
 @dataclass
@@ -54,7 +54,7 @@ def fit(model, tokenizer, rows, losses_of, recipe, title, counts=None):
     counts = {"tokens_trained": 0} if counts is None else counts
     plan = shuffled_batches(len(rows), recipe.epochs, recipe.batch_size, recipe.seed)
     optimizer, schedule = common.adamw(model, recipe.lr, len(plan), recipe.schedule, recipe.warmup)
-    for step, indices in enumerate(tqdm(plan, title, leave=False, disable=None)):
+    for step, indices in enumerate(progress.steps(plan, title)):
         prompts, responses = zip(*(rows[i] for i in indices))
         for part, batch in common.batches(tokenizer, prompts, responses, recipe.token_budget, model.device):
             losses = losses_of(model, batch, [indices[i] for i in part])

@@ -1,8 +1,9 @@
 """Tables for the readers of a survey of RLHF's substitutes.
 
-One has each of its statements, with the verdicts of the claims that test it, in English or Chinese. The other
-one says in Chinese what each substitute needs, next to what was measured. experiments/survey.py holds the
-statements and needs; what was measured comes from results/*.json alone.
+One has each of its statements, with the verdicts of the claims that test it, in English or Chinese. The second
+says in Chinese what each substitute needs, next to what was measured. The third has the main arms of the
+comparison, in either language. experiments/survey.py holds the statements and needs; what was measured comes
+from results/*.json alone.
 """
 import re
 from pathlib import Path
@@ -153,7 +154,7 @@ def substitutes(defaults, others, sources, results_dir="results"):
 
 
 def compared(path, results_dir="results"):
-    """The block of the comparison for a README, in its language: the main arms and the figure."""
+    """The block of the comparison for a README, in its language: a table of the main arms."""
     if not results_path(side_by_side.NAME, {}, results_dir).exists():
         return CHINESE[COMPARISON_NOT_RUN] if chinese(path) else COMPARISON_NOT_RUN
     view, collected = side_by_side.gathered(results_dir)

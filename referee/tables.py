@@ -129,9 +129,9 @@ def provenance(view):
     flags = ", ".join(f"{k}={v}" for k, v in view["config"].items())
     machines = [f"{m['device']}; " + ", ".join(f"{name} {version}" for name, version in m["software"].items())
                 for m in view["machines"]]
-    done, wanted = view["seeds"], Config.seeds
+    done, wanted = view["seeds"], view.get("wanted", Config.seeds)
     fewer = f" ({len(done)} of the {wanted} that were set beforehand)" * (
-        view.get("method") != "comparison" and not flags and bool(done) and {*done} < {*range(wanted)})
+        not flags and bool(done) and {*done} < {*range(wanted)})
     return (f"Seeds {', '.join(map(str, done)) or 'none'}{fewer}." + (f" Flags: {flags}." if flags else "")
             + "".join(f" {machine}." for machine in machines))
 

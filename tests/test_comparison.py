@@ -302,7 +302,7 @@ def test_part_of_the_seeds_is_shown_as_all_of_them(toys, monkeypatch):
     everything(toys)
     assert "set beforehand" not in side_by_side.block()
     monkeypatch.setattr(side_by_side, "SEEDS", range(-2, 4))
-    assert "Of the 6 seeds that were set beforehand, 4 are run." in side_by_side.block()
+    assert "Seeds 0, 1, 2, 3 (4 of the 6 that were set beforehand)." in side_by_side.block()
 
 
 def test_short_table_has_the_gold_of_another_situation_or_another_order(toys, monkeypatch):
