@@ -1,9 +1,9 @@
 """Tables for the readers of a survey of RLHF's substitutes.
 
 One has each of its statements, with the verdicts of the claims that test it, in English or Chinese.
-The second says in Chinese what each substitute needs, next to what was measured. The third has the main arms of the
-comparison, in either language. experiments/survey.py holds the statements and needs; what was measured comes
-from results/*.json alone.
+The second says in Chinese what each substitute needs, next to what was measured. The third has the main arms
+of the comparison, in either language. experiments/survey.py holds the statements and needs; what was
+measured comes from results/*.json alone.
 """
 import re
 from pathlib import Path
