@@ -90,7 +90,8 @@ def prepare(config, out):
         check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
     check_policy(policy, tokenizer, task, 0)
     trained = [weight.nbytes for weight in policy.parameters() if weight.requires_grad]
-    directory.check_room(out, sum(trained) / 1e6)
+    if ranks.first():                               # on another machine the directory may not exist
+        directory.check_room(out, sum(trained) / 1e6)
     run = Run(config, out, task, tokenizer, policy, rewards, began=began)
     if config.resume:
         old, new = directory.read_args(out, say=str), run.origin       # output_directory has warned

@@ -17,7 +17,7 @@ import common
 from conftest import PAIRS, ROOT, method_names, save_toy
 
 WORKER = '''
-import collections, importlib, os, pathlib, random, signal, sys
+import collections, importlib, os, pathlib, random, signal, sys, time
 sys.path[:0] = {paths!r}
 import torch
 import common, harness
@@ -59,13 +59,19 @@ def die(run, step, metrics, log=harness.Run.log):
     log(run, step, metrics)
 
 
+def slow(out, claim=harness.directory.claim):
+    """The first process makes the directory later than the others need: they may be on another machine."""
+    time.sleep(2 * (out.name == "dpo"))
+    return claim(out)
+
+
 def main(home, *words):
     """words: methods; shard: with --shard; die: killed in the third step; resume=FOLDER: of a killed run."""
     names = [word for word in words if word in method_names()]
     shard, resumed = "shard" in words, [word[7:] for word in words if word.startswith("resume=")]
     if "die" in words:
         harness.Run.log = die
-    common.generate, ranks.generate = by_rule, numbered
+    common.generate, ranks.generate, harness.directory.claim = by_rule, numbered, slow
     torch.set_num_threads(1)
     harness.add_tags = lambda run, tags: None                               # the toy has no letters for tags
     harness.steering, harness.steering_metrics = (lambda *args: {{"matrix": {{}}}}), (lambda matrix: {{}})
