@@ -111,7 +111,8 @@ FAMILIES = {                                 # in the figure: a colour each; the
 }
 
 # README's table
-MAIN = [*UNTRAINED, "DPO", "RRHF", "PRO", "RSO", "RAFT", "ReMax", "PPO", "Decision Transformer", "SteerLM"]
+MAIN = [*UNTRAINED, "DPO", "RRHF", "PRO", "RSO", "RAFT", "ReMax", "PPO", "Decision Transformer", "SteerLM",
+        *RECIPES]
 
 FEW = 64                                     # prompts of 512: an eighth
 SITUATIONS = {

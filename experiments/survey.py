@@ -11,6 +11,17 @@ COMPARED = {
         metric="eval/gold", holds=[("DPO", ">", "PPO")]),
     "the Decision Transformer has more gold than PPO, within one budget of time": dict(
         metric="eval/gold", holds=[("Decision Transformer", ">", "PPO")]),
+    "its own recipe, in more than three times the time, has more gold than PPO": dict(
+        metric="eval/gold", holds=[("Decision Transformer, its recipe", ">", "PPO")]),
+    "its own recipe, in more than four times the time, has more gold than PPO": dict(
+        metric="eval/gold", holds=[("SteerLM, its recipe", ">", "PPO")]),
+    "within one budget of time, pairs chosen by rejection have more gold than pairs of SFT samples": dict(
+        metric="eval/gold", holds=[("RSO", ">", "DPO, proxy labels")]),
+    "within one budget of time, half for rounds and half for PPO give more gold than rounds alone": dict(
+        metric="eval/gold", holds=[("rounds, then PPO", ">", "Llama 2 rounds")]),
+    "and more than PPO alone": dict(metric="eval/gold", holds=[("rounds, then PPO", ">", "PPO")]),
+    "within one budget of time, ReMax has more gold than PPO": dict(
+        metric="eval/gold", holds=[("ReMax", ">", "PPO")]),
 }
 
 # (in English, in Chinese, its tests). A test is (method, claim, the claim in Chinese). `claim` is the
@@ -52,24 +63,37 @@ STATEMENTS = [
          "有参考策略的两种损失不分高下（胜率相差不到 0.05）")]),
     ("rejection sampling gives two points more", "拒绝采样再提高 2 个点", [
         ("rso", "rejection sampling beats SFT samples, under every loss",
-         "三种损失下，拒绝采样的胜率都高于直接用 SFT 策略的样本（2 个点即 0.02）")]),
+         "三种损失下，拒绝采样的胜率都高于直接用 SFT 策略的样本（2 个点即 0.02）"),
+        ("comparison",
+         "within one budget of time, pairs chosen by rejection have more gold than pairs of SFT samples",
+         "在同样的时间预算内，用拒绝采样选出的偏好对，gold 高于直接用 SFT 样本的偏好对")]),
     ("rounds of best-of-n gain, and PPO after them gains again", "先做几轮拒绝采样微调，再做 PPO，还能提高", [
         ("raft", "versions climb: the fifth has more gold than the second (half-way)",
          "按 gold，第五版（最后一版）高于第二版（约在训练的一半处）"),
-        ("raft", "PPO adds to the last version", "在最后一版上再做 PPO，gold 更高")]),
+        ("raft", "PPO adds to the last version", "在最后一版上再做 PPO，gold 更高"),
+        ("comparison",
+         "within one budget of time, half for rounds and half for PPO give more gold than rounds alone",
+         "在同样的时间预算内，一半用于多轮拒绝采样、一半用于 PPO，gold 高于只做多轮拒绝采样"),
+        ("comparison", "and more than PPO alone", "也高于只做 PPO")]),
     ("ReMax saves memory and time, and is better at 1.3B", "ReMax 省显存、省时间，1.3B 上效果更好", [
         ("remax", "less memory for weights, gradients and optimizer (MB)",
          "权重、梯度、优化器状态合计的 MB 少于每批只更新一次的 PPO"),
         ("remax", "less CPU time", "CPU 时间少于每批只更新一次的 PPO"),
         ("remax", "no less gold than PPO with one update a batch, for equal prompts (within 0.1)",
-         "提示一样多时，gold 不低于每批只更新一次的 PPO（容许低 0.1）")]),
+         "提示一样多时，gold 不低于每批只更新一次的 PPO（容许低 0.1）"),
+        ("comparison", "within one budget of time, ReMax has more gold than PPO",
+         "在同样的时间预算内，ReMax 的 gold 高于 PPO")]),
     ("the Decision Transformer is above PPO", "Decision Transformer 优于 PPO", [
         ("decision_transformer", "it is comparable to PPO (gold, within 0.1)",
          "与 PPO 相当（gold 相差不到 0.1；论文第 2 版的说法）"),
         ("comparison", "the Decision Transformer has more gold than PPO, within one budget of time",
-         "在同样的时间预算内，Decision Transformer 的 gold 高于 PPO")]),
+         "在同样的时间预算内，Decision Transformer 的 gold 高于 PPO"),
+        ("comparison", "its own recipe, in more than three times the time, has more gold than PPO",
+         "按论文的做法训练，时间是 PPO 的三倍多，gold 高于 PPO")]),
     ("SteerLM is above RLHF", "SteerLM 优于 RLHF", [
-        ("steerlm", "it beats RLHF", "gold 高于 PPO")]),
+        ("steerlm", "it beats RLHF", "gold 高于 PPO"),
+        ("comparison", "its own recipe, in more than four times the time, has more gold than PPO",
+         "按论文的做法训练，时间是 PPO 的四倍多，gold 高于 PPO")]),
     ("the reward model is the bottleneck: it agrees with people in 70% of pairs",
      "奖励模型是瓶颈：与人的一致率只有 70% 左右", [
          ("ppo", "while the proxy keeps rising", "没有 KL 惩罚的 PPO，在训练的后一半，proxy 还在上升"),

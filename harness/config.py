@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Optional, get_args, get_origin
 
 from common import UserError, pick_device
 
+SET_HERE = {"seed", "seeds", "jobs", "out", "quiet", "reproduce", "resume"}      # of one run, not of a method
 LARGEST = {int: 2 ** 62, float: 1e30}                       # what 64 and 32 bits can hold, with some room
 
 
@@ -59,6 +60,19 @@ def interval_of(number):
 def method_name(config):
     """The method whose Config this is: the name of its file."""
     return Path(inspect.getfile(type(config))).stem
+
+
+def differences(config, then={}):
+    """The settings that are not the default, where `then` are defaults of another day that count instead.
+
+    An option whose default is None was perhaps filled in from the others (a learning rate that depends on the
+    model). Another method fills it in otherwise, so it counts only if it was really given.
+    """
+    values, now = vars(config), vars(type(config)())
+    plain = {f.name for f in fields(config) if f.default is not None}
+    filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE}))
+    usual = {k: then.get(k, now[k]) if k in plain or filled[k] == now[k] else filled[k] for k in now}
+    return {k: v for k, v in values.items() if v != usual[k]}
 
 
 @dataclass

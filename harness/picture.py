@@ -4,12 +4,16 @@
 """
 import json
 import math
+import textwrap
 from itertools import cycle
+from pathlib import Path
 
+from harness.config import SET_HERE, differences, method_name
 from harness.directory import rows_until
 
 FILE = "run.png"
 MOST = 6                                                              # panels
+KEY = "whiskers: standard errors over test prompts or pairs; faint: single steps; dashed: sample means"
 STYLE = {"font.size": 13, "axes.titlesize": 14, "axes.titleweight": "bold", "legend.fontsize": 13,
          "legend.handlelength": 1.2, "legend.columnspacing": 1.0, "axes.spines.top": False,
          "axes.spines.right": False, "errorbar.capsize": 4, "axes.formatter.min_exponent": 7,
@@ -31,6 +35,13 @@ PANELS = [
 ACCURACY = ("Pairs in the right order", "share",
             {"rewards/accuracies": "training", "eval/rewards/accuracies": "held-out pairs",
              "eval/score_accuracy": "held-out pairs"})
+
+
+def title_of(config):
+    """Method, seed, and the options that are not the default; of a path its last part."""
+    changed = {k: v for k, v in differences(config).items() if k not in SET_HERE}
+    options = [f"{k} {Path(v).name if isinstance(v, str) else v}" for k, v in changed.items()]
+    return textwrap.shorten(", ".join([method_name(config), f"seed {config.seed}", *options]), 110)
 
 
 def panels_of(rows):
@@ -118,7 +129,7 @@ def draw(out, samples, title=""):
     try:
         with matplotlib.rc_context(STYLE):
             figure = matplotlib.figure.Figure((12, height), 1600 / 12, layout="constrained")
-            figure.suptitle(f"{title} (whiskers: standard errors over test prompts or pairs)")
+            figure.suptitle(f"{title}\n{KEY}")
             axes = figure.subplots(math.ceil(count / columns), columns, squeeze=False).ravel()
             for ax, panel in zip(axes, [*lines, *scores]):
                 draw_histogram(ax, panel, samples) if panel in scores else draw_lines(ax, rows, *panel[1:])

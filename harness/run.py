@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 import common
 from harness import adapters, directory, loading, picture, ranks, shards
 from harness.checkpoints import check_checkpoint
-from harness.config import Config, method_name
+from harness.config import Config
 from harness.evaluation import before_and_after, check_policy, evaluate, most_changed, texts_of
 from tasks import Task, save_model, write_json, write_text
 
@@ -356,8 +356,7 @@ class Run:
         counts = self.counts | {"state_mb": training_state_mb(self.optimizer),
                                 "seconds_per_step": self.counts["seconds_training"] / max(self.step, 1)}
         if not self.quiet:
-            title = f"{method_name(self.config)}, seed {self.config.seed}"
-            fault = picture.draw(self.out, self.samples, title)
+            fault = picture.draw(self.out, self.samples, picture.title_of(self.config))
             shown = [label + texts[i] for label, i in most_changed(before, after, self.config.eval_samples)]
             print(before_and_after(self.trace[0], self.trace[-1]), "", *shown, sep="\n")
             pairs = len(self.task.pairs.get("test", []))

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import harness
 from harness import UserError
+from harness.config import SET_HERE, differences
 
-SET_HERE = {"seed", "seeds", "jobs", "out", "quiet", "reproduce", "resume"}      # filled in by the referee
 EVALUATION = {"eval_prompts": 512, "eval_samples": 8}          # of every arm, unless the user gave another
 NO_IDENTITY = SET_HERE | {"device", "token_budget", "gradient_checkpointing", "save_every",
                           "prompt"}                                        # these make no other experiment
@@ -46,19 +46,6 @@ def config_class(name):
 
 def experiments_of(method_name):
     return importlib.import_module(f"experiments.{method_name}").EXPERIMENTS
-
-
-def differences(config, then={}):
-    """The settings that are not the default, where `then` are defaults of another day that count instead.
-
-    An option whose default is None was perhaps filled in from the others (a learning rate that depends on the
-    model). Another method fills it in otherwise, so it counts only if it was really given.
-    """
-    values, now = vars(config), vars(type(config)())
-    plain = {f.name for f in dataclasses.fields(config) if f.default is not None}
-    filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE}))
-    usual = {k: then.get(k, now[k]) if k in plain or filled[k] == now[k] else filled[k] for k in now}
-    return {k: v for k, v in values.items() if v != usual[k]}
 
 
 def given_flags(config):

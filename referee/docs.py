@@ -1,8 +1,8 @@
-"""Blocks in Markdown files that are made from results/: in README.md, README.zh.md and docs/<method>.md.
+"""Blocks in Markdown files that are made from results/: in README.md, README.zh.md and in pages of docs/.
 
 A block stands between two marks, each on a line of its own (MARKS below). Edit nothing between them:
     python -m referee --docs
-writes every block anew, and draws the README's figure. All paths are below the current directory.
+writes every block anew, and draws the figure of docs/defaults.md. All paths are below the current directory.
 """
 import importlib.util
 import itertools
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from harness import UserError
-from referee import figures, real_text, side_by_side, survey
+from referee import figures, real_text, side_by_side, survey, which
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
 from referee.tables import (COLUMNS, COSTS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
@@ -21,6 +21,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->"),
          "survey": ("<!-- survey:begin -->", "<!-- survey:end -->"),
          "comparison": ("<!-- comparison:begin -->", "<!-- comparison:end -->"),
+         "surprises": ("<!-- surprises:begin -->", "<!-- surprises:end -->"),
+         "which": ("<!-- which:begin -->", "<!-- which:end -->"),
          "real text": ("<!-- real text:begin -->", "<!-- real text:end -->")}
 SFT, CONTROL = "SFT", "SFT, temperature 0.5"      # the policy that all start from; what sampling alone gains
 FIGURE = Path("results/methods.png")
@@ -60,7 +62,7 @@ def before_training(runs):
 
 
 def overview(results_dir="results"):
-    """What the README's table and figure are made of.
+    """What the table and the figure of the default runs are made of.
 
     Returns: {method: (name of its default arm, runs)}, first SFT where it is stored; methods of another build
         of the task's models than most; {provenance: methods}.
@@ -90,14 +92,14 @@ def overview(results_dir="results"):
 
 
 def overview_block(results_dir="results"):
-    """README: a row for each method's default run; before them, where stored, SFT's and its control's."""
+    """docs/defaults.md: a row for each method's default run; before them those of SFT and its control."""
     rows, others, sources = overview(results_dir)
     header, *body = arm_rows({name: runs for name, (_, runs) in rows.items()}, OVERVIEW, "method")
     table = [header]
     for name, *cells in body:
         if name in (SFT, CONTROL):                                # its run scores candidates, trains nothing
             cells = ["-" if word in COSTS.values() else cell for word, cell in zip(header[1:], cells)]
-        table.append([name if name in (SFT, CONTROL) else f"[{name}](docs/{name}.md)", *cells])
+        table.append([name if name in (SFT, CONTROL) else f"[{name}]({name}.md)", *cells])
     text = " ".join([f"All methods but SteerLM start from the policy {SFT}; SteerLM replaces it."
                      + f" {CONTROL}: the same policy, sampled at this temperature." * (CONTROL in rows),
                      "± is half a 95% confidence interval over seeds.",
@@ -117,11 +119,15 @@ def block(path, kind="results", results_dir="results"):
         text = survey.statements(path, results_dir)
     elif kind == "comparison":
         text = survey.compared(path, results_dir)
+    elif kind == "which":
+        text = which.block(survey.chinese(path), results_dir)
+    elif kind == "surprises":
+        text = which.surprises(results_dir)
     elif kind == "real text":
         text = real_text.block(results_dir)
-    elif name.startswith("README") and kind == "results" and survey.chinese(path):
+    elif survey.chinese(path):
         text = survey.substitutes(*overview(results_dir), results_dir)
-    elif name.startswith("README") and kind == "results":
+    elif name == "defaults":
         text = overview_block(results_dir)
     elif name == side_by_side.NAME:
         text = (side_by_side.block if kind == "results" else side_by_side.tuning_block)(results_dir)

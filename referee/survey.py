@@ -8,7 +8,7 @@ measured comes from results/*.json alone.
 import re
 from pathlib import Path
 
-from experiments.comparison import ARMS, SEEDS
+from experiments.comparison import ARMS, RECIPES, SEEDS
 from experiments.survey import COMPARED, STATEMENTS, SUBSTITUTES
 from harness import UserError
 from referee import side_by_side
@@ -30,7 +30,8 @@ CHINESE = {                                       # every header, every verdict,
     "not measured": "无法测量", NOT_RUN: "尚未测量", COMPARISON_NOT_RUN: "横向比较尚未运行",
     "arm": "方法", "rank": "名次", "fluency": "流畅度", "time": "时间（PPO = 1）",
     "gold, clean": "gold，标注正常", "gold, noisy labels": "gold，标注多错", "gold, little data": "gold，数据少",
-    "best of 16": "16 选 1（best of 16）",
+    "best of 16": "16 选 1（best of 16）", "SteerLM, its recipe": "SteerLM，论文的做法",
+    "Decision Transformer, its recipe": "Decision Transformer，论文的做法",
     "SFT": "SFT", "SFT, temperature 0.5": "SFT，温度 0.5", side_by_side.NAME: "横向比较"}
 PHRASES = [                                       # what tables.measured and tables.provenance write
     (r" \(against (\S+)\)", r"（与 \1 比较）"), (r" \(within (\S+) of (\S+)\)", r"（与 \2 相差 \1 以内）"),
@@ -89,8 +90,8 @@ def judged(method, text, collected):
 
 
 def statement_rows(path, results_dir="results"):
-    """The table of statements for a file, in its language: a row for each claim that tests one."""
-    zh, docs = chinese(path), "" if Path(path).parent.name == "docs" else "docs/"
+    """The table of statements for a page of docs/, in its language: a row for each claim that tests one."""
+    zh = chinese(path)
     collected = {method: runs_of(method, results_dir)
                  for method in dict.fromkeys(test[0] for *_, tests in STATEMENTS for test in tests)}
     rows = [[CHINESE[word] if zh else word for word in STATEMENT_COLUMNS]]
@@ -98,7 +99,7 @@ def statement_rows(path, results_dir="results"):
         statement = in_zh if zh else english                                    # once, in its first row
         for method, claim, claim_zh in tests:
             word, found = judged(method, claim, collected[method])
-            link = f"[{CHINESE.get(method, method) if zh else method}]({docs}{method}.md)"
+            link = f"[{CHINESE.get(method, method) if zh else method}]({method}.md)"
             rows.append([statement, f"{link}：{claim_zh}", in_chinese(found), CHINESE[word]] if zh else
                         [statement, f"{link}: {claim}", found, word])
             statement = ""
@@ -154,15 +155,19 @@ def substitutes(defaults, others, sources, results_dir="results"):
 
 
 def compared(path, results_dir="results"):
-    """The block of the comparison for a README, in its language: a table of the main arms."""
+    """The short block of the comparison for a page, in its language: a table of the main arms."""
     if not results_path(side_by_side.NAME, {}, results_dir).exists():
         return CHINESE[COMPARISON_NOT_RUN] if chinese(path) else COMPARISON_NOT_RUN
     view, collected = side_by_side.gathered(results_dir)
-    rows = side_by_side.short_rows(collected)
+    rows, folder = side_by_side.short_rows(collected), "" if Path(path).parent.name == "docs" else "docs/"
+    methods = {name: arm["method"] for name, arm in RECIPES.items()} | {
+        name: entry["arm"]["method"] for name, entry in ARMS.items()}
     if chinese(path):
         rows[0] = [CHINESE[word] for word in rows[0]]
+        rows[1:] = [[name, re.sub(r" \((\d+) to (\d+)\)", r"（\1 至 \2）", place), *cells]
+                    for name, place, *cells in rows[1:]]
     for row in rows[1:]:
         label = CHINESE.get(row[0], row[0]) if chinese(path) else row[0]
-        row[0] = f"[{label}](docs/{ARMS[row[0]]['arm']['method']}.md)" if row[0] in ARMS else label
+        row[0] = f"[{label}]({folder}{methods[row[0]]}.md)" if row[0] in methods else label
     text = provenance(view | {"seeds": [seed for seed in view["seeds"] if seed in SEEDS]})
     return f"{markdown_table(rows)}\n\n{in_chinese(text) if chinese(path) else text}"

@@ -303,3 +303,10 @@ def test_bar_is_wider_than_80_columns_or_hides_proxy_and_kl(toy, tmp_path, monke
         words = f", loss 0.693, test proxy {row['eval/proxy']:.3g}, test kl {row['eval/kl']:.3g}"
         assert [line for line in lines if line.endswith(words)] and row["eval/kl"] > 0
     assert lines[-1].endswith(words) and lines[-1].startswith("4/4 ")
+
+
+def test_title_does_not_say_which_options_were_given():
+    config = dpo.Config(beta=0.3, policy="some/where/policy", seed=2, out="elsewhere", quiet=True)
+    assert picture.title_of(config) == "dpo, seed 2, policy policy, beta 0.3"
+    assert picture.title_of(dpo.Config()) == "dpo, seed 0"
+    assert len(picture.title_of(dpo.Config(policy="long " * 40))) <= 110

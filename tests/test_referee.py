@@ -852,14 +852,14 @@ def test_block_of_a_page_is_a_function_of_the_results(toy):
     assert "Claims: 2 not reproduced, 1 reproduced, 1 not measured.\n" in docs.method_block("toy")
 
 
-def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy, capsys, monkeypatch):
+def test_page_of_defaults_has_a_row_for_sft_and_one_for_each_method(toy, capsys, monkeypatch):
     reproduce(toy, seeds=2)
     drawn = []
     monkeypatch.setattr(figures, "draw_overview", lambda arms, path: drawn.append((list(arms), str(path))))
-    path = page("README.md", f"{docs.BEGIN}\n{docs.END}")
+    path = page("docs/defaults.md", f"{docs.BEGIN}\n{docs.END}")
     page("docs/other.md", f"the marks `{docs.BEGIN}` and `{docs.END}` in a sentence are none")
     command_line.main(["--docs"])
-    assert "written: README.md results/methods.png\n" in capsys.readouterr().out
+    assert "written: docs/defaults.md results/methods.png\n" in capsys.readouterr().out
     assert drawn == [(["SFT", "toy"], "results/methods.png")]
     lines = path.read_text(encoding="utf-8").split("\n")
     half = 12.7062 / 2                     # of a difference of 1 between two seeds: t / sqrt(2) * 1 / sqrt(2)
@@ -867,7 +867,7 @@ def test_readme_has_a_row_for_sft_and_one_for_each_method_with_its_defaults(toy,
     assert lines[0] == docs.BEGIN and table[0] == ["method", "gold", "KL, nats", "CPU s", "MB trained"]
     assert table[2] == ["SFT", f"0.17 ±{half / 3:.2f}", "0.000 ±0.000", "-", "-"]        # nothing is trained
     gold = 1 / 6 + 0.08 + 0.004                                                     # 0.08 and 0.008 of seed 1
-    assert table[3] == ["[toy](docs/toy.md)", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}",
+    assert table[3] == ["[toy](toy.md)", f"{gold:.2f} ±{half * (1 / 3 + 0.008):.2f}",
                         "0.400 ±0.000", "9.88 ±0.00", "3.00 ±0.00"]
     assert "CPU seconds are of training on one thread" in lines[6] and "MB trained are" in lines[6]
     assert {name: arm for name,
@@ -885,7 +885,7 @@ def test_page_of_a_method_that_nobody_has_run_says_so_and_a_page_of_no_method_is
         docs.block("docs/data.md")
 
 
-def test_readme_says_which_rows_are_of_another_build_and_takes_sft_from_the_common_one(toy, monkeypatch):
+def test_defaults_say_which_rows_are_of_another_build_and_take_sft_from_the_common_one(toy, monkeypatch):
     results = reproduce(toy, seeds=2) and in_file()
     for name in ("toy2", "toy3"):
         for module in (name, f"experiments.{name}"):
@@ -935,7 +935,7 @@ def test_default_arm_has_the_fewest_settings_is_the_methods_own_and_starts_from_
 @pytest.mark.parametrize("text", ["nothing here", docs.BEGIN, f"{docs.END}\n{docs.BEGIN}",
                                   f"{docs.BEGIN}\n{docs.BEGIN}\n{docs.END}"])
 def test_page_without_marks_is_a_user_error(toy, text):
-    path = page("README.md", text)
+    path = page("docs/toy.md", text)
     with pytest.raises(UserError, match="lacks the lines"):
         docs.write(path)
     assert path.read_text(encoding="utf-8") == text

@@ -55,24 +55,27 @@ def test_substitute_has_no_cell_for_a_need_or_no_runs():
 
 
 def test_measured_number_is_written_by_hand():
-    page = docs.split(ROOT / "README.zh.md", "results")[0] + docs.split(ROOT / "README.zh.md", "survey")[2]
+    page = [line for path, kind in (("README.zh.md", "results"), ("docs/survey.zh.md", "survey"))
+            for part in (0, 2) for line in docs.split(ROOT / path, kind)[part]]
     texts = [text for english, zh, tests in data.STATEMENTS for text in (english, zh, *sum(tests, ()))]
     cells = [cell for *_, needs in data.SUBSTITUTES for cell in needs]
-    assert not [text for text in (*page, *texts, *cells) if re.search(r"±\s*\d|\d\.\d{3}", text)]
+    made = [line for kind in ("comparison", "which") for line in docs.split(ROOT / "README.zh.md", kind)[1]]
+    texts += [line for line in page if line not in made]
+    assert not [text for text in (*texts, *cells) if re.search(r"±\s*\d|\d\.\d{3}", text)]
 
 
 # ---------------------------------------------------------------------------------------------- what is said
 
-@pytest.mark.parametrize("path", ["README.zh.md", "docs/comparison.md"])
+@pytest.mark.parametrize("path", ["docs/survey.zh.md", "docs/comparison.md"])
 def test_missing_result_is_said_to_be_measured(tmp_path, path):
     header, *rows = survey.statement_rows(path, tmp_path)
-    zh = path.startswith("README")
+    zh = path.endswith(".zh.md")
     not_run, no_comparison = (survey.CHINESE[word] if zh else word
                               for word in (survey.NOT_RUN, survey.COMPARISON_NOT_RUN))
     assert len(rows) == len(TESTS) and [bool(re.search(CJK, word)) for word in header] == [zh] * 4
     for (method, claim), (_, text, found, verdict) in zip(TESTS, rows):
         assert found == "-" and verdict == (no_comparison if method == side_by_side.NAME else not_run)
-        link = f"](docs/{method}.md)" if zh else f"]({method}.md)"
+        link = f"]({method}.md)"
         assert link in text and (zh or text.endswith(f": {claim}"))
     assert [row[0] for row in rows if row[0]] == [texts[zh] for texts in data.STATEMENTS]
 
@@ -89,8 +92,8 @@ def test_verdict_or_number_is_not_that_of_the_runs(monkeypatch, steerlm, ppo, wo
     found = {"ladder": {LADDER: runs("eval/gold", *steerlm), "PPO": runs("eval/gold", *ppo)}}
     monkeypatch.setattr(survey, "runs_of", lambda method, _: found if method == "steerlm" else {})
     place = TESTS.index(("steerlm", "it beats RLHF")) + 1
-    english = survey.statement_rows("README.md")[place]
-    chinese = survey.statement_rows("README.zh.md")[place]
+    english = survey.statement_rows("docs/comparison.md")[place]
+    chinese = survey.statement_rows("docs/survey.zh.md")[place]
     assert (english[3], chinese[3]) == (word, zh)
     assert english[2].startswith(f"{LADDER} - PPO" + (f": {number}" if number else ""))
     if number:
@@ -173,4 +176,6 @@ def test_method_that_the_survey_does_not_know_is_left_out(monkeypatch, tmp_path)
 
 def test_page_in_chinese_is_not_written_with_the_others(monkeypatch):
     monkeypatch.chdir(ROOT)                         # test_referee.py: every page in pages() is up to date
-    assert Path("README.zh.md") in docs.pages() and docs.kinds("README.zh.md") == ["results", "survey"]
+    assert {"README.zh.md", "docs/survey.zh.md"} <= {*map(str, docs.pages())}
+    assert {*docs.kinds("README.zh.md")} == {"results", "comparison", "which"}
+    assert docs.kinds("docs/survey.zh.md") == ["survey"]

@@ -1,0 +1,81 @@
+"""Which method when, and what surprised us: the numbers are those of the runs, and support the sentences."""
+import re
+
+import pytest
+
+from conftest import ROOT
+from experiments import comparison as compared
+from experiments import which as data
+from referee import side_by_side, which
+from referee.survey import CHINESE
+
+EVIDENCE = [(situation, metric, arm, op, other)
+            for *_, arm, evidence in data.WHICH for situation, metric, op, other in evidence]
+SURPRISES = [part for _, evidence, _ in data.SURPRISES for part in evidence]
+
+
+def test_evidence_names_an_arm_or_a_situation_that_does_not_exist():
+    arms = {*compared.UNTRAINED, *compared.ARMS, *compared.RECIPES}
+    assert all(evidence for *_, evidence in data.WHICH) and all(row[1] for row in data.SURPRISES)
+    for situation, metric, left, op, right, *margin in EVIDENCE + SURPRISES:
+        assert situation in compared.SITUATIONS and situation in which.SITUATIONS and metric in which.METRICS
+        assert {left, right} <= arms and left != right and op in "<>="
+        assert bool(margin) == (op == "=")
+        assert situation != "little data" or not {left, right} & {*compared.RECIPES}       # not run there
+
+
+def test_sentence_is_not_what_the_stored_runs_say():
+    collected = which.arms_of(ROOT / "results")
+    found = {part: which.compare(collected, *part) for part in EVIDENCE + SURPRISES}
+    weak = [f"{part}: {comparison.status}" for part, comparison in found.items() if comparison.status != "holds"]
+    assert not weak, f"experiments/which.py says what the runs do not support: {weak}"
+
+
+@pytest.mark.parametrize("zh", [False, True])
+def test_cell_has_the_number_of_other_arms_or_of_another_situation(monkeypatch, tmp_path, zh):
+    (tmp_path / "comparison.json").write_text("{}", encoding="utf-8")
+    collected, expected = {}, []
+    for situation, metric, left, _, right in EVIDENCE:
+        arms = collected.setdefault(situation, {})
+        for arm in (left, right):
+            runs = arms.setdefault(arm, {seed: {} for seed in (0, 1, compared.SECOND_SEEDS[0])})
+            for seed, run in runs.items():
+                run.setdefault(metric, len(arms) + seed / 50 * len(arms) + len(metric))
+    for situation, metric, left, _, right in EVIDENCE:
+        ours, theirs = collected[situation][left], collected[situation][right]
+        expected.append(sum(ours[seed][metric] - theirs[seed][metric] for seed in (0, 1)) / 2)
+    monkeypatch.setattr(side_by_side, "gathered", lambda folder: ({}, collected))
+    header, *rows = which.rows(zh, tmp_path)
+    numbers = [float(number) for row in rows for number in re.findall(r"([+-][\d.]+) ±", row[2])]
+    assert header == [*which.HEADER[zh]] and numbers == pytest.approx(expected, abs=0.0051)
+    named = CHINESE if zh else {}
+    for row, (*_, arm, evidence) in zip(rows, data.WHICH):
+        assert row[2].startswith(named.get(arm, arm) + ("。" if zh else ". "))
+        for situation, metric, _, other in evidence:
+            assert named.get(other, other) in row[2]
+            assert which.METRICS[metric][zh] + which.SITUATIONS[situation][zh] in row[2]
+
+
+def test_missing_run_is_shown_as_a_number(tmp_path):
+    for zh in (False, True):
+        cells = [row[2] for row in which.rows(zh, tmp_path)[1:]]
+        assert sum(cell.count(which.NOT_RUN[zh]) for cell in cells) == len(EVIDENCE)
+        assert not any("±" in cell for cell in cells)
+
+
+def test_text_of_a_row_is_in_the_other_language_or_has_a_measured_number():
+    for have, have_zh, use, use_zh, _, _ in data.WHICH:
+        assert re.search("[\u4e00-\u9fff]", have_zh) and re.search("[\u4e00-\u9fff]", use_zh)
+        assert not re.search("[\u4e00-\u9fff]", have + use)
+        assert not re.search(r"±|\d\.\d{2}", have + use + have_zh + use_zh)
+
+
+def test_surprise_lacks_its_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(which, "arms_of", lambda folder: {
+        situation: {arm: {0: {metric: len(arm) / 10}, 1: {metric: len(arm) / 10 + 0.01 * len(arm)}}
+                    for _, metric, *_ in SURPRISES for _, _, left, _, right, *_ in SURPRISES
+                    for arm in (left, right)} for situation in compared.SITUATIONS})
+    for (text, found, reason), (wanted, evidence, why) in zip(which.surprise_rows()[1:], data.SURPRISES):
+        assert (text, reason) == (wanted, why) and found.count("±") == len(evidence)
+        for _, _, left, _, right, *_ in evidence:
+            assert f"{left} against {right}: {0.105 * (len(left) - len(right)):+.2f}"[:-1] in found
