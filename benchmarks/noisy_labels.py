@@ -2,14 +2,13 @@
 
     python benchmarks/noisy_labels.py --seeds 0,1,2      # about a minute a seed, once its models are built
 
-Of two SFT samples of a test prompt, how often does the one with more gold have the higher score? By the proxy,
-and by DPO's implicit reward, beta * (log pi - log pi_ref), with the comparison's settings; with people's labels as
-they are, and with a quarter reversed. Then, as in what_the_proxy_sees.py, what these scores weigh.
+What two scores of SFT samples weigh, as in what_the_proxy_sees.py: the proxy, and DPO's implicit reward
+beta * (log pi - log pi_ref) with the comparison's settings. People's labels are as they are, or a quarter of
+them is reversed.
 """
 import argparse
 import sys
 import tempfile
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +22,7 @@ import harness
 from benchmarks.what_the_proxy_sees import PARTS, score_weights
 from tasks import build
 
-PROMPTS, SAMPLES = 256, 8
+PROMPTS = 256
 SETTINGS = dict(lr=5e-4, epochs=2.0, beta=0.05, quiet=True, eval_prompts=2, eval_samples=1)
 
 
@@ -36,20 +35,11 @@ def logps(model, tokenizer, prompts, texts):
     return found
 
 
-def accuracy(scores, gold):
-    """How often the sample with more gold has the higher score, over all pairs of a prompt's samples."""
-    right = [(s[i] - s[j]) * (g[i] - g[j]) > 0 for s, g in zip(scores, gold)
-             for i, j in combinations(range(len(g)), 2) if g[i] != g[j]]
-    return fmean(map(float, right))
-
-
 def scores_of(seed, noise):
-    """{name: scores [N]} of the samples, their prompts and texts, and gold [N]."""
+    """{name: scores [N]} of the samples, and [(prompt, text)] of them."""
     config = dpo.Config(seed=seed, label_noise=noise, **SETTINGS)
     path, proxy = build.models(config), build.proxy(config)
-    rows = [row | {"responses": row["responses"][:SAMPLES]} for row in build.read(path / "samples.json")["test"]]
-    prompts, texts = build.texts(rows[:PROMPTS])
-    gold = [score for row in rows[:PROMPTS] for score in row["gold"][:SAMPLES]]
+    prompts, texts = build.texts(build.read(path / "samples.json")["test"][:PROMPTS])
     reference, tokenizer = common.load_policy(path / "sft"), harness.load_tokenizer(config)
     with tempfile.TemporaryDirectory() as folder:
         config.out = str(Path(folder) / "run")
@@ -57,7 +47,7 @@ def scores_of(seed, noise):
         policy = common.load_policy(config.out)
     implicit = logps(policy, tokenizer, prompts, texts) - logps(reference, tokenizer, prompts, texts)
     reward = common.load_reward_model(proxy, build.LIMITS["max_length"])
-    return {"proxy": reward(prompts, texts), "DPO": config.beta * implicit}, prompts, texts, gold
+    return {"proxy": reward(prompts, texts), "DPO": config.beta * implicit}, [*zip(prompts, texts)]
 
 
 def main():
@@ -66,13 +56,12 @@ def main():
     found = {}
     for seed in map(int, parser.parse_args().seeds.split(",")):
         for noise, label in ((0.0, "as they are"), (0.25, "a quarter reversed")):
-            scores, prompts, texts, gold = scores_of(seed, noise)
+            scores, samples = scores_of(seed, noise)
             for name, own in scores.items():
-                right = accuracy(own.view(-1, SAMPLES).tolist(), torch.tensor(gold).view(-1, SAMPLES).tolist())
-                row = [right, *score_weights(own, [*zip(prompts, texts)]).tolist()]
+                row = score_weights(own, samples).tolist()
                 found.setdefault(f"{name}, {label}", []).append(row)
-                print(f"seed {seed}: {name}, {label}: " + " ".join(f"{value:.3f}" for value in row), flush=True)
-    print(f"\n{'':28}" + "".join(f"{word:>13}" for word in ("right order", *PARTS)))
+                print(f"seed {seed}: {name}, {label}:", *(f"{value:.3f}" for value in row), flush=True)
+    print(f"\n{'':28}" + "".join(f"{word:>13}" for word in PARTS))
     for name, rows in found.items():
         print(f"{name:28}" + "".join(f"{fmean(values):13.3f}" for values in zip(*rows)))
 

@@ -2,7 +2,7 @@
 
 experiments/which.py holds the sentences and what they rest on; the numbers come from results/comparison.json.
 """
-from experiments.comparison import SEEDS
+from experiments.comparison import SECOND_SEEDS, SEEDS
 from experiments.which import SURPRISES, WHICH
 from referee import side_by_side
 from referee.statistics import compare_arms, plus_minus
@@ -11,27 +11,35 @@ from referee.survey import CHINESE
 from referee.tables import markdown_table
 
 HEADER = ("you have", "use", "what we measured"), ("你有什么", "用什么", "实测")
-METRICS = {"eval/gold": ("gold", "gold"), "state_mb": ("MB trained", "训练占用（MB）"),
-           "cpu_seconds": ("CPU s", "CPU 时间（秒）")}
+METRICS = {"eval/gold": ("gold", "gold"), "eval/kl": ("KL", "KL"),
+           "state_mb": ("MB trained", "训练占用（MB）"), "cpu_seconds": ("CPU s", "CPU 时间（秒）")}
 SITUATIONS = {"clean": ("", ""), "noisy labels": (", noisy labels", "，标注多错"),
               "little data": (", little data", "，数据少")}
 NOT_RUN = "not run yet", "尚未运行"
+AGAIN = " (other seeds: {})", "（另一组种子：{}）"
 
 
 def arms_of(results_dir="results"):
-    """{situation: {arm: {seed: run}}} of the seeds that are reported; {} where nothing is stored."""
+    """Of the first seeds, and of the second: {situation: {arm: {seed: run}}}; {} where nothing is stored."""
     if not results_path(side_by_side.NAME, {}, results_dir).exists():
-        return {}
+        return {}, {}
     collected = side_by_side.gathered(results_dir)[1]
-    return {title: side_by_side.of_seeds(runs, SEEDS) for title, runs in collected.items()}
+    return tuple({title: side_by_side.of_seeds(runs, seeds) for title, runs in collected.items()}
+                 for seeds in (SEEDS, SECOND_SEEDS))
 
 
 def compare(collected, situation, metric, arm, op, other, margin=0.0):
+    """The Comparison of two arms in a situation of arms_of; "=" needs a margin."""
     return compare_arms(collected.get(situation, {}), metric, arm, op, other, margin)
 
 
-def number(comparison, zh=False):
-    return plus_minus(comparison.mean, comparison.half, "+") if comparison.n else NOT_RUN[zh]
+def number(collected, zh, *part):
+    """What was measured on the first seeds and, where two of them or more are run, on the second."""
+    first, second = (compare(arms, *part) for arms in collected)
+    if not first.n:
+        return NOT_RUN[zh]
+    again = plus_minus(second.mean, second.half, "+")
+    return plus_minus(first.mean, first.half, "+") + (AGAIN[zh].format(again) if second.n > 1 else "")
 
 
 def rows(zh, results_dir="results"):
@@ -41,7 +49,7 @@ def rows(zh, results_dir="results"):
     for *texts, arm, evidence in WHICH:
         cells = {}
         for situation, metric, op, other in evidence:
-            mean = number(compare(collected, situation, metric, arm, op, other), zh)
+            mean = number(collected, zh, situation, metric, arm, op, other)
             cells.setdefault(METRICS[metric][zh] + SITUATIONS[situation][zh], []).append(
                 f"与“{named(other)}”相比 {mean}" if zh else f"{mean} against {other}")
         colon, comma, semicolon, stop = "：，；。" if zh else (": ", ", ", "; ", ". ")
@@ -51,10 +59,11 @@ def rows(zh, results_dir="results"):
 
 
 def surprise_rows(results_dir="results"):
+    """What surprised us, in English; the first row is the header."""
     collected, found = arms_of(results_dir), [["what surprised us", "what we measured", "what explains it"]]
     for text, evidence, reason in SURPRISES:
         cells = [f"{METRICS[metric][0]}{SITUATIONS[situation][0]}, {arm} against {other}: "
-                 + number(compare(collected, situation, metric, arm, op, other, *margin))
+                 + number(collected, False, situation, metric, arm, op, other, *margin)
                  for situation, metric, arm, op, other, *margin in evidence]
         found.append([text, "; ".join(cells), reason])
     return found

@@ -25,9 +25,9 @@ def test_evidence_names_an_arm_or_a_situation_that_does_not_exist():
 
 
 def test_sentence_is_not_what_the_stored_runs_say():
-    collected = which.arms_of(ROOT / "results")
+    collected, _ = which.arms_of(ROOT / "results")
     found = {part: which.compare(collected, *part) for part in EVIDENCE + SURPRISES}
-    weak = [f"{part}: {comparison.status}" for part, comparison in found.items() if comparison.status != "holds"]
+    weak = [f"{part}: {one.status}" for part, one in found.items() if one.status != "holds"]
     assert not weak, f"experiments/which.py says what the runs do not support: {weak}"
 
 
@@ -71,11 +71,25 @@ def test_text_of_a_row_is_in_the_other_language_or_has_a_measured_number():
 
 
 def test_surprise_lacks_its_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(which, "arms_of", lambda folder: {
-        situation: {arm: {0: {metric: len(arm) / 10}, 1: {metric: len(arm) / 10 + 0.01 * len(arm)}}
-                    for _, metric, *_ in SURPRISES for _, _, left, _, right, *_ in SURPRISES
-                    for arm in (left, right)} for situation in compared.SITUATIONS})
+    names = {arm for _, _, left, _, right, *_ in SURPRISES for arm in (left, right)}
+    arms = {arm: {seed: dict.fromkeys(which.METRICS, len(arm) / 10 * (1 + seed / 10)) for seed in (0, 1)}
+            for arm in names}
+    monkeypatch.setattr(which, "arms_of", lambda folder: (dict.fromkeys(compared.SITUATIONS, arms), {}))
     for (text, found, reason), (wanted, evidence, why) in zip(which.surprise_rows()[1:], data.SURPRISES):
         assert (text, reason) == (wanted, why) and found.count("±") == len(evidence)
         for _, _, left, _, right, *_ in evidence:
             assert f"{left} against {right}: {0.105 * (len(left) - len(right)):+.2f}"[:-1] in found
+
+
+def test_second_seeds_are_left_out_or_are_the_first(tmp_path, monkeypatch):
+    (tmp_path / "comparison.json").write_text("{}", encoding="utf-8")
+    again = compared.SECOND_SEEDS
+    values = {0: 1.0, 1: 1.2, again[0]: 3.0, again[1]: 3.4}
+    arms = {"SFT": {seed: {"eval/gold": 0.0} for seed in values},
+            "SFT, temperature 0.5": {seed: {"eval/gold": value} for seed, value in values.items()}}
+    monkeypatch.setattr(side_by_side, "gathered", lambda folder: ({}, {"clean": arms}))
+    english, chinese = (which.rows(zh, tmp_path)[1][2] for zh in (False, True))
+    assert re.search(r"\+1\.10? ±1\.27? \(other seeds: \+3\.20? ±2\.54?\) against SFT", english)
+    assert "（另一组种子：+3.2" in chinese
+    del arms["SFT"][again[0]]                                     # one seed has no interval
+    assert "other seeds" not in which.rows(False, tmp_path)[1][2]
