@@ -9,8 +9,8 @@ COMPARED = {
     "and trains fewer MB": dict(metric="state_mb", holds=[("RRHF", "<", "PPO")]),
     "DPO has more gold than PPO, within one budget of time": dict(
         metric="eval/gold", holds=[("DPO", ">", "PPO")]),
-    "the Decision Transformer has more gold than PPO, within one budget of time": dict(
-        metric="eval/gold", holds=[("Decision Transformer", ">", "PPO")]),
+    "with the data that fit one budget of time, the Decision Transformer has more gold than PPO": dict(
+        metric="eval/gold", holds=[("Decision Transformer, less data", ">", "PPO")]),
     "its own recipe, in more than three times the time, has more gold than PPO": dict(
         metric="eval/gold", holds=[("Decision Transformer, its recipe", ">", "PPO")]),
     "its own recipe, in more than four times the time, has more gold than PPO": dict(
@@ -67,7 +67,7 @@ STATEMENTS = [
         ("comparison",
          "within one budget of time, pairs chosen by rejection have more gold than pairs of SFT samples",
          "在同样的时间预算内，用拒绝采样选出的偏好对，gold 高于直接用 SFT 样本的偏好对")]),
-    ("rounds of best-of-n gain, and PPO after them gains again", "先做几轮拒绝采样微调，再做 PPO，还能提高", [
+    ("rounds of best-of-n gain, and PPO after them gains again", "多轮拒绝采样微调能提高，之后再做 PPO 还能提高", [
         ("raft", "versions climb: the fifth has more gold than the second (half-way)",
          "按 gold，第五版（最后一版）高于第二版（约在训练的一半处）"),
         ("raft", "PPO adds to the last version", "在最后一版上再做 PPO，gold 更高"),
@@ -86,8 +86,9 @@ STATEMENTS = [
     ("the Decision Transformer is above PPO", "Decision Transformer 优于 PPO", [
         ("decision_transformer", "it is comparable to PPO (gold, within 0.1)",
          "与 PPO 相当（gold 相差不到 0.1；论文第 2 版的说法）"),
-        ("comparison", "the Decision Transformer has more gold than PPO, within one budget of time",
-         "在同样的时间预算内，Decision Transformer 的 gold 高于 PPO"),
+        ("comparison",
+         "with the data that fit one budget of time, the Decision Transformer has more gold than PPO",
+         "用同样的时间预算容得下的数据，Decision Transformer 的 gold 高于 PPO"),
         ("comparison", "its own recipe, in more than three times the time, has more gold than PPO",
          "按论文的做法训练，时间是 PPO 的三倍多，gold 高于 PPO")]),
     ("SteerLM is above RLHF", "SteerLM 优于 RLHF", [

@@ -10,88 +10,95 @@ CLEAN, NOISY, LITTLE = "clean", "noisy labels", "little data"
 # (you have, in Chinese, use, in Chinese, the arm that this is, [(situation, metric, op, other arm)])
 WHICH = [
     ("nothing but the model", "只有模型",
-     "sample at temperature 0.5: it costs nothing. Compare every method with it",
-     "把采样温度降到 0.5：没有成本。其他方法都应该与它比较",
+     "sample at temperature 0.5: no training. Compare every method with it",
+     "把采样温度降到 0.5：不用训练。其他方法都应该与它比较",
      "SFT, temperature 0.5", [(CLEAN, GOLD, ">", "SFT")]),
-    ("pairs (chosen, rejected) and one evening", "偏好对和一个晚上",
+    ("a few thousand pairs (chosen, rejected) and one evening", "几千个偏好对和一个晚上",
      "`dpo.py --reward none`: no sampling, no reward model", "`dpo.py --reward none`：不采样，也不需要奖励模型",
      "DPO", [(CLEAN, GOLD, ">", "SFT, temperature 0.5")]),
     ("answers of a strong and of weaker models, no labels", "强弱不同的模型的回答，没有标注",
-     "`dpo.py` on pairs whose chosen answer is the stronger model's, easy pairs first (`--hard_pairs`)",
-     "`dpo.py`：强模型的回答作 chosen，弱模型的作 rejected，由易到难（`--hard_pairs`）",
+     "`dpo.py` on pairs whose chosen answer is the stronger model's (`--pairs \"STRONG>WEAK\"`)",
+     "`dpo.py`：强模型的回答作 chosen，弱模型的作 rejected（`--pairs \"STRONG>WEAK\"`）",
      "curriculum", [(CLEAN, GOLD, ">", "DPO"), (LITTLE, GOLD, ">", "DPO")]),
     ("a reward model, no time to train", "奖励模型，没有时间训练",
      "best of n: sample 16 answers, keep the one with the highest score",
      "best of n（n 选一）：采样 16 个回答，留下得分最高的一个",
      "best of 16", [(CLEAN, GOLD, ">", "DPO")]),
     ("many answers with one score each, no wish to sample", "大量带分数的回答，不想采样",
-     "`decision_transformer.py --objective rwr`: SFT on all of them, weighted by their scores",
-     "`decision_transformer.py --objective rwr`：对全部回答做 SFT，按分数加权",
-     "RWR", [(CLEAN, GOLD, ">", "RRHF"), (CLEAN, GOLD, ">", "PRO")]),
-    ("a reward model and one GPU; you want a simple loop", "奖励模型和一张 GPU，希望流程简单",
+     "`decision_transformer.py --objective filter`: SFT on the best tenth of them",
+     "`decision_transformer.py --objective filter`：只对最好的十分之一做 SFT",
+     "filter", [(CLEAN, GOLD, ">", "RRHF"), (CLEAN, GOLD, ">", "PRO")]),
+    ("a reward model; you want a simple loop", "奖励模型，希望流程简单",
      "`raft.py`: it samples, keeps each prompt's best, fine-tunes, and repeats",
      "`raft.py`：采样、择优、微调，如此重复",
-     "RAFT", [(CLEAN, GOLD, ">", "RWR"), (CLEAN, COST, "<", "PPO")]),
+     "RAFT", [(CLEAN, GOLD, ">", "RWR"), (CLEAN, GOLD, ">", "filter")]),
     ("a reward model; you want the highest reward", "奖励模型，希望奖励尽量高",
-     "`ppo.py --ppo_epochs 1`. Watch `kl` and the texts", "`ppo.py --ppo_epochs 1`。要留意 `kl` 和生成的文本",
+     "`ppo.py --ppo_epochs 1`. Watch `kl` and the texts: they became shorter and more alike",
+     "`ppo.py --ppo_epochs 1`。要留意 `kl` 和生成的文本：它们变短了，彼此也更像",
      "PPO, one pass", [(CLEAN, GOLD, ">", "best of 16"), (CLEAN, COST, "<", "PPO")]),
     ("the same, but PPO does not fit into memory", "同上，但显存放不下 PPO",
      "`remax.py`: it trains no value model", "`remax.py`：不训练价值模型",
      "ReMax", [(CLEAN, MB, "<", "PPO"), (CLEAN, GOLD, ">", "DPO")]),
     ("labels of which many are wrong", "标注，其中很多是错的",
-     "pairs of a strong and a weaker model instead, as above: they need no labels",
-     "改用强模型和弱模型的回答组成的偏好对（见上）：不需要标注",
+     "pairs of a strong and a weaker model instead, as above: they need no labels. With the labels alone, "
+     "check the reward model before you maximise it",
+     "改用强模型和弱模型的回答组成的偏好对（见上）：不需要标注。只有标注时，先检查奖励模型，再去优化它",
      "curriculum", [(NOISY, GOLD, ">", "DPO"), (NOISY, GOLD, ">", "RRHF")]),
     ("64 prompts and a few hundred pairs", "64 个提示和几百个偏好对",
-     "first the lower temperature: few methods beat it here", "先降低采样温度：这时很少有方法比它好",
+     "`python -m referee mine` tries several methods. Compare each with the lower temperature: here few "
+     "have more gold",
+     "`python -m referee mine` 会试几种方法。都与较低的采样温度比较：这时很少有方法比它好",
      "SFT, temperature 0.5", [(LITTLE, GOLD, ">", "DPO"), (LITTLE, GOLD, ">", "RAFT")]),
     ("ratings of several attributes; users choose the levels when they ask",
      "多个属性的评分，希望用户提问时能指定等级",
      "`steerlm.py` in place of SFT, with `--quality NAME` for the attribute that means \"better\"",
      "`steerlm.py`，代替 SFT；用 `--quality NAME` 指出哪个属性表示“更好”",
-     "SteerLM, its recipe", [(CLEAN, GOLD, ">", "DPO"), (NOISY, GOLD, ">", "DPO")]),
+     "SteerLM, its recipe", [(CLEAN, GOLD, ">", "DPO"), (CLEAN, GOLD, ">", "SteerLM, less data")]),
 ]
 
 # (what surprised us, [(situation, metric, arm, op, other arm, margin of "=")], what explains it)
 SURPRISES = [
-    ("A lower temperature costs nothing and gives a quarter of what PPO gives. With little data it beats "
-     "most methods.",
+    ("A lower temperature needs no training and gives nearly a third of what PPO gives. With little data it "
+     "has more gold than most methods.",
      [(CLEAN, GOLD, "SFT, temperature 0.5", ">", "SFT"), (CLEAN, GOLD, "PPO, one pass", ">", "SFT"),
       (LITTLE, GOLD, "SFT, temperature 0.5", ">", "DPO"),
       (LITTLE, GOLD, "SFT, temperature 0.5", ">", "RRHF")],
      "The likely word is the one that keeps to the topic and to the grammar. At temperature 0.5 more texts "
      "name what the prompt asks for, and nearly all parse (the table below). Their sentiment stays as it "
-     "was."),
-    ("The method with the most gold maximises no reward model: SteerLM by its recipe. It takes more than "
-     "four times as long as PPO.",
-     [(CLEAN, GOLD, "SteerLM, its recipe", ">", "RAFT"), (NOISY, GOLD, "SteerLM, its recipe", ">", "RAFT"),
+     "was. All other arms are sampled at temperature 1; a lower one can be added to them ([dpo](dpo.md))."),
+    ("SteerLM by its recipe maximises no reward model and has the most gold. It takes more than four "
+     "times as long as PPO.",
+     [(CLEAN, GOLD, "SteerLM, its recipe", ">", "PPO"),
+      (CLEAN, GOLD, "SteerLM, its recipe", ">", "PPO, one pass"),
       (CLEAN, COST, "SteerLM, its recipe", ">", "PPO")],
-     "The reward model sees sentiment and little else ([protocol](protocol.md#what-the-proxy-sees)), so "
-     "what maximises it gains no topic (the table below). SteerLM's raters give each attribute a number of "
-     "its own, and its policy is asked for a high one of each."),
-    ("Best of 16 trains nothing and beats the methods that learn from fixed pairs or rankings.",
+     "The reward model sees sentiment and little else ([protocol](protocol.md#what-the-proxy-sees)), so what "
+     "maximises it gains no topic (the table below). SteerLM's raters give each attribute a number of its "
+     "own, and its policy is asked for a high one of each. Against RAFT it gains topic and repeats less."),
+    ("Best of 16 trains nothing and has more gold than DPO, RSO, PRO and RRHF.",
      [(CLEAN, GOLD, "best of 16", ">", other) for other in ("DPO", "RSO", "PRO", "RRHF")],
-     "Such methods learn to answer like their best candidates, and get less of the proxy than these have "
-     "([rrhf](rrhf.md), \"proxy - best\"). Best of 16 has no such loss. It pays at each answer instead."),
-    ("SFT on the best tenth of the samples has more gold than the losses that rank them.",
+     "RRHF gets less of the proxy than its best candidates have ([rrhf](rrhf.md), column \"proxy - best\"): "
+     "to learn from the best is not to give the best. DPO sees no proxy; for it and RSO we tested no reason. "
+     "Best of 16 pays at each answer instead."),
+    ("SFT on the best tenth of the samples has more gold than the losses that rank them, and takes less "
+     "time.",
      [(CLEAN, GOLD, "filter", ">", "RRHF"), (CLEAN, GOLD, "filter", ">", "PRO"),
       (CLEAN, COST, "filter", "<", "RRHF")],
-     "On the same samples it is the other way round ([pro](pro.md), \"against others\"). But a ranking loss "
-     "reads every sample in each pass. In equal time SFT can choose from 16 samples of a prompt, and the "
-     "rankings have 5 or 8."),
+     "It chose from 16 samples of a prompt. Our grids offered the rankings at most 8, since they read every "
+     "sample in each pass. With 8, filtering was no better than RRHF in the tuning (below). So this is about "
+     "how many samples one can afford, not about the losses."),
     ("One pass of PPO over its samples is as good as four, in half the time.",
      [(CLEAN, GOLD, "PPO, one pass", "=", "PPO", 0.1), (CLEAN, COST, "PPO, one pass", "<", "PPO")],
-     "Its learning rate is twice as high. In the tuning (below), one pass gains with each step of the rate, "
-     "up to 0.004. With four passes the language broke on some seeds at 0.002 already, unless `--kl_coef` "
-     "was 0.1."),
+     "Its chosen learning rate is twice as high, and it sees a quarter more prompts. In the tuning (below) "
+     "both broke the language on some seeds: four passes with rate 0.002, 4 epochs and a penalty below 0.1; "
+     "one pass with rate 0.004 and a penalty of 0.02, or 10 epochs."),
     ("RAFT has more gold than the Llama 2 rounds, which add the samples of all rounds and new labels.",
      [(CLEAN, GOLD, "RAFT", ">", "Llama 2 rounds"), (CLEAN, "eval/kl", "RAFT", ">", "Llama 2 rounds")],
-     "Each of the Llama 2 rounds starts again from the SFT policy, so in equal time it stays nearer to it "
-     "(KL). The samples of earlier, weaker rounds stay in its data: with those of the last round alone it "
+     "Each of the Llama 2 rounds starts again from the SFT policy, so within the budget it stays nearer to "
+     "it (KL). The samples of earlier, weaker rounds stay in its data: with those of the last round alone it "
      "has more gold ([raft](raft.md), \"Llama 2\"). There, new labels made no difference."),
-    ("Within the budget, the Decision Transformer learns next to nothing.",
-     [(CLEAN, GOLD, "Decision Transformer", "=", "SFT", 0.1),
-      (CLEAN, GOLD, "Decision Transformer, its recipe", ">", "Decision Transformer")],
+    ("With the data that fit the budget, the Decision Transformer learns next to nothing.",
+     [(CLEAN, GOLD, "Decision Transformer, less data", "=", "SFT", 0.1),
+      (CLEAN, GOLD, "Decision Transformer, its recipe", ">", "Decision Transformer, less data")],
      "It needs many rows and many steps: 2,875 rows give nothing, eight times as many passes over them half "
      "of the gain, 23,000 rows all of it ([decision_transformer](decision_transformer.md), \"data\"). "
      "Filtering gains from 2,875 rows already."),

@@ -4,7 +4,8 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from experiments.comparison import ARMS, FAMILIES, MAIN, RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS, UNTRAINED
+from experiments.comparison import (ARMS, FAMILIES, LABELS, MAIN, RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS,
+                                    UNTRAINED)
 from referee import figures
 from referee.comparison import BUDGET, NAME, QUARTER, cost, experiments, start_of, tuned
 from referee.ranking import agreement, duels, order, ranks
@@ -22,10 +23,10 @@ COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "e
            "eval/length": "length, tokens"}
 RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean gold; in brackets, the "
          "ranks in 95% of draws of the seeds. distinct-2: different word pairs of all samples over all of "
-         "their word pairs. Time is in units of ppo.py with its defaults on the same seed. "
-         "KL and win rate are against the SFT policy; the KL of best of n is an upper bound, and what starts "
-         "from another arm has none. The papers' own recipes take the place of SFT and need its time, so "
-         "they have no rank.")
+         "their word pairs; best of 16 has fewer texts, so more. Time is in units of ppo.py with its "
+         "defaults on the same seed. KL and win rate are against the SFT policy; the KL of best of n is an "
+         "upper bound, and what starts from another arm has none. The papers' own recipes take the place of "
+         "SFT and need its time, so they have no rank.")
 OF_START = "eval/kl", "eval/win_rate", "eval/win_rate_proxy", "eval/win_rate_judge"    # against its start
 
 
@@ -46,10 +47,9 @@ def with_starts(arms):
     for name, runs in arms.items():
         starts = arms.get(start_of(name), {})
         if name != BUDGET and not name.endswith(": start"):
-            found[name] = {seed: with_start(run, starts.get(seed)) for seed, run in runs.items()}
-            for seed in found[name].keys() & units.keys():
-                found[name][seed] = found[name][seed] | {
-                    "share": found[name][seed]["cpu_seconds"] / cost(units[seed])}
+            own = {seed: with_start(run, starts.get(seed)) for seed, run in runs.items()}
+            found[LABELS.get(name, name)] = {seed: run | {"share": run["cpu_seconds"] / cost(units[seed])}
+                                             if seed in units else run for seed, run in own.items()}
     return found
 
 
@@ -104,7 +104,7 @@ def short_rows(collected):
     gold = {name: fmean(run[METRIC] for run in clean[name].values()) for name in MAIN if clean.get(name)}
     found = {name: {seed: run | {title: arms[name][seed][METRIC] for title, arms in situations.items()
                                  if seed in arms.get(name, {})} for seed, run in clean[name].items()}
-             for name in sorted(gold, key=gold.get, reverse=True)}
+             for name in sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))}
     body = arm_rows(found, {title: f"gold, {title}" for title in SITUATIONS} | {
         "eval/kl": "KL, nats", "eval/fluency": "fluency", "share": "time"})
     place["arm"] = "rank"
@@ -118,8 +118,9 @@ def matrix_rows(arms):
     found = duels({name: values[name] for name in best_first})
     rows = [["", *(str(i) for i in range(1, len(best_first) + 1))]]
     for i, name in enumerate(best_first, 1):
-        marks = [{">": "<", "<": ">", "=": "="}[found[other, name].verdict] for other in best_first[:i - 1]]
-        rows.append([f"{i} {name}", *marks, "", *(found[name, other].verdict for other in best_first[i:])])
+        marks = [{">": "<", "<": ">", "=": "·"}[found[other, name].verdict] for other in best_first[:i - 1]]
+        marks += ["", *(found[name, other].verdict.replace("=", "·") for other in best_first[i:])]
+        rows.append([f"{i} {name}", *marks])
     return rows
 
 
@@ -151,7 +152,7 @@ def parts(results_dir="results", given={}):
     clean = collected["clean"]
     seeds = view["seeds"] if given else SEEDS
     view = view | {"seeds": [seed for seed in view["seeds"] if seed in seeds]}
-    about = [["arm", "what it learns from"], *([name, entry["about"]] for name, entry in ARMS.items())]
+    about = [["arm", "what it learns from"]] + [[LABELS.get(k, k), arm["about"]] for k, arm in ARMS.items()]
     found = [("arms", about, "Beside them: three that train nothing.")]
     for title, (question, _) in SITUATIONS.items():
         arms = of_seeds(collected[title], seeds)
@@ -163,7 +164,7 @@ def parts(results_dir="results", given={}):
     if len(ranked(first)) > 1 and len(common_seeds(ranked(first))) > 1:
         found.append(("who beats whom", matrix_rows(first),
                       "Gold, paired within seeds, with Holm's correction over all pairs (5%). The arm of the "
-                      "row has more (>) or less (<) than that of the column; = where neither is shown."))
+                      "row has more (>) or less (<) than that of the column; · where neither is shown."))
     larger = results_path(NAME, {"layers": 3}, results_dir)
     if not given:
         found.append(("does it hold?", None, holds(first, of_seeds(clean, SECOND_SEEDS), "Other seeds")))

@@ -8,7 +8,7 @@ measured comes from results/*.json alone.
 import re
 from pathlib import Path
 
-from experiments.comparison import ARMS, RECIPES, SEEDS
+from experiments.comparison import ARMS, LABELS, RECIPES, SEEDS
 from experiments.survey import COMPARED, STATEMENTS, SUBSTITUTES
 from harness import UserError
 from referee import side_by_side
@@ -28,9 +28,11 @@ CHINESE = {                                       # every header, every verdict,
     "the survey says": "综述的说法", "what we test": "我们检验的命题", "measured": "实测", "verdict": "结论",
     "reproduced": "复现", "not reproduced": "未复现", "inconclusive": "尚无定论",
     "not measured": "无法测量", NOT_RUN: "尚未测量", COMPARISON_NOT_RUN: "横向比较尚未运行",
-    "arm": "方法", "rank": "名次", "fluency": "流畅度", "time": "时间（PPO = 1）",
-    "gold, clean": "gold，标注正常", "gold, noisy labels": "gold，标注多错", "gold, little data": "gold，数据少",
+    "arm": "方法", "rank": "名次", "fluency": "流畅度", "time": "时间（ppo.py 默认 = 1）",
+    "gold, clean": "gold，标注正常", "gold, noisy labels": "gold，标注噪声大", "gold, little data": "gold，数据少",
     "best of 16": "16 选 1（best of 16）", "SteerLM, its recipe": "SteerLM，论文的做法",
+    "SteerLM, less data": "SteerLM，数据较少", "Decision Transformer, less data": "Decision Transformer，数据较少",
+    "curriculum": "DPO 课程", "PPO, one pass": "PPO，样本只用一遍",
     "Decision Transformer, its recipe": "Decision Transformer，论文的做法",
     "SFT": "SFT", "SFT, temperature 0.5": "SFT，温度 0.5", side_by_side.NAME: "横向比较"}
 PHRASES = [                                       # what tables.measured and tables.provenance write
@@ -161,7 +163,7 @@ def compared(path, results_dir="results"):
     view, collected = side_by_side.gathered(results_dir)
     rows, folder = side_by_side.short_rows(collected), "" if Path(path).parent.name == "docs" else "docs/"
     methods = {name: arm["method"] for name, arm in RECIPES.items()} | {
-        name: entry["arm"]["method"] for name, entry in ARMS.items()}
+        LABELS.get(name, name): entry["arm"]["method"] for name, entry in ARMS.items()}
     if chinese(path):
         rows[0] = [CHINESE[word] for word in rows[0]]
         rows[1:] = [[name, re.sub(r" \((\d+) to (\d+)\)", r"（\1 至 \2）", place), *cells]

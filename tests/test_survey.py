@@ -43,7 +43,7 @@ def test_claim_that_does_not_exist_is_no_user_error(method):
 
 def test_claim_of_the_comparison_is_not_used_or_its_arms_do_not_exist():
     assert {claim for method, claim in TESTS if method == side_by_side.NAME} == set(data.COMPARED)
-    arms = {*compared_data.UNTRAINED, *compared_data.ARMS, *compared_data.RECIPES}
+    arms = {name for names in compared_data.FAMILIES.values() for name in names}
     assert all({left, right} <= arms for c in data.COMPARED.values() for left, _, right in c["holds"])
 
 
