@@ -86,11 +86,13 @@ SURPRISES = [
      "It chose from 16 samples of a prompt. Our grids offered the rankings at most 8, since they read every "
      "sample in each pass. With 8, filtering was no better than RRHF in the tuning (below). So this is about "
      "how many samples one can afford, not about the losses."),
-    ("One pass of PPO over its samples is as good as four, in half the time.",
-     [(CLEAN, GOLD, "PPO, one pass", "=", "PPO", 0.1), (CLEAN, COST, "PPO, one pass", "<", "PPO")],
-     "Its chosen learning rate is twice as high, and it sees a quarter more prompts. In the tuning (below) "
-     "both broke the language on some seeds: four passes with rate 0.002, 4 epochs and a penalty below 0.1; "
-     "one pass with rate 0.004 and a penalty of 0.02, or 10 epochs."),
+    ("One pass of PPO over its samples takes half the time of four, and we could not show that it has less "
+     "gold.",
+     [(CLEAN, COST, "PPO, one pass", "<", "PPO"), (CLEAN, GOLD, "PPO, one pass", ">", "best of 16")],
+     "Its chosen learning rate is twice as high, and it sees a quarter more prompts. That is near the edge: "
+     "on seed 8 its fluency fell to 0.82. In the tuning (below) both broke the language on some seeds: four "
+     "passes with rate 0.002, 4 epochs and a penalty below 0.1; one pass with rate 0.004 and a penalty of "
+     "0.02, or 10 epochs."),
     ("RAFT has more gold than the Llama 2 rounds, which add the samples of all rounds and new labels.",
      [(CLEAN, GOLD, "RAFT", ">", "Llama 2 rounds"), (CLEAN, "eval/kl", "RAFT", ">", "Llama 2 rounds")],
      "Each of the Llama 2 rounds starts again from the SFT policy, so within the budget it stays nearer to "
