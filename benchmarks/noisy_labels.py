@@ -7,6 +7,7 @@ beta * (log pi - log pi_ref) with the comparison's settings. People's labels are
 them is reversed.
 """
 import argparse
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -20,24 +21,16 @@ import common
 import dpo
 import harness
 from benchmarks.what_the_proxy_sees import PARTS, score_weights
+from referee.comparison import tuned
 from tasks import build
 
 PROMPTS = 256
-SETTINGS = dict(lr=5e-4, epochs=2.0, beta=0.05, quiet=True, eval_prompts=2, eval_samples=1)
-
-
-def logps(model, tokenizer, prompts, texts):
-    """log pi(y|x) [N] of each text."""
-    found = torch.empty(len(texts))
-    with torch.no_grad():
-        for rows, batch in common.batches(tokenizer, prompts, [[text] for text in texts], 2048, model.device):
-            found[rows] = common.sequence_logps(model, batch)
-    return found
 
 
 def scores_of(seed, noise):
     """{name: scores [N]} of the samples, and [(prompt, text)] of them."""
-    config = dpo.Config(seed=seed, label_noise=noise, **SETTINGS)
+    settings, _ = tuned()[2]["DPO"]
+    config = dpo.Config(seed=seed, label_noise=noise, quiet=True, eval_prompts=2, eval_samples=1, **settings)
     path, proxy = build.models(config), build.proxy(config)
     prompts, texts = build.texts(build.read(path / "samples.json")["test"][:PROMPTS])
     reference, tokenizer = common.load_policy(path / "sft"), harness.load_tokenizer(config)
@@ -45,9 +38,13 @@ def scores_of(seed, noise):
         config.out = str(Path(folder) / "run")
         harness.launch(dpo.train, config)
         policy = common.load_policy(config.out)
-    implicit = logps(policy, tokenizer, prompts, texts) - logps(reference, tokenizer, prompts, texts)
+    batch = common.encode(tokenizer, prompts, texts)
+    ours, theirs = (
+        common.in_parts(functools.partial(common.sequence_logps, model), batch, 2048, model.device)
+        for model in (policy, reference))
     reward = common.load_reward_model(proxy, build.LIMITS["max_length"])
-    return {"proxy": reward(prompts, texts), "DPO": config.beta * implicit}, [*zip(prompts, texts)]
+    scores = {"proxy": reward(prompts, texts), "DPO": config.beta * (ours - theirs).cpu()}
+    return scores, [*zip(prompts, texts)]
 
 
 def main():

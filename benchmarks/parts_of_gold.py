@@ -1,11 +1,11 @@
-"""Which parts of gold a method raises: sentiment, topic, grammar, repeats, genre.
+"""Which parts of gold a method raises: sentiment, topic, grammar, repeats.
 
     python benchmarks/parts_of_gold.py --seeds 0,1,2     # three minutes a seed, once its models are built
 
 Arms of the comparison, with its settings, on 256 test prompts with 8 samples each. A column is what that
 part adds to gold on average (tasks/reviews.py: gold). A text that the grammar does not parse gets -1 in
-"grammar" and nothing else. The columns add up to gold, but for what the genre of a prompt adds, and for texts
-that were cut off.
+"grammar" and nothing else. The columns add up to gold, but for what the genres of prompt and text add, and
+for texts that were cut off.
 """
 import argparse
 import importlib
@@ -19,24 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import harness
+from benchmarks.what_the_proxy_sees import parts
 from experiments.comparison import ARMS, RECIPES, UNTRAINED
 from harness import directory
 from referee.comparison import tuned
-from tasks import reviews
 
 SHOWN = (*UNTRAINED, "DPO", "curriculum", "RWR", "RRHF", "RAFT", "PPO, one pass", "SteerLM, its recipe")
-PARTS = "sentiment", "topic", "grammar", "repeats", "genre", "gold"
+COLUMNS = "sentiment", "topic", "grammar", "repeats", "gold"
 
 
-def parts(prompt, text, gold):
+def added(prompt, text, gold):
     """What each part adds to the gold of a response, and gold."""
-    request, clauses = reviews.parse_prompt(prompt), reviews.parse(text)
-    if clauses is None:
-        return 0.0, 0.0, -1.0, 0.0, 0.0, gold
-    aspects = [clause.aspect for clause in clauses if clause.aspect]
-    return (reviews._sentiment(clauses), 0.5 * (request.aspect in aspects), 0.0,
-            -0.3 * min(len(aspects) - len(set(aspects)), 2),
-            -0.3 * any(clause.genre not in (None, request.genre) for clause in clauses), gold)
+    sentiment, topic, grammar, repeats = parts(prompt, text)
+    return sentiment, 0.5 * topic, grammar - 1, -0.3 * min(repeats, 2), gold
 
 
 def samples_of(name, settings, seed, folder):
@@ -57,13 +52,13 @@ def main():
     seeds = [int(seed) for seed in parser.parse_args().seeds.split(",")]
     chosen = {name: settings for name, (settings, _) in tuned()[2].items() if name in ARMS}
     arms = UNTRAINED | RECIPES | {name: ARMS[name]["arm"] | chosen[name] for name in chosen}
-    print(f"{'arm':24}" + "".join(f"{part:>11}" for part in PARTS), flush=True)
+    print(f"{'arm':24}" + "".join(f"{part:>11}" for part in COLUMNS), flush=True)
     for name in SHOWN:
         rows = []
         with tempfile.TemporaryDirectory() as folder:
             for seed in seeds:
                 found = samples_of(f"{name} {seed}", arms[name], seed, Path(folder))
-                rows += map(parts, found["prompts"], found["responses"], found["gold"])
+                rows += map(added, found["prompts"], found["responses"], found["gold"])
         print(f"{name:24}" + "".join(f"{fmean(values):11.3f}" for values in zip(*rows)), flush=True)
 
 

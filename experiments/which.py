@@ -2,7 +2,8 @@
 
 referee/which.py makes the tables. Evidence compares arms of experiments/comparison.py, as the claims of
 EXPERIMENTS do. A test holds each of them against the stored runs, so a sentence that they no longer support
-is noticed. The sentences were written after these runs were seen.
+is noticed. "?" says that neither arm is shown to have more. The sentences were written after these runs were
+seen.
 """
 GOLD, MB, COST = "eval/gold", "state_mb", "cpu_seconds"
 CLEAN, NOISY, LITTLE = "clean", "noisy labels", "little data"
@@ -35,7 +36,8 @@ WHICH = [
     ("a reward model; you want the highest reward", "奖励模型，希望奖励尽量高",
      "`ppo.py --ppo_epochs 1`. Watch `kl` and the texts: they became shorter and more alike",
      "`ppo.py --ppo_epochs 1`。要留意 `kl` 和生成的文本：它们变短了，彼此也更像",
-     "PPO, one pass", [(CLEAN, GOLD, ">", "best of 16"), (CLEAN, COST, "<", "PPO")]),
+     "PPO, one pass",
+     [(CLEAN, GOLD, ">", "best of 16"), (CLEAN, GOLD, "?", "PPO"), (CLEAN, COST, "<", "PPO")]),
     ("the same, but PPO does not fit into memory", "同上，但显存放不下 PPO",
      "`remax.py`: it trains no value model", "`remax.py`：不训练价值模型",
      "ReMax", [(CLEAN, MB, "<", "PPO"), (CLEAN, GOLD, ">", "DPO")]),
@@ -83,12 +85,12 @@ SURPRISES = [
      "time.",
      [(CLEAN, GOLD, "filter", ">", "RRHF"), (CLEAN, GOLD, "filter", ">", "PRO"),
       (CLEAN, COST, "filter", "<", "RRHF")],
-     "It chose from 16 samples of a prompt. Our grids offered the rankings at most 8, since they read every "
-     "sample in each pass. With 8, filtering was no better than RRHF in the tuning (below). So this is about "
-     "how many samples one can afford, not about the losses."),
+     "It chose from 16 samples of a prompt. Our grids offered the rankings at most 8, and time would have "
+     "allowed more. With 8, filtering was no better than RRHF in the tuning (below). So this may be about "
+     "the number of samples, not about the losses."),
     ("One pass of PPO over its samples takes half the time of four, and we could not show that it has less "
      "gold.",
-     [(CLEAN, COST, "PPO, one pass", "<", "PPO"), (CLEAN, GOLD, "PPO, one pass", ">", "best of 16")],
+     [(CLEAN, COST, "PPO, one pass", "<", "PPO"), (CLEAN, GOLD, "PPO, one pass", "?", "PPO")],
      "Its chosen learning rate is twice as high, and it sees a quarter more prompts. That is near the edge: "
      "on seed 8 its fluency fell to 0.82. In the tuning (below) both broke the language on some seeds: four "
      "passes with rate 0.002, 4 epochs and a penalty below 0.1; one pass with rate 0.004 and a penalty of "
@@ -97,7 +99,8 @@ SURPRISES = [
      [(CLEAN, GOLD, "RAFT", ">", "Llama 2 rounds"), (CLEAN, "eval/kl", "RAFT", ">", "Llama 2 rounds")],
      "Each of the Llama 2 rounds starts again from the SFT policy, so within the budget it stays nearer to "
      "it (KL). The samples of earlier, weaker rounds stay in its data: with those of the last round alone it "
-     "has more gold ([raft](raft.md), \"Llama 2\"). There, new labels made no difference."),
+     "has more gold ([raft](raft.md), \"Llama 2\"). There, new labels made no difference that we could "
+     "measure."),
     ("With the data that fit the budget, the Decision Transformer learns next to nothing.",
      [(CLEAN, GOLD, "Decision Transformer, less data", "=", "SFT", 0.1),
       (CLEAN, GOLD, "Decision Transformer, its recipe", ">", "Decision Transformer, less data")],

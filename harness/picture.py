@@ -41,7 +41,7 @@ def title_of(config):
     """Method, seed, and the options that are not the default; of a path its last part."""
     changed = {k: v for k, v in differences(config).items() if k not in SET_HERE}
     options = [f"{k} {Path(v).name if isinstance(v, str) else v}" for k, v in changed.items()]
-    return textwrap.shorten(", ".join([method_name(config), f"seed {config.seed}", *options]), 110)
+    return textwrap.shorten(", ".join([method_name(config), f"seed {config.seed}", *options]), 100)
 
 
 def panels_of(rows):

@@ -125,7 +125,7 @@ def block(path, kind="results", results_dir="results"):
         text = which.surprises(results_dir)
     elif kind == "real text":
         text = real_text.block(results_dir)
-    elif survey.chinese(path):
+    elif kind == "results" and survey.chinese(path):
         text = survey.substitutes(*overview(results_dir), results_dir)
     elif name == "defaults":
         text = overview_block(results_dir)

@@ -29,8 +29,15 @@ def arms_of(results_dir="results"):
 
 
 def compare(collected, situation, metric, arm, op, other, margin=0.0):
-    """The Comparison of two arms in a situation of arms_of; "=" needs a margin."""
-    return compare_arms(collected.get(situation, {}), metric, arm, op, other, margin)
+    """The Comparison of two arms in a situation of arms_of; "=" needs a margin.
+
+    "?" holds where 0 lies in the interval: neither arm is shown to have more.
+    """
+    arms = collected.get(situation, {})
+    if op != "?":
+        return compare_arms(arms, metric, arm, op, other, margin)
+    found = compare_arms(arms, metric, arm, ">", other)
+    return found._replace(status="holds" if found.n and abs(found.mean) < found.half else "excluded")
 
 
 def number(collected, zh, *part):

@@ -309,4 +309,4 @@ def test_title_does_not_say_which_options_were_given():
     config = dpo.Config(beta=0.3, policy="some/where/policy", seed=2, out="elsewhere", quiet=True)
     assert picture.title_of(config) == "dpo, seed 2, policy policy, beta 0.3"
     assert picture.title_of(dpo.Config()) == "dpo, seed 0"
-    assert len(picture.title_of(dpo.Config(policy="long " * 40))) <= 110
+    assert len(picture.title_of(dpo.Config(policy="long " * 40))) <= 100

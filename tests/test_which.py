@@ -19,7 +19,7 @@ def test_evidence_names_an_arm_or_a_situation_that_does_not_exist():
     assert all(evidence for *_, evidence in data.WHICH) and all(row[1] for row in data.SURPRISES)
     for situation, metric, left, op, right, *margin in EVIDENCE + SURPRISES:
         assert situation in compared.SITUATIONS and situation in which.SITUATIONS and metric in which.METRICS
-        assert {left, right} <= arms and left != right and op in "<>="
+        assert {left, right} <= arms and left != right and op in "<>=?"
         assert bool(margin) == (op == "=")
         assert situation != "little data" or not {left, right} & {*compared.RECIPES}       # not run there
 
@@ -93,3 +93,11 @@ def test_second_seeds_are_left_out_or_are_the_first(tmp_path, monkeypatch):
     assert "（另一组种子：+3.2" in chinese
     del arms["SFT"][again[0]]                                     # one seed has no interval
     assert "other seeds" not in which.rows(False, tmp_path)[1][2]
+
+
+@pytest.mark.parametrize("shift, status", [(0.1, "holds"), (2.0, "excluded"), (-2.0, "excluded")])
+def test_difference_that_is_shown_counts_as_unsettled(shift, status):
+    arms = {name: {seed: {"x": value(seed)} for seed in range(3)}
+            for name, value in (("a", lambda seed: seed / 10 + shift), ("b", lambda seed: 0.1))}
+    assert which.compare({"clean": arms}, "clean", "x", "a", "?", "b").status == status
+    assert which.compare({}, "clean", "x", "a", "?", "b").status == "excluded"          # nothing was run
