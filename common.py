@@ -24,7 +24,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
-UNREADABLE = OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError    # of from_pretrained
+BROKEN = OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError
 FEW_LOGITS, ROOM = 2 ** 22, {"cpu": 2 ** 14, "cuda": 2 ** 16, "mps": 2 ** 14}  # see token_logps, generate
 CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}   # harmless on a terminal
 
@@ -268,7 +268,7 @@ def readable(what, path):
     """UserError in place of whatever from_pretrained raises for a path that it cannot read."""
     try:
         yield
-    except UNREADABLE as error:
+    except BROKEN as error:
         raise UserError(f"cannot load {what} from {str(path)!r} ({' '.join(str(error).split())[:400]}): pass "
                         "a directory of save_pretrained, or check the id and the network") from None
 

@@ -26,7 +26,8 @@ samples; `filter` is one global round of it. steerlm.py is `dt` with several att
 first paper, cited here, calls conditional alignment comparable to PPO (version 1: better). Its equations
 could not be checked. OpenRLHF's conditional_sft_processor cites it and shares its first author. Its script
 takes 128,000 demonstrations scored by a reward model, one epoch, from the SFT policy; here 23,000 of those
-that SFT saw. It writes the standardised reward as text (--control text: <reward:1.3>). Left out: SFT data.
+that SFT saw. It writes the standardised reward as text (--control text: <reward:1.3>).
+Left out: rows without a tag among the others.
 
 Elsewhere:
     log-probs in float32, dropout off, EOS counted (none after a cut response): common.py; AdamW (0.9, 0.95,
@@ -64,7 +65,7 @@ class Config(harness.Config):
     bins: int = option(10, "levels of the reward, with equally many samples each", "[2, inf)")
     control: Optional[Literal["tokens", "text"]] = option(None, "a token a level (tiny), or reward as text")
     share: float = option(0.1, "part of the samples that filter keeps", "(0, 1]")
-    beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned here)", "(0, inf)")
+    beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned: 1)", "(0, inf)")
     validation: float = option(
         0.125, "share of the train prompts kept apart, to choose what to ask for", "[0, 1)")
     steer: str = option("", "'reward=9': the level to ask for (default: the best on the validation prompts)")

@@ -17,7 +17,7 @@ logistic regression as any reward model, therefore trains the policy itself, wit
     python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
 
 What to look at: the loss starts at log 2 = 0.693, because the policy starts as the reference. `logps/chosen`
-falls while `rewards/margins` rises. That is no bug: Eq. 7 sees only the difference of the two.
+falls while `rewards/margins` rises. That is no bug: Eq. 7 sees only chosen minus rejected.
 
 The same loss on pairs that nobody labelled: Contrastive Post-training Large Language Models on Data
 Curriculum (Xu et al., 2023, https://arxiv.org/abs/2310.02263) takes the chosen answer from a stronger writer
@@ -32,7 +32,7 @@ its paper.
 
 Elsewhere:
     log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
-    EOS ends every answer of a pair, except one that is longer than the context: common.encode
+    EOS ends every answer of a pair, except one that is longer than the context: common.batches
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; 64 pairs a step, lr constant after a linear
         warm-up from 0 over the first tenth (the first step changes nothing): harness/config.py
     the default pairs: SFT samples at temperature 1, labelled by annotators who err: tasks/build.py
@@ -55,7 +55,7 @@ class Config(harness.Config):
     LR: ClassVar = {"tiny": 5e-4, "real": 1e-6}  # tiny: tuned, seeds 100 to 102; real: paper's (code: 5e-7)
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}   # tiny: tuned likewise; real: the official code's
     beta: float = option(
-        0.1, "KL constraint: larger stays closer to the reference (paper: 0.1 to 0.5)", "(0, inf)")
+        0.1, "KL constraint: larger stays closer to the reference (paper: 0.1; TL;DR 0.5)", "(0, inf)")
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (conservative DPO)", "[0, 0.5)")
     loss: Literal["dpo", "sft", "unlikelihood"] = option(
         "dpo", "'dpo', or a baseline of the paper: 'sft' on the chosen (Preferred-FT), 'unlikelihood'")

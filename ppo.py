@@ -57,7 +57,7 @@ from harness import UserError, option
 @dataclass
 class Config(harness.Config):
     LR: ClassVar = {"tiny": 2e-3, "real": 3e-6}      # tiny: tuned on seeds 100 to 102; real: TRL's
-    EPOCHS: ClassVar = {"tiny": 4.0, "real": 1.0}    # tiny: tuned likewise
+    EPOCHS: ClassVar = {"tiny": 4.0, "real": 1.0}    # tiny: fixed while lr was tuned
     batch_size: int = option(128, "prompts, and so responses, of each rollout")
     minibatch_size: Optional[int] = option(
         None, "responses per optimizer step (default: half of a rollout)", "(0, inf)")

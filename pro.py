@@ -24,10 +24,11 @@ two to three times as large for n = 5. Compare --sft_weight 0, --dynamic_tempera
 Compared with rrhf.py: the same score and the same kind of candidates. PRO has a softmax over the list, RRHF a
 hinge for each pair. In PRO the size of the reward gaps counts, not only their signs.
 
-Official code (AlibabaResearch/DAMO-ConvAI, PRO): it adds 1e-10 inside the logarithm and takes no log-sum-exp,
-so it can overflow. It appends no EOS, and scores one padding token after all but the longest response. Its
-default SFT weight is 2, that of its scripts 0.05. There as here the gaps multiply scores that are negative: a
-small gap moves a loser's logit up, close to 0, so near-ties weigh most in the softmax.
+Official code (AlibabaResearch/DAMO-ConvAI, PRO): no log-sum-exp, but 1e-10 inside the logarithm. Where every
+product of score and gap is far below log 1e-10 = -23, the losers get no gradient. It appends no EOS, and
+scores one padding token after all but the longest response. Its default SFT weight is 2, that of its scripts
+0.05. There as here the gaps multiply scores that are negative: a small gap moves a loser's logit up, close to
+0, so near-ties weigh most in the softmax.
 The paper ranks answers of different models (here: --sources P) and decodes greedily; here the default is
 samples of one policy, and evaluation samples at temperature 1.
 Left out: bootstrapping (a fresh sample joins the ranking), which lost more than it gained in the paper.

@@ -72,7 +72,7 @@ class Config(harness.Config):
         "last", "fine-tune on what the last round kept, or all rounds; in equally many steps")
     restart: bool = option(False, "every round fine-tunes the initial policy again (Llama 2)")
     refresh: bool = option(
-        False, "every round has annotators compare new samples and trains the reward model on (Llama 2)")
+        False, "every round has annotators compare new samples, and the reward model learns (Llama 2)")
     rare: str = option(
         "", "prompts that contain this text come in the first round only; they are evaluated apart, too")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
@@ -243,7 +243,7 @@ def train(run):
         run.save_reward_model(reward)                                   # for ppo.py --reward OUT/reward_model
     if config.candidates > 1 and "eval/proxy" in run.trace[-1]:
         gain = run.trace[-1]["eval/proxy"] - run.trace[0]["eval/proxy"]
-        run.results["gain_per_sqrt_log_k"] = gain / math.sqrt(math.log(config.candidates))       # sec. 3.2
+        run.results["gain_per_sqrt_log_k"] = gain / math.sqrt(math.log(config.candidates))   # all rounds
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ two come closer.
 Compare --variance_prompts 256 with and without --reward_noise prompt. This noise is equal for all responses
 to a prompt: it adds variance to REINFORCE, and none to ReMax.
 
-Compared with ppo.py: the same rollout, reward and KL penalty, but no value model, one update for each
-rollout, the sum over a response's tokens where PPO has the mean over all tokens, and no whitening. The paper
-compares it with PPO at one update a batch. So does --reproduce; ppo.py's default makes four passes over each.
+Compared with ppo.py: the same rollout, reward and KL penalty, but no penalty where a response does not stop,
+no value model, one update for each rollout, the sum over a response's tokens where PPO has the mean over all
+tokens, and no whitening. The paper compares it with PPO at one update a batch. So does --reproduce; ppo.py's
+default makes four passes over each.
 Official code (liziniu/ReMax) differs: a token gets its own KL term only (the variable cumulative_kl is
 overwritten, not summed), the last token's reward is discounted too, the loss is a mean over tokens, and
 samples are drawn with top-p 0.9 but scored without it. This file follows (2); the official gamma 0.99 and

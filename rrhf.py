@@ -23,13 +23,14 @@ it near 0: the policy is a best-of-n learner (Eq. 7 of arXiv version 2). With --
 ranking loss is alone, and destroys the language model: fluency 0.96 to 0.54, gold -0.14 (seed 0).
 
 Compared with dpo.py: any number of responses, a log-prob per token in place of a log-ratio, and imitation of
-the best. With --rank_weight 0 only the imitation is left: one round of raft.py.
+the best. With --rank_weight 0 --sources D only imitation of own samples is left: one round of raft.py.
 
-Official code (GanjinZero/RRHF): it overwrites the labels before it counts tokens, so it divides every
-log-prob, in L_ft too, by the padded width of the batch. That is Eq. 5 with --length_penalty 0, divided by the
-width: at the SFT policy the gradient of L_rank is then 15 times that of L_ft, and 0.7 times in Eq. 5. Its
-weight of L_rank is 100 unless the script says 1, and its loss is right for one prompt a batch only. This file
-follows the paper, but evaluates by sampling at temperature 1, where the paper decodes greedily.
+Official code (GanjinZero/RRHF): it overwrites the labels before it counts tokens, so each |y| of L_rank is
+the padded width of the batch. L_ft is a mean over that width, too. That is Eq. 5 with --length_penalty 0,
+divided by the width: at the SFT policy the gradient of L_rank is then 15 times that of L_ft, and 0.7 times in
+Eq. 5. Its weight of L_rank is 100 unless the script says 1, and its loss is right for one prompt a batch
+only. This file follows the paper, but evaluates by sampling at temperature 1, where the paper decodes
+greedily.
 Left out: beam search as a source (the paper prefers diverse candidates) and the online variant.
 
 Elsewhere:

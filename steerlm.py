@@ -21,7 +21,7 @@ with decision_transformer.py: several attributes, and people, not a reward model
 (--start base). On the tiny model KL and "before" are those of the SFT policy, which saw twice as many of the
 same demonstrations, without tags. Official code (NeMo-Aligner): step 1 is a regression head with the squared
 error (default here; paper: --predictor lm), levels 0 to 4, no bootstrapping. The squared error draws scores
-to the middle: here they become levels by rank, each as often as people gave it. Left out: top-k, checkpoints.
+to the middle: here they become levels by rank, as frequent as the ratings. Left out: top-k, best checkpoint.
 
 Elsewhere:
     float32 log-probs, dropout off, EOS counted (none if cut), AdamW (0.9, 0.95, no decay): common.py
@@ -159,7 +159,7 @@ def rate_anew(predict, samples):
 
 
 def best_of(samples, quality):
-    """The levels of the samples whose quality is the highest that one in a hundred reaches."""
+    """The levels of the best hundredth of the samples by quality; ties with its last one count, too."""
     values = [sum(row.levels[name] for name in quality) for row in samples]
     least = sorted(values, reverse=True)[(len(values) - 1) // 100]
     return [row.levels for row, value in zip(samples, values) if value >= least]

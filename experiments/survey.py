@@ -30,20 +30,20 @@ STATEMENTS = [
     ("RRHF is slightly above PPO, cheap and stable", "RRHF 略优于 PPO，成本低，训练稳定", [
         ("comparison", "RRHF has more gold than PPO, within one budget of time",
          "在同样的时间预算内，RRHF 的 gold 高于 PPO"),
-        ("comparison", "and trains fewer MB", "RRHF 训练占用的 MB 少于 PPO")]),
+        ("comparison", "and trains fewer MB", "RRHF 的训练占用（MB）小于 PPO")]),
     ("RRHF's ranking loss alone destroys the model", "RRHF 只用排序损失，模型会崩溃", [
         ("rrhf", "ranking alone destroys the language model: gold falls below SFT's",
          "去掉 SFT 损失，gold 低于 SFT 策略"),
         ("rrhf", "and fluency falls by a tenth or more", "去掉 SFT 损失，流畅度比 SFT 策略低 0.1 以上")]),
     ("RRHF gains from each new round of samples (IP-3)", "RRHF 用训练后的策略重新采样，轮数越多越好（IP-3）", [
         ("rrhf", "sampling again from the trained policy helps: 3 > 2 > 1 (proxy)",
-         "按 proxy，三轮高于两轮，两轮高于一轮")]),
+         "按 proxy 计，三轮优于两轮，两轮优于一轮")]),
     ("own samples beat others'", "用自己的样本比用别人的好", [
         ("rrhf", "own samples beat the data's own answers (proxy)",
-         "按 proxy，用自己的样本高于用数据自带的回答"),
+         "按 proxy 计，用自己的样本训练优于用数据自带的回答"),
         ("rso", "SFT samples beat the data's own pairs, under every loss",
          "按胜率，三种损失下，用 SFT 策略的样本都高于用数据自带的偏好对")]),
-    ("DPO is less sensitive and reaches a better reward", "DPO 不那么敏感，奖励更高", [
+    ("DPO is less sensitive and reaches a better reward", "DPO 对超参数不那么敏感，奖励更高", [
         ("dpo", "gold rises above SFT at every beta", "试过的每个 β，gold 都高于 SFT 策略"),
         ("dpo", "on pairs labelled by gold it has more gold than PPO on gold, at equal KL",
          "偏好对由 gold 标注，KL 相等时，gold 高于直接以 gold 为奖励的 PPO"),
@@ -55,29 +55,29 @@ STATEMENTS = [
           "模仿强写手的 SFT 饱和以后，再用“强>弱”的偏好对做 DPO，gold 继续上升"),
          ("dpo", "easy to hard beats either kind of pair alone", "按 gold，由易到难高于只用其中任何一种偏好对"),
          ("dpo", "easy to hard beats the other order", "按 gold，由易到难高于由难到易")]),
-    ("the constraint matters more than the loss", "约束比损失函数更重要", [
+    ("the constraint matters more than the loss", "对参考策略的约束比损失函数的形式更重要", [
         ("rso", "hacking: the hinge without a reference wins most by the proxy",
          "没有参考策略的 hinge 损失，按 proxy 的胜率最高（奖励黑客）"),
         ("rso", "but less than the others by the judge", "没有参考策略的 hinge 损失，按 judge 的胜率低于另外两种损失"),
         ("rso", "the two losses with a reference are level (win rate, within 0.05)",
          "有参考策略的两种损失不分高下（胜率相差不到 0.05）")]),
-    ("rejection sampling gives two points more", "拒绝采样再提高 2 个点", [
+    ("rejection sampling gives two points more", "拒绝采样再提高 2 个百分点", [
         ("rso", "rejection sampling beats SFT samples, under every loss",
-         "三种损失下，拒绝采样的胜率都高于直接用 SFT 策略的样本（2 个点即 0.02）"),
+         "三种损失下，拒绝采样的胜率都高于直接用 SFT 策略的样本（2 个百分点即 0.02）"),
         ("comparison",
          "within one budget of time, pairs chosen by rejection have more gold than pairs of SFT samples",
          "在同样的时间预算内，用拒绝采样选出的偏好对，gold 高于直接用 SFT 样本的偏好对")]),
-    ("rounds of best-of-n gain, and PPO after them gains again", "多轮拒绝采样微调能提高，之后再做 PPO 还能提高", [
+    ("rounds of best-of-n gain, and PPO after them gains again", "多轮拒绝采样微调能提升效果，之后再做 PPO 还能再提升", [
         ("raft", "versions climb: the fifth has more gold than the second (half-way)",
          "按 gold，第五版（最后一版）高于第二版（约在训练的一半处）"),
         ("raft", "PPO adds to the last version", "在最后一版上再做 PPO，gold 更高"),
         ("comparison",
          "within one budget of time, half for rounds and half for PPO give more gold than rounds alone",
          "在同样的时间预算内，一半用于多轮拒绝采样、一半用于 PPO，gold 高于只做多轮拒绝采样"),
-        ("comparison", "and more than PPO alone", "也高于只做 PPO")]),
+        ("comparison", "and more than PPO alone", "同样各用一半时间，gold 高于只做 PPO")]),
     ("ReMax saves memory and time, and is better at 1.3B", "ReMax 省显存、省时间，1.3B 上效果更好", [
         ("remax", "less memory for weights, gradients and optimizer (MB)",
-         "权重、梯度、优化器状态合计的 MB 少于每批只更新一次的 PPO"),
+         "权重、梯度、优化器状态的合计大小（MB）小于每批只更新一次的 PPO"),
         ("remax", "less CPU time", "CPU 时间少于每批只更新一次的 PPO"),
         ("remax", "no less gold than PPO with one update a batch, for equal prompts (within 0.1)",
          "提示一样多时，gold 不低于每批只更新一次的 PPO（容许低 0.1）"),
@@ -88,7 +88,7 @@ STATEMENTS = [
          "与 PPO 相当（gold 相差不到 0.1；论文第 2 版的说法）"),
         ("comparison",
          "with the data that fit one budget of time, the Decision Transformer has more gold than PPO",
-         "用同样的时间预算容得下的数据，Decision Transformer 的 gold 高于 PPO"),
+         "在同样的时间预算内（数据相应减少），Decision Transformer 的 gold 高于 PPO"),
         ("comparison", "its own recipe, in more than three times the time, has more gold than PPO",
          "按论文的做法训练，时间是 PPO 的三倍多，gold 高于 PPO")]),
     ("SteerLM is above RLHF", "SteerLM 优于 RLHF", [
@@ -115,7 +115,7 @@ SUBSTITUTES = [
     ("DPO 课程，由易到难", "dpo", ("curriculum", "easy to hard"),
      ("不用", "不用", "用，训练前算一次", "不用", "强弱不同的写手的回答，无需标注")),
     ("RSO", "rso", None, ("用", BEFORE, "用（hinge 除外），训练前算一次", "不用", "提示")),
-    ("RAFT", "raft", None, ("用", EACH_ROUND, "不用（`--kl_coef` 除外）", "不用", "提示")),
+    ("RAFT", "raft", None, ("用", EACH_ROUND, "不用（设 `--kl_coef` 时才用）", "不用", "提示")),
     ("Llama 2 多轮拒绝采样", "raft", ("Llama 2", "all rounds"),
      ("用，每轮更新", EACH_ROUND, "不用；每轮从初始策略重新训练", "不用", "提示，每轮的新标注")),
     ("ReMax", "remax", None, ("用", "每批，一个提示两条", "用", "不用", "提示")),

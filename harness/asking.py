@@ -26,10 +26,18 @@ def latest_run(method, file):
     return runs[-1].parent
 
 
+def read_dict(file):
+    """The dict in a JSON file of a run; {} where there is no such file, or none that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def load_attributes(path, method):
     """What the policy in this directory was conditioned on, from its attributes.json. UserError if none."""
-    file = Path(path) / "attributes.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = read_dict(Path(path) / "attributes.json")
     if found.get("method") != method:
         raise UserError(f"{path} has no attributes.json of {method}.py, so it is not known which attributes "
                         f"its policy reads: give --policy the directory of a finished run of {method}.py")
@@ -61,10 +69,12 @@ def ask(config, method, tags_of=None):
     path = Path(config.policy or latest_run(method, "attributes.json" if tags_of else "samples.txt"))
     attributes = load_attributes(path, method) if tags_of else {}
     tags = tags_of(attributes, parse_request(config.steer, attributes["levels"])) if tags_of else ""
-    file = path / "args.json"
-    of_run = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    of_run = read_dict(path / "args.json")
+    if not of_run.keys() >= {*OF_RUN, "policy"}:
+        of_run = {}
     if not of_run and not tags_of:
-        raise UserError(f"{path} has no args.json: give --policy the directory of a finished run")
+        whole = " whole" * (path / "args.json").exists()
+        raise UserError(f"{path} has no{whole} args.json: give --policy the directory of a finished run")
     now, plain = vars(config), vars(type(config)())
     usual = {name: of_run[name] for name in OF_RUN if of_run and now[name] == plain[name]}
     after = replace(config, **usual | {"policy": str(path), "lora_rank": 0})

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 import common
 from common import UserError
@@ -58,20 +59,26 @@ def check_checkpoint(path, policy=True):
         settings, _ = PreTrainedConfig.get_config_dict(path)
         if not settings or not isinstance(settings, dict):
             raise ValueError("it has no config.json of a model")
+        index = folder / "model.safetensors.index.json"
+        index = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {"weight_map": {}}
+        shards = sorted({*map(str, index["weight_map"].values())})
     quantised = settings.get("quantization_config")
     if quantised:
-        raise UserError(f"{path} is a quantised checkpoint ({quantised.get('quant_method', 'unknown')}): it "
-                        "cannot be trained here; take the full-precision one")
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{path} is a quantised checkpoint ({how}): it cannot be trained here; take the "
+                        "full-precision one")
     if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
         raise UserError(f"{path} needs Python code of its own, which is never run: take a model of a class "
                         "that transformers has")
+    try:
+        with common.readable("a model", path):
+            AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise UserError(f"{path}: a wrong value in config.json: {' '.join(str(error).split())}") from None
     if policy and settings.get("is_encoder_decoder"):
         raise UserError(f"{path} is an encoder-decoder ({settings.get('model_type')}): these methods train "
                         "decoders (causal language models)")
     if folder.is_dir():
-        index = folder / "model.safetensors.index.json"
-        index = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {"weight_map": {}}
-        shards = sorted({*index["weight_map"].values()})
         lost = [shard for shard in shards if not (folder / shard).exists()]
         if lost:
             raise UserError(f"{path} lacks {len(lost)} of its {len(shards)} files of weights: {lost[0]}")
@@ -84,6 +91,24 @@ def inputs(model, batch):
     everything = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
                       position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0))
     return {k: v for k, v in everything.items() if k in inspect.signature(model.forward).parameters}
+
+
+def check_tokenizer(tokenizer, path):
+    """UserError for a directory without the tokenizer's files: transformers makes an empty one then."""
+    if len(tokenizer) <= len({*tokenizer.all_special_tokens}):
+        raise UserError(f"{path} has no tokenizer: save its files there too (tokenizer.save_pretrained)")
+
+
+def fit_reward_tokens(tokenizer, model, path):
+    """A PAD that the reward model has no embedding of is replaced; UserError for other such tokens."""
+    known = model.get_input_embeddings().num_embeddings
+    if (tokenizer.pad_token_id or 0) >= known:                          # harmless: masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= known]
+    special = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "cls", "sep")}
+    if special & {*beyond}:
+        raise UserError(f"the tokenizer of {path} has {sorted(special & {*beyond})[0]!r} as a token that the "
+                        "model has no embedding of: they do not belong together")
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ def prepare(config, out):
     task = loading.load_task(config)
     if config.gold:
         task.gold = gold_of(config.gold)
+        task.gold(task.prompts["train"][0], "Yes.")             # what is wrong with it is said now, not later
     began = time.time()
     rewards = load_rewards(config, task)
     policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)
@@ -107,10 +108,12 @@ def launch(train, config, known=None):
 
     known: a dict that keeps the evaluations of initial policies for other runs: many arms begin with one.
     """
+    Stop.cut = True
     run = start(config)
     run.known = known
     try:
         train(run)
+        Stop.cut = False                                          # finish writes first, and then it prints
         return run.finish()
     except RuntimeError as error:
         ranks.check_others(error)
@@ -155,13 +158,14 @@ def in_one_line(function):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        with contextlib.redirect_stdout(Plain(sys.stdout)):
+        with contextlib.redirect_stdout(sys.stdout and Plain(sys.stdout)):
             function()
-            sys.stdout.flush()
+            if sys.stdout:                                                          # None: closed, as by >&-
+                sys.stdout.flush()
     except BrokenPipeError:                                        # ... | head
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(141 if Stop.cut else 0)                           # 141: as if the system had ended it
     except (UserError, OSError) as error:
         print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
         sys.exit(2)

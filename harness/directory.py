@@ -1,4 +1,5 @@
 """A run's directory: which is free, who writes it, its checkpoints, and what a crash leaves of them."""
+import contextlib
 import hashlib
 import itertools
 import json
@@ -35,10 +36,11 @@ def short(path):
 
 def free_directory(home):
     """Make home/001, or the first number after the highest. Two runs never get the same."""
+    home.mkdir(parents=True, exist_ok=True)
     taken = [int(path.name) for path in home.glob("*") if path.name.isdigit()]
     for number in itertools.count(max(taken, default=0) + 1):
         try:
-            (home / f"{number:03d}").mkdir(parents=True)
+            (home / f"{number:03d}").mkdir()
             return home / f"{number:03d}"
         except FileExistsError:                                    # another run was faster
             pass
@@ -67,7 +69,18 @@ def give_back(out, lock):
         (out / name).unlink(missing_ok=True)
     lock.release()
     if not any(out.iterdir()):
-        out.rmdir()
+        with contextlib.suppress(OSError):                                # a link, a mount, the current one
+            out.rmdir()
+
+
+@contextlib.contextmanager
+def claimed(out):
+    """`with claimed(out):` from claim to give_back."""
+    lock = claim(out)
+    try:
+        yield
+    finally:
+        give_back(out, lock)
 
 
 def check_room(out, megabytes):
@@ -90,7 +103,7 @@ def fingerprint_of_data(*paths):
 def read_args(out, say=warn):
     """args.json of a run that is resumed; {} where it cannot be read, which say(text) tells."""
     try:
-        found = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        found = json.loads((out / "args.json").read_text(encoding="utf-8", errors="surrogateescape"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError) as error:
         say(f"{out / 'args.json'} cannot be read ({error}): other options are not noticed")

@@ -10,6 +10,7 @@ from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
 import common
 from common import UserError
 from harness import adapters, ranks, shards
+from harness.checkpoints import check_tokenizer
 from harness.prompts_once import share_prompts
 
 MEGABYTE = 2 ** 20
@@ -120,7 +121,9 @@ def fit_task(tokenizer, task, embeddings=math.inf):
 
 
 def load_tokenizer(config):
-    return common.load_tokenizer(policy_path(config), config.max_length)
+    tokenizer = common.load_tokenizer(policy_path(config), config.max_length)
+    check_tokenizer(tokenizer, policy_path(config))
+    return tokenizer
 
 
 def load_policy(config):

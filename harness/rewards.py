@@ -2,7 +2,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import numbers
 import os
 import pkgutil
@@ -17,8 +16,8 @@ import common
 import tasks
 from common import UserError, warn
 from harness import adapters, progress, ranks, shards
-from harness.checkpoints import check_checkpoint
-from harness.loading import fit_positions, load_scorer, policy_path, shared, without_scorer
+from harness.checkpoints import check_checkpoint, check_tokenizer, fit_reward_tokens
+from harness.loading import fingerprint, fit_positions, load_scorer, policy_path, shared, without_scorer
 from harness.stages import Recipe, check_finite, train_reward_model
 from tasks import chat
 
@@ -32,6 +31,8 @@ def load_rewards(config, task):
     def load(path, label=""):
         reward = shards.load(config, lambda *place: common.load_reward_model(
             path, config.max_length, *place, label, config.token_budget))
+        check_tokenizer(reward.tokenizer, path)
+        fit_reward_tokens(reward.tokenizer, reward.model, path)
         if not hasattr(reward.model, "score"):
             reward = EncoderReward(**vars(reward))
         else:
@@ -52,7 +53,9 @@ def load_rewards(config, task):
         raise UserError("--reward gold: only the embedded task has a true reward; name a reward model or "
                         "module:function, or leave it out")
     if ":" in config.reward and not Path(config.reward).exists():
-        return {"proxy": UserReward(functions_of(config.reward))}
+        own = UserReward(functions_of(config.reward))
+        own(task.prompts["train"][:1], ["Yes."])                # what is wrong with it is said now, not later
+        return {"proxy": own}
     judge = {"judge": People(task.opinion)} if task.opinion else {}
     if config.reward not in ("", "gold"):
         check_checkpoint(config.reward, policy=False)
@@ -89,8 +92,8 @@ def load_rewards(config, task):
 
 def trained_path(config, pairs):
     """Where the cache has, or will have, the reward model that is trained from these pairs."""
-    key = json.dumps([str(policy_path(config)), config.reward_lr, config.seed, config.max_length,
-                      config.lora_rank, pairs])
+    key = json.dumps([str(policy_path(config)), fingerprint(config), config.reward_lr, config.seed,
+                      config.max_length, config.lora_rank, pairs])
     return tasks.CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -119,7 +122,7 @@ def functions_of(text, flag="--reward"):
         name, _, weight = part.strip().partition("*")
         try:
             found.append((pkgutil.resolve_name(name), float(weight or 1), name))
-        except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        except (ImportError, SyntaxError, NameError, AttributeError, ValueError) as error:
             raise UserError(f"{flag} {part!r} ({error}): write module:function, or module:function*0.5, a "
                             "function of two lists, prompts and responses, that returns a list of numbers; "
                             f"modules are looked for in {os.getcwd()}") from None
@@ -137,6 +140,7 @@ class UserReward:
     functions: list
     mean: float = 0.0
     std: float = 1.0
+    flag: str = "--reward"
 
     def __call__(self, prompts, responses):
         """Scores [N]. UserError, with the row, where a function returns anything else than finite numbers."""
@@ -146,12 +150,13 @@ class UserReward:
             values = function([*asked], [*texts])
             values = values.tolist() if hasattr(values, "tolist") else values
             if not isinstance(values, (list, tuple)) or len(values) != len(texts):
-                raise UserError(f"--reward {name} returned {str(values)[:60]!r} for {len(texts)} responses, "
-                                "not a list with a number for each")
+                raise UserError(f"{self.flag} {name} returned {str(values)[:60]!r} for {len(texts)} "
+                                "responses, not a list with a number for each")
             for row, (value, prompt) in enumerate(zip(values, prompts)):
-                if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                    raise UserError(f"--reward {name} returned {value!r} for row {row + 1} of {len(texts)}: "
-                                    f"prompt {str(prompt)[:60]!r}, response {texts[row][:60]!r}")
+                if not isinstance(value, numbers.Real) or not abs(value) < 1e30:        # nan is not, either
+                    raise UserError(f"{self.flag} {name} returned {repr(value)[:60]} for row {row + 1} of "
+                                    f"{len(texts)}: prompt {str(prompt)[:60]!r}, response "
+                                    f"{texts[row][:60]!r}")
             total += weight * torch.tensor(values, dtype=torch.float32)
         return (total - self.mean) / self.std
 
@@ -181,7 +186,7 @@ def gold_of(text):
     """--gold "module:function" as the gold of a task: (prompt, response, ended) -> number."""
     if ":" not in text:
         raise UserError(f"--gold {text!r}: write module:function, see --reward")
-    true = UserReward(functions_of(text, "--gold"))
+    true = UserReward(functions_of(text, "--gold"), flag="--gold")
     return lambda prompt, response, ended=True: true([prompt], [response]).item()
 
 

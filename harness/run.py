@@ -35,7 +35,7 @@ PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpo
 
 class Stop:
     """Ctrl-C and SIGTERM: a step that is under way is ended first, so that it can be saved."""
-    stepping, signal = False, 0
+    stepping, signal, cut = False, 0, False                     # cut: there is a run, and it has not ended
 
     @classmethod
     def handle(cls, number, frame):

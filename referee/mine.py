@@ -26,13 +26,14 @@ from harness import UserError, directory, option
 from harness.command_line import parser_of
 from harness.run import Stop
 from referee import page
-from referee.arms import config_class, load, method_names
+from referee.arms import OWN, config_class, load, method_names
 from referee.budget import BATCH, STEPS, fit, in_words, say, shares, train, trial
 
 NAME = "mine"
 HOME = Path("runs/mine")
 EVALUATION = 0.3                             # of all the minutes: what evaluations may take together
 NOT_HERE = "prompt", "reproduce", "seeds", "jobs", "resume"
+OF_ONE = OWN | {"lora_rank", "token_budget", "gradient_checkpointing"}     # what one method may have alone
 
 
 @dataclass
@@ -74,8 +75,11 @@ def check(config, flags):
         raise UserError(f"--methods: no method {', '.join(unknown) or 'named'}; there are: "
                         f"{', '.join(method_names())}")
     for word in config.options.split():
-        if word.partition(".")[0] not in names or "=" not in word:
+        name, _, option = word.partition("=")[0].replace("-", "_").partition(".")
+        if name not in names or "=" not in word:
             raise UserError(f"--options {word!r}: write METHOD.OPTION=VALUE, with a method of --methods")
+        if option in {f.name for f in fields(harness.Config)} - OF_ONE:
+            raise UserError(f"--options {word!r}: --{option} is the same for all methods")
     if config.reward == "none":
         raise UserError("mine compares by a reward: leave out --reward none")
     for name in names:
@@ -174,9 +178,14 @@ def share(flags, out, minutes, n_methods):
 # ------------------------------------------------------------------------------------------------ the evening
 
 def mine(config, flags):
-    """Do what is not done yet; write report.html. Returns its path."""
+    """Do what is not done yet; write report.html. Returns its path. UserError while another process does."""
     names = check(config, flags)
     out, state = place(config, flags)
+    with directory.claimed(out):
+        return in_place(config, flags, names, out, state)
+
+
+def in_place(config, flags, names, out, state):
     print(f"{out}: a run that is cut goes on from there by the same command")
     began, spent = time.time(), state["spent"]
 

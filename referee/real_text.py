@@ -131,7 +131,8 @@ def run(config, given, results_dir="results", runs_dir="runs/referee"):
     rows, known = harness.verifiable_rows(config.data), constants(config.quick)
     same = short_hash([rows, known["PROMPTS"], known["PROXY"]])                # wherever the data lie
     given = {k: v for k, v in given.items() if k not in SET_HERE} | {
-        "model": Path(config.model).absolute().name, "data": same}
+        "model": Path(config.model).absolute().name if Path(config.model).exists() else config.model,
+        "data": same}
     make_work = functools.partial(Work, config.model, rows, config.quick)
     runs.complete(NAME, config, range(config.seeds), results_dir, runs_dir, as_experiments(known), make_work,
                   given, QUICK if config.quick else SECONDS)

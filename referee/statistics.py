@@ -82,7 +82,7 @@ def plus_minus(mean, half, sign="", size=0):
     """Mean and half-width as text; larger numbers have fewer decimals. `size`: the largest of its column."""
     size = max(size, abs(mean), half if math.isfinite(half) else 0)
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
-    return f"{mean:{sign}.{digits}f}" + (f" ±{half:.{digits}f}" if math.isfinite(half) else "")
+    return f"{mean:{sign},.{digits}f}" + (f" ±{half:,.{digits}f}" if math.isfinite(half) else "")
 
 
 # ----------------------------------------------------------------------------------------- values of one run

@@ -31,7 +31,8 @@ CHINESE = {                                       # every header, every verdict,
     "arm": "方法", "rank": "名次", "fluency": "流畅度", "time": "时间（ppo.py 默认 = 1）",
     "gold, clean": "gold，标注正常", "gold, noisy labels": "gold，标注噪声大", "gold, little data": "gold，数据少",
     "best of 16": "16 选 1（best of 16）", "SteerLM, its recipe": "SteerLM，论文的做法",
-    "SteerLM, less data": "SteerLM，数据较少", "Decision Transformer, less data": "Decision Transformer，数据较少",
+    "SteerLM, less data": "SteerLM，预算内", "Decision Transformer, less data": "Decision Transformer，预算内",
+    "filter": "择优 SFT（filter）", "RWR": "奖励加权回归（RWR）",
     "curriculum": "DPO 课程", "PPO, one pass": "PPO，样本只用一遍",
     "Decision Transformer, its recipe": "Decision Transformer，论文的做法",
     "SFT": "SFT", "SFT, temperature 0.5": "SFT，温度 0.5", side_by_side.NAME: "横向比较"}
@@ -44,7 +45,7 @@ PHRASES = [                                       # what tables.measured and tab
     (r"^Seeds none\.", "没有种子。"), (r"^Seeds ([\d, ]+)\.", r"种子：\1。"),
     (r"^Seeds ([\d, ]+) \((\d+) of the (\d+) that were set beforehand\)\.",
      r"种子：\1（事先定下 \3 个，已运行 \2 个）。"),
-    (r": (?=[+-]?\d+(\.\d+)?( ±|（|；|$))", "："),
+    (r": (?=[+-]?[\d,]+(\.\d+)?( ±|（|；|$))", "："),
     (r" Flags: (.*?)\.(?= |$)", r"选项：\1。"), (r" (\w+): ([^,;]+), (\d+) cores; ", r"设备 \1：\2，\3 核；"),
     (r"(?<=\d)\.$", "。")]
 
@@ -101,7 +102,8 @@ def statement_rows(path, results_dir="results"):
         statement = in_zh if zh else english                                    # once, in its first row
         for method, claim, claim_zh in tests:
             word, found = judged(method, claim, collected[method])
-            link = f"[{CHINESE.get(method, method) if zh else method}]({method}.md)"
+            place = f"{method}.md" + "#results" * (method == side_by_side.NAME)
+            link = f"[{CHINESE.get(method, method) if zh else method}]({place})"
             rows.append([statement, f"{link}：{claim_zh}", in_chinese(found), CHINESE[word]] if zh else
                         [statement, f"{link}: {claim}", found, word])
             statement = ""

@@ -39,7 +39,7 @@ def render(tokenizer, messages):
         if messages[-1]["role"] == "assistant":
             return Prompt(apply(tokenizer, messages, continue_final_message=True), messages)
         return Prompt(apply(tokenizer, messages, add_generation_prompt=True) + header(tokenizer), messages)
-    except TemplateError as error:
+    except (TemplateError, ValueError, TypeError) as error:
         raise UserError(f'the chat template refuses "prompt" ({error})') from error
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from common import UserError, warn
+from common import CONTROL, UserError, warn
 from tasks import Demonstration, Pair, Ranking, Task, hub, shapes, words
 from tasks.chat import Prompt, render as render_chat
 
@@ -84,6 +84,8 @@ def locate(source: str) -> tuple[Path, str]:
     path = Path(source)
     if path.is_dir():
         raise UserError(f"{source} is a directory; pass one file (.jsonl, .json, .parquet, .csv)")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{source} is no regular file, and it is read twice: write it to a .jsonl file first")
     if path.exists():
         return path, re.sub(r"\.(jsonl?|parquet|csv|arrow)(\.gz)?$", "", path.name)
     named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", source)
@@ -415,6 +417,8 @@ def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
             row = shapes.canonical(shapes.renamed(parse(), columns))
         except UserError as error:
             raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: a field has a value that it cannot have ({error})") from error
         kind, fields = fields_of(where, row)
         require(kind == (file_kind or kind), where,
                 f"this row is a {kind}, the rows before it are {file_kind}s")
@@ -447,7 +451,7 @@ def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
         total = len(examples) + left_out.total()
-        print(f"left out {left_out.total()} of {total} rows: {reasons}", file=sys.stderr)
+        print(f"left out {left_out.total()} of {total} rows: {reasons}".translate(CONTROL), file=sys.stderr)
     if not examples:
         raise UserError(f"{path.name}: no usable row")
     if unused:

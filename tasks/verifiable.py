@@ -169,6 +169,10 @@ def question_of(prompt):
 
 def write_files(given):
     """Make the three files in given.out and say what they hold."""
+    for name, least in (("train", 1), ("test", 1), ("samples", 2), ("max_new_tokens", 1)):
+        if getattr(given, name) < least:
+            raise common.UserError(f"--{name} must be at least {least}")
+    (out := Path(given.out)).mkdir(parents=True, exist_ok=True)                  # before minutes of sampling
     task = preferences.load(given.prompts, common.load_tokenizer(given.model, 512), skip_bad_rows=True)
     short = [question for prompts in task.prompts.values() for question in map(question_of, prompts)
              if 0 < len(words_of(question)) <= given.longest]
@@ -179,7 +183,6 @@ def write_files(given):
     train = train[:given.train]
     answers = sampled(given.model, train, given.samples, given.max_new_tokens, given.seed)
     pairs, rated = judged(train, answers, given.seed)
-    out = Path(given.out)
     for name, rows in (("pairs", pairs), ("rated", rated), ("test", [{"prompt": prompt} for prompt in test])):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(out / f"{name}.jsonl", "".join(lines))
@@ -197,7 +200,7 @@ def verifiable_rows(folder):
     for name in ("pairs", "rated", "test"):
         path = Path(folder) / f"{name}.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")   # an answer may hold other line ends
             rows[name] = [json.loads(line) for line in lines if line.strip()]
             unseen = [unseen_wordings(row["prompt"]) for row in rows[name]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -3,7 +3,8 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, LlamaForSequenceClassification
+from transformers import (BertConfig, BertForSequenceClassification, BertLMHeadModel,
+                          LlamaForSequenceClassification)
 
 import common
 import harness
@@ -52,7 +53,73 @@ def test_shard_is_missing(tmp_path):
         check_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": null}', "\x00"])
+def test_index_of_weights_is_damaged(text, tmp_path):
+    save_toy(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="cannot load a model from"):
+        check_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [dict(num_hidden_layers="2"), dict(dtype="nope"), dict(hidden_size=[16])])
+def test_wrong_value_in_the_config_is_a_traceback(changes, tmp_path, toy):
+    with pytest.raises(UserError) as error:
+        started(toy, tmp_path / "run", model=str(config_of(save_toy(tmp_path / "model"), **changes)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "{"])
+def test_file_of_the_wrong_shape_is_a_traceback(name, text, tmp_path, toy):
+    """A file that transformers does without may be anything."""
+    (save_toy(tmp_path / "model") / name).write_text(text, encoding="utf-8")
+    try:
+        started(toy, tmp_path / "run", model=str(tmp_path / "model"))
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_model_without_tokenizer_answers_to_nothing(tmp_path, toy):
+    for file in save_toy(tmp_path / "policy").glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="policy has no tokenizer|cannot load a tokenizer from"):
+        started(toy, tmp_path / "run", model=str(tmp_path / "policy"))
+    torch.manual_seed(0)
+    reward = tmp_path / "reward"
+    BertForSequenceClassification(BertConfig(
+        vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=96, num_labels=1)).save_pretrained(reward)
+    with pytest.raises(UserError, match="reward has no tokenizer|cannot load a tokenizer from"):
+        started(toy, tmp_path / "other", reward=str(reward))
+
+
+def test_pad_of_a_reward_model_has_no_embedding(tmp_path, toy):
+    path = save_toy(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
+    tokenizer = common.load_tokenizer(path, 64)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(path)
+    scores = started(toy, tmp_path / "run", reward=str(path)).rewards["proxy"](["ab", "c"], ["a", "bcdef"])
+    assert scores.isfinite().all() and scores[0] != scores[1]
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match=r"has '\[END\]' as a token that the model has no embedding of"):
+        started(toy, tmp_path / "other", reward=str(path))
+
+
+def test_reward_model_of_other_weights_is_taken_from_the_cache(tmp_path):
+    path = save_toy(tmp_path)
+    config = harness.Config(model=str(path), data="pairs.jsonl", device="cpu")
+    first = harness.trained_path(config, [])
+    assert first == harness.trained_path(config, [])
+    model = common.load_policy(path, "cpu")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(path)
+    assert harness.trained_path(config, []) != first
+
+
 @pytest.mark.parametrize("changes, message", [
+    (dict(quantization_config="awq"), r"quantised checkpoint \(awq\)"),
     (dict(quantization_config={"quant_method": "gptq"}), r"quantised checkpoint \(gptq\).*full-precision"),
     (dict(model_type="mine", auto_map={"AutoConfig": "mine.A"}), "needs Python code of its own"),
     (dict(model_type="t5", is_encoder_decoder=True), r"is an encoder-decoder \(t5\)")])

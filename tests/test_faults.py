@@ -17,7 +17,7 @@ import dpo
 import harness
 from common import UserError
 from conftest import ROOT, killed_after, method_names, save_toy, settings, started
-from harness import directory
+from harness import asking, directory
 from harness.config import interval_of, is_number, outside
 from harness.command_line import command_that_resumes, in_one_line
 from harness.run import Stop
@@ -520,3 +520,63 @@ def test_killed_run_resumes_to_the_same_bytes(toy, tmp_path, straight):
         pytest.skip("the run ended before it could be killed")
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "killed", straight)
+
+
+# ---- odd places
+
+def test_failed_start_hides_its_message_where_its_directory_cannot_be_removed(toy, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    for out in (tmp_path / "link", "."):
+        with pytest.raises(UserError, match="no such file: absent.jsonl"):
+            started(toy, out, data="absent.jsonl")
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_runs_is_a_link_to_nowhere(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "not mounted" / "runs")
+    with pytest.raises(OSError, match="runs"):
+        directory.free_directory(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"learning_rate": 1}', "null"])
+def test_policy_whose_args_are_damaged_is_a_traceback(text, toy, tmp_path):
+    path = save_toy(tmp_path / "policy")
+    (path / "args.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="has no whole args.json: give --policy"):
+        asking.ask(settings(toy, policy=str(path), prompt="a"), "dpo")
+    (path / "attributes.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="has no attributes.json of steerlm.py"):
+        asking.load_attributes(path, "steerlm")
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
+def test_name_of_a_file_is_not_utf8(toy, tmp_path):
+    data = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    shutil.copy(toy / "pairs.jsonl", data)
+    config = config_of(toy, tmp_path / "run", data=str(data), epochs=0.2)
+    harness.launch(dpo.train, config)
+    assert directory.read_args(tmp_path / "run")["data"] == str(data)
+
+
+def test_training_cut_by_a_closed_pipe_counts_as_a_success(toy, tmp_path):
+    code = ("import sys, dpo, harness; from conftest import settings; from pathlib import Path; "
+            "from harness.command_line import in_one_line\n"
+            "def train(run):\n"
+            "    for _ in range(100000): print('x' * 100)\n"
+            "config = settings(Path(sys.argv[1]), dpo.Config, out=sys.argv[2])\n"
+            "in_one_line(lambda: harness.launch(train, config))")
+    command = (f'"{sys.executable}" -c "$0" "{toy}" "{tmp_path / "run"}" | head -c 100; '
+               'echo " ${PIPESTATUS[0]}"')
+    done = subprocess.run(["bash", "-c", command, code], cwd=ROOT, capture_output=True, text=True,
+                          encoding="utf-8", timeout=120,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    assert done.stdout.endswith(" 141\n") and "Traceback" not in done.stderr
+
+
+def test_closed_screen_is_a_traceback():
+    code = "from harness.command_line import in_one_line; in_one_line(lambda: print('x'))"
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" >&-'], cwd=ROOT, timeout=120,
+                          capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")

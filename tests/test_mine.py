@@ -5,6 +5,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -13,7 +15,7 @@ import harness
 import harness.rewards
 import harness.run
 import raft
-from conftest import PAIRS, killed_after, pair_task
+from conftest import PAIRS, ROOT, killed_after, pair_task
 from harness import UserError
 from referee import advice, budget, mine, page
 from referee.__main__ import main
@@ -120,6 +122,32 @@ def test_other_command_in_the_same_directory(evening):
         evening(*words, "--seed", 1)
 
 
+def test_second_terminal_deletes_what_the_first_one_writes(evening, tmp_path, monkeypatch):
+    def cut(*a):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mine, "finish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            evening("--methods", "dpo", "--minutes", "60")
+    out = tmp_path / "runs" / "mine" / "001"
+    (out / "dpo").mkdir()
+    (out / "dpo" / "metrics.jsonl").write_text("", encoding="utf-8")
+    code = ("import sys, pathlib; from harness import directory; "
+            "lock = directory.claim(pathlib.Path(sys.argv[1])); print('has it', flush=True); input()")
+    first = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    try:
+        assert first.stdout.readline() == "has it\n"
+        with pytest.raises(UserError, match=f"process {first.pid} is writing"):
+            evening("--methods", "dpo", "--minutes", "60")
+        assert (out / "dpo" / "metrics.jsonl").exists()
+    finally:
+        first.communicate("\n")
+    evening("--methods", "dpo", "--minutes", "60")
+    assert (out / page.NAME).exists() and not (out / ".lock").exists()
+
+
 def test_method_trains_on_the_part_that_was_planned(evening, monkeypatch):
     """Each prompt costs 10 s: 0.8 * 126 s, less what all share and 3 s, are 9 prompts with a pair each."""
     monkeypatch.setattr(mine, "trial", lambda *a: {"prompts": 2, "fixed": 3.0, "each": 10.0, "took": 0.0})
@@ -140,6 +168,9 @@ def test_method_trains_on_the_part_that_was_planned(evening, monkeypatch):
     (["--options", "raft.rounds=2", "--methods", "dpo"], "METHOD.OPTION=VALUE"),
     (["--options", "dpo.beta"], "METHOD.OPTION=VALUE"),
     (["--options", "dpo.beta=0"], "--beta must be above 0"),
+    (["--options", "dpo.limit=5"], "'dpo.limit=5': --limit is the same for all methods"),
+    (["--options", "raft.reward=none"], "--reward is the same for all methods"),
+    (["--options", "dpo.eval-samples=2"], "--eval_samples is the same for all methods"),
     (["--minutes", "0"], "--minutes must be above 0"),
     (["--minutes", "1e-5", "--reward", "letters_of_mine:a"], "is too short: an answer .* --minutes [1-9]"),
     (["--minutes", "1e-3"], "a reward model takes .* give --minutes [1-9]")])

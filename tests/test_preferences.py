@@ -1,6 +1,7 @@
 """tasks/preferences.py: every format, every bad row's message, and a split that depends on prompts alone."""
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -282,6 +283,35 @@ def test_a_malformed_row_is_an_error_that_can_be_left_out(tmp_path, tokenizer, l
     if problem.endswith("exceeded"):  # Python's own words go on, and differ between versions
         text = text[:len("rows.jsonl line 2: ") + len(problem)]
     assert text == f"rows.jsonl line 2: {problem}"
+
+
+@pytest.mark.parametrize("line", [
+    '{"messages": []}', '{"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1.0}',
+    '{"prompt": "p", "completions": [{"response": "a", "overall_score": null}]}',
+    '{"instruction": 5, "input": "y", "output": "z"}',
+    '{"conversations": [{"from": ["x"], "value": "a"}, {"from": "gpt", "value": "b"}]}'])
+def test_value_that_no_shape_has_is_a_traceback(tmp_path, tokenizer, line, capsys):
+    path = write(tmp_path / "rows.jsonl", [line, pair(1), pair(2)])
+    assert message(path, tokenizer=tokenizer).startswith(
+        "rows.jsonl line 1: a field has a value that it cannot have (")
+    load(str(path), tokenizer, skip_bad_rows=True)
+    assert "left out 1 of 3 rows: 1 a field has a value" in capsys.readouterr().err
+
+
+def test_what_is_left_out_reaches_the_terminal_raw(tmp_path, tokenizer, capsys):
+    row = {"prompt": "p", "completion": "a", "attributes": {"\x1b]0;evil\x07": 1}}
+    path = write(tmp_path / "rows.jsonl", [json.dumps(row), *(json.dumps(row | {"attributes": {"b": 1},
+                                                                              "prompt": x}) for x in "qr")])
+    load(str(path), tokenizer, skip_bad_rows=True)
+    said = capsys.readouterr().err
+    assert "left out 1 of 3" in said and "\x1b" not in said and "\\x1b" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_pipe_loses_rows_in_silence(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match="is no regular file, and it is read twice"):
+        load(str(tmp_path / "rows.jsonl"))
 
 
 def usable_row_like(line):

@@ -75,7 +75,7 @@ def test_missing_result_is_said_to_be_measured(tmp_path, path):
     assert len(rows) == len(TESTS) and [bool(re.search(CJK, word)) for word in header] == [zh] * 4
     for (method, claim), (_, text, found, verdict) in zip(TESTS, rows):
         assert found == "-" and verdict == (no_comparison if method == side_by_side.NAME else not_run)
-        link = f"]({method}.md)"
+        link = "](comparison.md#results)" if method == side_by_side.NAME else f"]({method}.md)"
         assert link in text and (zh or text.endswith(f": {claim}"))
     assert [row[0] for row in rows if row[0]] == [texts[zh] for texts in data.STATEMENTS]
 

@@ -36,6 +36,8 @@ def infinite(prompts, responses):
 def singles(prompts, responses):
     import numpy
     return [numpy.float32(len(text)) for text in responses]
+def huge(prompts, responses):
+    return [10 ** 400] * len(responses)
 value = 3
 '''
 
@@ -44,6 +46,8 @@ value = 3
 def mine(tmp_path, monkeypatch):
     """A module of the user's in the current directory."""
     (tmp_path / "my_rewards.py").write_text(MODULE, encoding="utf-8")
+    (tmp_path / "broken_rewards.py").write_text("def f(:", encoding="utf-8")
+    (tmp_path / "lost_rewards.py").write_text("from math import nothing", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rewards.sys, "path", [*rewards.sys.path])
     yield tmp_path
@@ -84,6 +88,14 @@ def test_gold_of_the_user_is_not_measured_or_is_what_is_trained_on(toy, mine):
         harness.Config(gold="my_rewards:letters")
 
 
+@pytest.mark.parametrize("flag", ["gold", "reward"])
+def test_mistake_of_a_function_is_found_late_or_blamed_on_another_flag(flag, toy, mine, monkeypatch):
+    monkeypatch.setattr(harness.command_line.loading, "load_policy", lambda *a: pytest.fail("it loads first"))
+    with pytest.raises(UserError, match=f"^--{flag} my_rewards:one returned '1.0' for 1 responses"):
+        started(toy, mine / "run", **{flag: "my_rewards:one"})
+    assert not (mine / "run").exists()
+
+
 def test_functions_are_not_called_or_not_weighted(mine):
     assert scores("my_rewards:letters") == [2, 1, 0]
     assert scores("my_rewards:letters*0.5, my_rewards:short*2") == [1 - 4, 0.5 - 4, -2]
@@ -106,6 +118,9 @@ def test_function_gets_other_texts_than_the_data_has(mine):
     ("my_rewards:few", r"few returned '\[1.0, 1.0\]' for 3 responses, not a list"),
     ("my_rewards:words", "words returned 'good' for row 2 of 3: prompt 'q', response 'ba'"),
     ("my_rewards:infinite", "infinite returned nan for row 3 of 3: prompt 'r', response 'b'"),
+    ("my_rewards:huge", "huge returned 1000000+ for row 1 of 3"),
+    ("broken_rewards:f", "broken_rewards:f'.*write module:function"),
+    ("lost_rewards:f", "lost_rewards:f'.*cannot import name"),
     ("my_rewards:value", "my_rewards:value is no function")])
 def test_bad_function_is_a_traceback_or_its_row_is_not_named(text, message, mine):
     with pytest.raises(UserError, match=message):

@@ -162,3 +162,29 @@ def test_question_is_not_what_the_user_said_last():
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"},
              {"role": "user", "content": "name a river"}]
     assert verifiable.question_of(Prompt("rendered", turns)) == "name a river"
+
+
+def test_line_end_inside_an_answer_damages_the_files(tmp_path):
+    prompts, test = split([f"say {i}" for i in range(12)], 4, seed=0)
+    texts = ["is it so,\u2028for you?", "no\x85it is not that"]
+    pairs, rated = judged(prompts, [texts] * len(prompts), seed=0)
+    for name, rows in (("pairs", pairs), ("rated", rated), ("test", [{"prompt": prompt} for prompt in test])):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert verifiable.verifiable_rows(tmp_path)["rated"] == rated
+
+
+@pytest.mark.parametrize("flag, value", [("train", 0), ("test", 0), ("samples", 1), ("max_new_tokens", -1)])
+def test_number_that_makes_no_file(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        verifiable.main(["--prompts", "none", "--model", "none", "--out", str(tmp_path / "out"),
+                         f"--{flag}", str(value)])
+    assert stopped.value.code == 2 and f"error: --{flag} must be at least" in capsys.readouterr().err
+
+
+def test_place_of_the_files_is_tried_after_the_sampling(chatter, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    monkeypatch.setattr(verifiable, "sampled", lambda *a: pytest.fail("it samples first"))
+    with pytest.raises(SystemExit) as stopped:
+        verifiable.main(["--prompts", "none", "--model", str(chatter), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and "out" in capsys.readouterr().err
