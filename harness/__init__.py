@@ -19,6 +19,7 @@ from harness.rewards import reward_to_maximise, set_scale, trained_path
 from harness.run import Means, Run, what_initial_evaluation_needs
 from harness.samples import (candidate_reward, candidates, distinct, given_answers, response_logps, rollout,
                              sample_rankings, score, score_metrics, scored, scored_demonstrations)
-from harness.stages import Recipe, check_finite, fit, shuffled_batches, train_reward_model, train_sft
-from tasks import Demonstration, Pair, Ranking, lock, write_json
+from harness.stages import (Diverged, Recipe, check_finite, fit, shuffled_batches, train_reward_model,
+                            train_sft)
+from tasks import Demonstration, Pair, Ranking, lock, write_json, write_text
 from tasks.verifiable import rows_of_seed, verifiable_rows

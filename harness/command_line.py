@@ -191,7 +191,8 @@ def main(config_class, train, answer=None):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, Stop.handle)
         if config.reproduce:
-            from referee.runs import reproduce
+            from referee.runs import check_flags, reproduce
+            check_flags(config)
             reproduce(method_name(config), config)
         elif config.prompt:
             answer(config) if answer else ask(config, method_name(config))

@@ -66,7 +66,8 @@ def claim(out):
 def give_back(out, lock):
     """End the claim. A directory in which nothing was written goes too."""
     for name in (".process", ".lock"):
-        (out / name).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):       # Windows keeps an open file until release()
+            (out / name).unlink(missing_ok=True)
     lock.release()
     if not any(out.iterdir()):
         with contextlib.suppress(OSError):                                # a link, a mount, the current one

@@ -37,12 +37,16 @@ def shuffled_batches(n, epochs, batch_size, seed):
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+class Diverged(UserError):
+    """A loss, a reward or a policy is no longer finite."""
+
+
 def check_finite(values, step, prompts, name="loss", flag="--lr"):
-    """UserError, naming step and prompt, where one of the values [n] is not finite."""
+    """Diverged, naming step and prompt, where one of the values [n] is not finite."""
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower {flag}, or "
-                            "correct the data or the reward")
+            raise Diverged(f"step {step}: {name} is {value} for the prompt {prompt!r}; lower {flag}, or "
+                           "correct the data or the reward")
 
 
 def fit(model, tokenizer, rows, losses_of, recipe, title, counts=None):

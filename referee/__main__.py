@@ -42,6 +42,7 @@ def main(argv):
     Config = config_class(name)
     parser = parser_of(Config, prog=f"python -m referee {name}")
     config = Config(**vars(parser.parse_args([flag for flag in flags if flag not in OWN_FLAGS])))
+    runs.check_flags(config)
     if name == comparison.NAME:
         if "--report" not in flags:
             seeds = range(config.seeds) if any(flag.split("=")[0] == "--seeds" for flag in flags) else ()

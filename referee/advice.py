@@ -108,7 +108,8 @@ class Evening:
 
     def recommendation(self):
         """Sentences: which method, what is not known of the others, how far the judge is to be trusted."""
-        better = [name for name in self.names if self.rates[name][1] > 0.5]
+        enough = self.prompts >= FEWEST
+        better = [name for name in self.names if enough and self.rates[name][1] > 0.5]
         good = [name for name in better if not self.extreme(name)]
         sentences = []
         if good:
@@ -128,7 +129,7 @@ class Evening:
                 sentences.append(f"{name} wins by the reward, but {self.extreme(name)}: it may have found a "
                                  "fault of the reward. It is not recommended.")
         sentences += [f"{name} is worse than your model by the reward." for name in self.names
-                      if self.rates[name][2] < 0.5]
+                      if enough and self.rates[name][2] < 0.5]
         return sentences + self.doubt() + self.next_steps(good)
 
     def doubt(self):
@@ -136,8 +137,8 @@ class Evening:
         if not right:
             return [f"{text} There are no held-out pairs that could tell how well it agrees with people."]
         mean, low, high = share_of(right)
-        found = (f"{text} It prefers the better answer in a share of {said(mean, low, high)} of your "
-                 f"{self.state['pairs']} held-out pairs.")
+        found = (f"{text} On your {self.state['pairs']} held-out pairs it prefers the better answer in a "
+                 f"share of {said(mean, low, high)} (mean over prompts).")
         if low <= 0.5:
             return [found, f"Your held-out pairs are {TOO_FEW} whether it agrees with people more often than "
                            "a coin. So this advice is doubtful too."]

@@ -130,7 +130,7 @@ def load(path):
     if not Path(path).exists():
         return {}
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        stored = json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
         if not isinstance(stored, dict):
             raise ValueError("no JSON object")
         return stored

@@ -22,7 +22,7 @@ from referee.runs import complete
 from referee.store import results_path
 from referee.tables import collect
 from referee.tuning import SEEDS as VALIDATION
-from referee.tuning import START, as_experiments, choose, in_words, no_judge
+from referee.tuning import START, as_experiments, choose, in_words, no_judge, whole
 
 NAME, BUDGET, QUARTER, LITTLE = "comparison", "budget", "a quarter of the work", "little data"
 MOST = 1.25                          # of the seconds of ppo.py's default; runs of the same work differ by 10%
@@ -90,7 +90,7 @@ def affordable(arms, units):
 
     arms: {name: {seed: run}}, START among them where they start from it; units: {seed: run}.
     """
-    starts = arms.get(START, {})
+    starts, arms = arms.get(START, {}), whole(arms)
     share = {name: fmean(cost(run, starts.get(seed)) / cost(units[seed]) for seed, run in runs.items())
              for name, runs in arms.items() if name != START}
     return {name: arms[name] for name in share if share[name] <= MOST}

@@ -9,7 +9,7 @@ import itertools
 import re
 from pathlib import Path
 
-from harness import UserError
+from harness import UserError, write_text
 from referee import figures, real_text, side_by_side, survey, which
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
@@ -165,7 +165,7 @@ def write(path, results_dir="results"):
         before, _, after = split(path, kind)
         begin, end = MARKS[kind]
         lines = [*before, begin, block(path, kind, results_dir), end, *after]
-        Path(path).write_text("\n".join(lines), encoding="utf-8")
+        write_text(path, "\n".join(lines))
 
 
 def write_all():

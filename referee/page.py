@@ -28,8 +28,9 @@ MEANINGS = (
     "Reward: the mean score of the answers, as the reward gives it.",
     "KL: how far the method's distribution of answers is from your model's.",
     "Ended by itself: the share of answers that were not cut off at --max_new_tokens.",
-    "Held-out pairs told apart: the method's own measure, before and after training. Measures of two methods "
-    "are not the same quantity: do not compare them.",
+    "Held-out pairs told apart: the method's own measure, before and after training, with an interval over "
+    "pairs, as if they were independent. Measures of two methods are not the same quantity: do not compare "
+    "them.",
     "Minutes: training and evaluation of this method, without its trial.")
 
 
@@ -109,7 +110,7 @@ differences come first, so the first ones are not typical.</p>
 def write(out, state, runs, config):
     """Write report.html into `out`; returns what the screen shows of it."""
     evening = Evening(state, runs)
-    (out / NAME).write_text(page(evening, config), encoding="utf-8")
+    (out / NAME).write_text(page(evening, config), encoding="utf-8", errors="backslashreplace")
     return "\n\n".join(["", text_table(evening.table()), text_table(evening.differences()),
                         *(textwrap.fill(sentence, 110) for sentence in evening.recommendation()),
                         f"answers side by side: {out / NAME}"])

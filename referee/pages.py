@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from harness import write_text
 from referee.arms import method_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +77,7 @@ def measure():
             print(f"{number} of {len(todo)}: python {name}", flush=True)
             stored[name] = run(words, Path(folder))
             rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(stored[name])}" for name in sorted(stored))
-            FILE.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+            write_text(FILE, f"{{\n{rows}\n}}\n")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def duels(values):
     for i, j in pairs:
         difference = numbers[i] - numbers[j]
         if np.ptp(difference) == 0:                              # the same in every seed: no test is defined
-            p = 1.0 if difference[0] == 0 else 0.0
+            p = 1.0 if difference[0] == 0 else 2.0 ** (1 - len(difference))               # the sign test's
         else:
             p = float(ttest_rel(numbers[i], numbers[j]).pvalue)
         found[i, j] = float(difference.mean()), p

@@ -15,6 +15,7 @@ import importlib
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -22,6 +23,8 @@ import filelock
 from tqdm import tqdm
 
 import harness
+from harness import UserError
+from harness.config import differences
 from referee import jobs
 from referee.arms import config_class, config_of, experiments_of, given_flags, load, plan
 from referee.statistics import best_of_n_curve
@@ -98,8 +101,10 @@ class Work:
         return todo
 
     def has_policy(self, key, seed):
-        build = load(self.note(key, seed)).get("build", "")
-        return build == self.builds[seed] and self.folder(key, seed).is_dir()
+        """Is the policy of a stored run here? Of one that has diverged, what is here is that it has."""
+        note = load(self.note(key, seed))
+        return note.get("build", "") == self.builds[seed] and (
+            "diverged" in note or self.folder(key, seed).is_dir())
 
     def lacks_curve(self, seed):
         known = seed in self.builds and curve_name(seed, self.builds[seed]) in self.store.curves
@@ -181,7 +186,13 @@ class Work:
         config = config_of(arm, seed=seed, quiet=True, out=str(out), **more)
         note.unlink(missing_ok=True)
         shutil.rmtree(out, ignore_errors=True)                              # left by a run that was killed
-        result = harness.launch(importlib.import_module(arm.method).train, config, self.known)
+        try:
+            if arm.start and "diverged" in load(self.note(arm.start.key, seed)):
+                raise harness.Diverged(f"{arm.start.name}, from which it starts, has diverged")
+            result = harness.launch(importlib.import_module(arm.method).train, config, self.known)
+        except harness.Diverged as error:                 # stored, so that no verdict leaves this seed out
+            print(f"{arm.name}, seed {seed}: {error}", file=sys.stderr)
+            result = {"diverged": str(error), "trace": []}
         run = rounded({k: v for k, v in result.items() if k != "out"} | self.described(arm, seed))
         harness.write_json(note, run)
         return run
@@ -212,6 +223,12 @@ def complete(method_name, config, seeds, results_dir, runs_dir, experiments, mak
             show("done")
         elif left:
             jobs.run(config.jobs, make_work, arguments, lambda: show(f"{config.jobs} processes"))
+
+
+def check_flags(config):
+    """UserError for what the referee would not do."""
+    for name in differences(config).keys() & {"seed", "out", "resume"}:
+        raise UserError(f"--{name} is for one run: the referee takes --seeds, and goes on by itself")
 
 
 def reproduce(method_name, config, results_dir="results", runs_dir="runs/referee"):

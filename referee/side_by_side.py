@@ -9,13 +9,13 @@ from experiments.comparison import (ARMS, FAMILIES, LABELS, MAIN, RECIPES, SECON
 from referee import figures
 from referee.comparison import BUDGET, NAME, QUARTER, cost, experiments, start_of, tuned
 from referee.ranking import agreement, duels, order, ranks
-from referee.statistics import plus_minus, t_interval
+from referee.statistics import mean_of, plus_minus, t_interval
 from referee.store import results_path, shown
 from referee.tables import (COSTS, COSTS_ARE, arm_rows, collect, markdown_table, provenance, stored,
                             text_table)
 from referee.tuning import COLUMNS as TUNED_COLUMNS
 from referee.tuning import RULES as TUNING_RULES
-from referee.tuning import START
+from referee.tuning import START, whole
 
 METRIC = "eval/gold"
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/win_rate": "win rate",
@@ -32,7 +32,7 @@ OF_START = "eval/kl", "eval/win_rate", "eval/win_rate_proxy", "eval/win_rate_jud
 
 def with_start(run, start):
     """A run with the cost of the run that it starts from, and without what was measured against that."""
-    if not start:
+    if not start or "diverged" in run:
         return run
     tokens = {k: run[k] + start[k] for k in COSTS if k.startswith("tokens")}
     return run | tokens | {"cpu_seconds": cost(run, start)} | dict.fromkeys(OF_START)
@@ -48,8 +48,9 @@ def with_starts(arms):
         starts = arms.get(start_of(name), {})
         if name != BUDGET and not name.endswith(": start"):
             own = {seed: with_start(run, starts.get(seed)) for seed, run in runs.items()}
-            found[LABELS.get(name, name)] = {seed: run | {"share": run["cpu_seconds"] / cost(units[seed])}
-                                             if seed in units else run for seed, run in own.items()}
+            shares = {seed: {"share": run["cpu_seconds"] / cost(units[seed])} for seed, run in own.items()
+                      if seed in units and "cpu_seconds" in run}
+            found[LABELS.get(name, name)] = {seed: run | shares.get(seed, {}) for seed, run in own.items()}
     return found
 
 
@@ -68,7 +69,7 @@ def of_seeds(arms, seeds):
 
 def ranked(arms):
     """{arm: {seed: gold}} of the arms that have a rank: within the budget, with all seeds of the others."""
-    found = {name: {seed: run[METRIC] for seed, run in runs.items()} for name, runs in arms.items()
+    found = {name: {seed: run[METRIC] for seed, run in runs.items()} for name, runs in whole(arms).items()
              if runs and name not in RECIPES}
     most = max(map(len, found.values()), default=0)
     return {name: values for name, values in found.items() if len(values) == most}
@@ -84,14 +85,14 @@ def places(arms):
 def main_rows(arms, quarter={}):
     """A row for each arm, the best first: number, rank, metrics, gold after a quarter of the work."""
     place = places(arms)
-    gold = {name: fmean(run[METRIC] for run in runs.values()) for name, runs in arms.items() if runs}
+    gold = {name: mean_of(runs, METRIC) for name, runs in arms.items() if runs}
     best_first = sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))
     header, *body = arm_rows({name: arms[name] for name in best_first},
                              COLUMNS | {"cpu_seconds": "CPU s", "share": "time"})
     less = {"eval/gold": "gold, a quarter of the work", "cpu_seconds": "CPU s of that"} if quarter else {}
     rows = [["", header[0], "rank", *header[1:], *less.values()]]
     for i, (name, *cells) in enumerate(body, 1):
-        found = [[run[metric] for run in quarter.get(name, {}).values()] for metric in less]
+        found = [[run[metric] for run in quarter.get(name, {}).values() if metric in run] for metric in less]
         cells += [plus_minus(*t_interval(row)) if row else "-" for row in found]
         rows.append([str(i), name, place.get(name, "-"), *cells])
     return rows
@@ -101,8 +102,8 @@ def short_rows(collected):
     """A row for each of the main arms, the best first: rank, gold in each situation, KL, fluency, time."""
     situations = {title: of_seeds(collected[title], SEEDS) for title in SITUATIONS}
     clean, place = situations["clean"], places(situations["clean"])
-    gold = {name: fmean(run[METRIC] for run in clean[name].values()) for name in MAIN if clean.get(name)}
-    found = {name: {seed: run | {title: arms[name][seed][METRIC] for title, arms in situations.items()
+    gold = {name: mean_of(clean[name], METRIC) for name in MAIN if clean.get(name)}
+    found = {name: {seed: run | {title: arms[name][seed].get(METRIC) for title, arms in situations.items()
                                  if seed in arms.get(name, {})} for seed, run in clean[name].items()}
              for name in sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))}
     body = arm_rows(found, {title: f"gold, {title}" for title in SITUATIONS} | {
@@ -209,7 +210,7 @@ def by_cost(arms, quarter):
         for seed, run in runs.items() if name not in UNTRAINED else ():
             points = arms["SFT"].get(seed), quarter.get(name, {}).get(seed), run
             trace = [{"step": i, METRIC: point[METRIC], "cpu_seconds": point["cpu_seconds"] * (i > 0)}
-                     for i, point in enumerate(points) if point]
+                     for i, point in enumerate(points) if point and METRIC in point]
             found.setdefault(name, {})[seed] = {"trace": trace}
     return found
 
@@ -238,8 +239,7 @@ def block(results_dir="results"):
     found = []
     for heading, rows, text in parts(results_dir):
         found += [f"### {heading[0].upper()}{heading[1:]}"] if heading else []
-        found += [markdown_table(rows)] if rows else []
-        found.append(text)
+        found += [markdown_table(rows), text] if rows else [text]
     return "\n\n".join(found)
 
 

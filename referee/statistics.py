@@ -96,11 +96,17 @@ def value(run, metric):
     name, _, since = metric.partition(":")
     if not since:
         return run.get(name)
-    trace = run["trace"]
+    trace = run["trace"] or [{}]                                                    # it has diverged
     start = trace[:1] if since == "change" else [
         e for e in trace[1:] if 2 * e["step"] <= trace[-1]["step"]][-1:]
     first, last = start[0].get(name) if start else None, trace[-1].get(name)
     return None if first is None or last is None else last - first
+
+
+def mean_of(runs, metric):
+    """The mean of a metric over the runs {seed: run} that have it; minus infinity where none has."""
+    found = [run[metric] for run in runs.values() if run.get(metric) is not None]
+    return fmean(found) if found else -math.inf
 
 
 def when_reached(run, at, level, metric):
@@ -108,7 +114,8 @@ def when_reached(run, at, level, metric):
 
     Linear between evaluations.
     """
-    for before, after in zip(run["trace"], run["trace"][1:]):
+    trace = [e for e in run["trace"] if level is not None and None not in (e.get(at), e.get(metric))]
+    for before, after in zip(trace, trace[1:]):
         if before[at] <= level <= after[at]:
             share = (level - before[at]) / (after[at] - before[at]) if after[at] > before[at] else 0.0
             return before[metric] + share * (after[metric] - before[metric])
@@ -148,7 +155,7 @@ def compare_arms(arms, metric, left, op, right, offset=0.0, k=1, at=None):
         if number:
             return 0.0
         if at:
-            return when_reached(arms[right][seed], at, arms[left][seed][at], metric)
+            return when_reached(arms[right][seed], at, arms[left][seed].get(at), metric)
         return value(arms[right][seed], metric)
 
     pairs = [(value(arms[left][s], metric), other(s)) for s in seeds]
@@ -157,15 +164,18 @@ def compare_arms(arms, metric, left, op, right, offset=0.0, k=1, at=None):
         return Comparison(text, "not measured", n=len(seeds))
     paired = [a - b - boundary for a, b in pairs]
     mean, half = t_interval(paired)
+    same = half == 0 and 2.0 ** -len(paired) > 0.025 / k          # too few equal values, by the sign test
     inside = offset - abs(mean) if equal else mean if op == ">" else -mean      # how far in the claimed range
     status, settles = "open", None
-    if inside - half > 0:
+    if same:
+        settles = math.ceil(math.log2(k / 0.025))
+    elif inside - half > 0:
         status = "holds"
     elif inside + t_interval(paired, 1 - 0.05 / k)[1] <= 0:                                     # Bonferroni
         status = "excluded"
     elif len(seeds) > 1:
         settles = seeds_needed(inside, stdev(paired), 0.05 if inside > 0 else 0.05 / k)
-    ratio = inside / half if half else math.copysign(math.inf, inside)
+    ratio = inside / half if half else math.copysign(math.inf, inside or -1.0)
     return Comparison(text, status, mean + boundary, half, len(seeds), (ratio, inside), settles)
 
 

@@ -31,6 +31,10 @@ def stored(method_name, results_dir="results", given={}, flag="--seeds 10"):
     if not results:
         flags = "".join(f" --{k} {v}" for k, v in given.items())
         raise UserError(f"{path} does not exist yet: python -m referee {method_name} {flag}{flags} makes it")
+    lost = {"runs", "config", "defaults", "best_of_n"} - results.keys() or {
+        f"{name} of a run" for run in results["runs"] for name in {"key", "seed", "trace"} - run.keys()}
+    if lost:
+        raise UserError(f"{path} lacks {', '.join(sorted(lost))}: restore or delete it")
     return results
 
 
@@ -80,6 +84,12 @@ def origin(claim):
     return f"{paper} {source}" if paper.endswith((":", " in", " from")) else f"{paper} ({source})"
 
 
+def lost_in_words(runs):
+    """How many of the runs {seed: run} have diverged; "" for none. A table's means are of the others."""
+    lost = sum("diverged" in run for run in runs.values())
+    return f" ({lost} of {len(runs)} seeds diverged)" if lost else ""
+
+
 def arm_rows(arms, columns=COLUMNS, first="arm"):
     """One row an arm; only the columns that some arm has."""
     cells = {name: {m: [v for run in runs.values() if (v := value(run, m)) is not None] for m in columns}
@@ -87,7 +97,8 @@ def arm_rows(arms, columns=COLUMNS, first="arm"):
     sizes = {m: max(abs(fmean(row[m])) for row in cells.values() if row[m])
              for m in columns if any(row[m] for row in cells.values())}
     return [[first] + [columns[m] for m in sizes]] + [
-        [name] + [plus_minus(*t_interval(row[m]), size=size) if row[m] else "-" for m, size in sizes.items()]
+        [name + lost_in_words(arms[name])]
+        + [plus_minus(*t_interval(row[m]), size=size) if row[m] else "-" for m, size in sizes.items()]
         for name, row in cells.items()]
 
 

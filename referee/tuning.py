@@ -73,11 +73,19 @@ def no_judge(what):
                      "the embedded task has them: leave out --data and --reward")
 
 
+def whole(arms):
+    """The arms {name: {seed: run}} of which no run has diverged."""
+    return {name: runs for name, runs in arms.items() if not any("diverged" in run for run in runs.values())}
+
+
 def choose(what, arms, sft=None):
     """(name of the chosen setting, why) of {name: {seed: run}}; no name while runs are missing.
 
     sft: the fluency of the SFT policy, if the runs start from another one.
     """
+    tried, arms = len(arms), whole(arms)
+    if not arms:
+        raise UserError(f"{what}: all settings have diverged; give lower learning rates")
     runs = [run for of_arm in arms.values() for run in of_arm.values()]
     for metric in ("eval/win_rate_judge", "eval/fluency"):
         if any(run.get(metric) is None for run in runs):
@@ -94,7 +102,7 @@ def choose(what, arms, sft=None):
         return name, (f"No setting has a fluency of at least {least:.3f}. So the one with the highest "
                       f"fluency is chosen: {name}.")
     name = max(fluent, key=wins.get)
-    return name, (f"Chosen: {name}. {len(fluent)} of {len(arms)} settings have a fluency of at least "
+    return name, (f"Chosen: {name}. {len(fluent)} of {tried} settings have a fluency of at least "
                   f"{least:.3f}.")
 
 

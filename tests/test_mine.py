@@ -343,7 +343,8 @@ def test_clear_winner_is_recommended():
     text = " ".join(evening.recommendation())
     assert text.startswith("Try dpo: its win rate against your model is 1.00 (")
     assert "better than raft" not in text and "too few" not in text
-    assert "It prefers the better answer in a share of 1.00 (0.81 to 1.00) of your 33 held-out pairs." in text
+    assert ("On your 33 held-out pairs it prefers the better answer in a share of 1.00 (0.81 to 1.00) (mean "
+            "over prompts).") in text
     assert "where the reward errs" in text and "Read the answers" in text
     verdicts = {row[0]: row[2] for row in evening.differences()[1:]}
     assert verdicts == {"dpo - your model": "higher", "raft - your model": "too few to tell",
@@ -369,6 +370,16 @@ def test_no_method_is_better():
 def test_extreme_method_is_not_recommended(changes, why):
     text = " ".join(made({"": around(0), "dpo": around(5, seed=1)}, **changes).recommendation())
     assert "Try" not in text and why in text and text.startswith("None is better")
+
+
+def test_few_prompts_recommend_a_method_or_call_one_worse():
+    """Win rates of 0.75, 0.75 and 0.875 on three prompts have such an interval: t's, of equal values nearly."""
+    for rate in ((0.79, 0.55, 0.94), (0.21, 0.06, 0.45)):
+        for n, decided in ((3, False), (6, True)):
+            evening = made({"": around(0, n), "dpo": around(0, n, seed=1)})
+            evening.rates["dpo"] = rate
+            text = " ".join(evening.recommendation())
+            assert ("Try dpo" in text or "is worse" in text) == decided
 
 
 def test_few_prompts_tell_nothing():

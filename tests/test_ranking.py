@@ -70,7 +70,10 @@ def test_equal_arms_are_a_crash_or_one_beats_the_other():
     same = {0: 1.0, 1: 2.0, 2: 3.0}
     found = duels({"a": same, "b": dict(same), "c": {i: v + 1 for i, v in same.items()}})
     assert found["a", "b"] == Duel(0.0, 1.0, "=")
-    assert found["a", "c"] == Duel(-1.0, 0.0, "<")                  # by exactly as much in every seed
+    assert found["a", "c"] == Duel(-1.0, 0.25, "=")                 # by exactly as much in every seed: few
+    many = {i: float(i) for i in range(12)}
+    found = duels({"a": many, "b": {i: v + 1 for i, v in many.items()}})
+    assert found["a", "b"] == Duel(-1.0, 2.0 ** -11, "<")
 
 
 def test_wrong_verdicts_among_equal_arms_are_more_than_one_in_twenty():

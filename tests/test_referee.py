@@ -28,7 +28,7 @@ from conftest import ROOT, method_names
 from harness import UserError
 from referee import __main__ as command_line
 from referee import arms as planning
-from referee import docs, figures, runs, store, tables
+from referee import docs, figures, runs, statistics, store, tables
 from tasks import build
 
 DRAW = figures.draw
@@ -195,6 +195,60 @@ def test_runs_once_shares_arms_and_repeats_nothing(toy, capsys):
     assert reproduce(toy, seeds=1, device="cuda", resume=True, out="elsewhere") == []    # no other experiment
     assert in_file()["seeds"] == [0, 1, 2]
     assert len(reproduce(toy, seeds=4, device="cuda")) == 7 and {c.device for c in toy.calls} == {"cuda"}
+
+
+def test_run_that_diverges_ends_all_or_is_left_out_of_the_verdict(toy, capsys, monkeypatch):
+    launch = harness.launch
+
+    def diverging(train, config, known):
+        if config.seed == 1 and config.beta in (1.0, 3.0):
+            raise harness.Diverged("step 3: loss is nan")
+        return launch(train, config, known)
+
+    monkeypatch.setattr(harness, "launch", diverging)
+    assert len(reproduce(toy, seeds=3)) == 7 * 3 - 3                 # "then" starts from "strong"
+    out, said = capsys.readouterr()
+    assert "beta 1, seed 1: step 3: loss is nan" in said
+    assert "then, seed 1: strong, from which it starts, has diverged" in said
+    assert "beta 1 (1 of 3 seeds diverged)" in out and "then (1 of 3 seeds diverged)" in out
+    lost = [run for run in in_file()["runs"] if "diverged" in run]
+    assert [(run["arm"], run["seed"], run["trace"]) for run in lost] == [
+        ("beta 1", 1, []), ("strong", 1, []), ("then", 1, [])]
+    collected = tables.collect("toy", in_file())
+    words = {claim["claim"]: statistics.verdict(claim, collected[title])[0]
+             for title, experiment in toy.EXPERIMENTS.items() for claim in experiment["claims"]}
+    assert [*words.values()] == ["not measured"] * 4
+    assert reproduce(toy, seeds=3) == [] and len(in_file()["runs"]) == 21
+    assert docs.method_block("toy")
+
+
+@pytest.mark.parametrize("flags", [["--seed", "7"], ["--out", "here"], ["--resume"]])
+def test_flag_of_one_run_is_ignored_in_silence(toy, flags):
+    with pytest.raises(UserError, match="is for one run: the referee takes --seeds"):
+        command_line.main(["toy", *flags])
+    assert not toy.calls
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda results: results.pop("config"), "lacks config: restore or delete it"),
+    (lambda results: results["runs"][0].pop("key"), "lacks key of a run: restore or delete it"),
+    (lambda results: results["runs"][2].pop("trace"), "lacks trace of a run: restore or delete it")])
+def test_results_that_lack_something_are_a_traceback(toy, change, said):
+    reproduce(toy, seeds=1)
+    results = in_file()
+    change(results)
+    RESULTS.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        command_line.main(["toy", "--report"])
+
+
+def test_page_is_cut_where_the_disk_is_full(toy, monkeypatch):
+    reproduce(toy, seeds=1)
+    path = page("docs/toy.md", f"# Title\n{docs.BEGIN}\nold\n{docs.END}\n")
+    monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(OSError):
+        docs.write("docs/toy.md")
+    assert path.read_text(encoding="utf-8").startswith(f"# Title\n{docs.BEGIN}\nold\n")
 
 
 def test_what_is_stored(toy, tmp_path):
@@ -781,7 +835,8 @@ def test_report_fits_the_terminal_and_states_every_claim(toy, capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 110
     table = out[:out.index("± is half")]
-    assert [table.count(w) for w in ("reproduced", "not reproduced", "not measured")] == [3, 1, 1]
+    assert [table.count(w) for w in ("reproduced", "not reproduced", "not measured")] == [2, 1, 1]
+    assert table.count("inconclusive") == 1                          # three equal values: too few seeds
     assert "fluency" not in out[out.index("strength:"):]             # no arm has it
     assert "Seeds 0, 1, 2 (3 of the 10 that were set beforehand)." in out and "Flags" not in out
 
@@ -800,7 +855,7 @@ def test_costs_are_shown_once_for_arms_that_experiments_share_and_not_for_older_
     assert header == ["arm", "CPU s", "tokens generated", "tokens scored by rewards", "MB trained"]
     assert [row[0] for row in rows] == ["SFT", "beta 0.05", "beta 0.1", "beta 1", "PPO", "strong", "then",
                                         "beta 1 (start)"]
-    assert rows[0] == ["SFT", "9.88 ±0.00", "123456789 ±0", "-", "3.00 ±0.00"]
+    assert rows[0] == ["SFT", "9.88 ±0.00", "123,456,789 ±0", "-", "3.00 ±0.00"]
     assert rows[-1] == ["beta 1 (start)", "1.00", "-", "20.0", "-"]
     assert tables.COSTS_ARE in capsys.readouterr().out and tables.COSTS_ARE in docs.method_block("toy")
     for run in (results := in_file())["runs"]:
@@ -840,7 +895,7 @@ def test_block_of_a_page_is_a_function_of_the_results(toy):
     assert first.startswith("# Title\n") and first.endswith(f"{docs.END}\nthe end\n")
     assert "\nold\n" not in first
     assert docs.method_block("toy") in first and "a\\|b" in first
-    assert f"{docs.BEGIN}\nClaims: 2 reproduced, 1 not reproduced, 1 not measured.\n" in first
+    assert f"{docs.BEGIN}\nClaims: 1 reproduced, 1 inconclusive, 1 not reproduced, 1 not measured.\n" in first
     command_line.main(["--docs"])
     assert path.read_text(encoding="utf-8") == first
 
@@ -849,7 +904,7 @@ def test_block_of_a_page_is_a_function_of_the_results(toy):
         if run["arm"] == "beta 1":
             run["eval/gold"] -= 2
     RESULTS.write_text(json.dumps(results), encoding="utf-8")
-    assert "Claims: 2 not reproduced, 1 reproduced, 1 not measured.\n" in docs.method_block("toy")
+    assert "Claims: 2 not reproduced, 1 inconclusive, 1 not measured.\n" in docs.method_block("toy")
 
 
 def test_page_of_defaults_has_a_row_for_sft_and_one_for_each_method(toy, capsys, monkeypatch):

@@ -68,7 +68,8 @@ UP, DOWN, WIDE = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [3.0, -2.0, 0.5]
     (">", UP, "reproduced"), (">", DOWN, "not reproduced"), (">", WIDE, "inconclusive"),
     ("<", DOWN, "reproduced"), ("<", UP, "not reproduced"), ("<", WIDE, "inconclusive"),
     (">", [1.0], "inconclusive"), ("<", [1.0], "inconclusive"),     # one seed decides nothing
-    (">", [0.0, 0.0, 0.0], "not reproduced"), ("<", [0.0, 0.0, 0.0], "not reproduced"),     # strictly
+    (">", [0.0] * 6, "not reproduced"), ("<", [0.0] * 6, "not reproduced"),                 # strictly
+    (">", [1.0] * 6, "reproduced"), (">", [1.0] * 5, "inconclusive"), ("<", [0.0] * 5, "inconclusive"),
     (">", [None, 1.0, 1.0], "not measured")])
 def test_verdict_of_one_comparison(op, values, expected):
     assert word(arms(a=values, b=[0.0] * len(values)), ("a", op, "b")) == expected
@@ -202,7 +203,38 @@ def test_equivalence_is_open_where_the_interval_only_touches_the_margin_from_ins
 def test_one_seed_shows_no_equality_and_a_diverged_run_measures_none():
     assert word(arms(a=[0.5], b=[0.5]), ("a", "=", "b", 0.1)) == "inconclusive"
     assert word(arms(a=[0.5, None], b=[0.5, 0.5]), ("a", "=", "b", 0.1)) == "not measured"
-    assert word(arms(a=[0.5, 0.5], b=[0.5, 0.5]), ("a", "=", "b", 0.1)) == "reproduced"
+    assert word(arms(a=[0.5] * 6, b=[0.5] * 6), ("a", "=", "b", 0.1)) == "reproduced"
+
+
+def test_two_equal_values_decide_a_claim():
+    """A metric that is 1 with probability 0.7 and else 0.2 has the mean 0.76: "> 0.8" is wrong."""
+    rng, wrong = random.Random(0), 0
+    for _ in range(2000):
+        values = [1.0 if rng.random() < 0.7 else 0.2 for _ in range(2)]
+        wrong += word(arms(a=values), ("a", ">", 0.8)) == "reproduced"
+    assert wrong == 0
+    found = statistics.compare_arms(arms(a=[1.0] * 5), "m", "a", ">", 0.8)
+    assert (found.status, found.settles) == ("open", 6)
+    three = [("a", ">", 0.8)] * 3
+    assert word(arms(a=[0.5] * 6), *three) == "inconclusive"
+    assert word(arms(a=[0.5] * 7), *three) == "not reproduced"
+
+
+def test_comparison_that_decided_is_not_the_weakest_that_is_shown():
+    table = arms(a=[1.0] * 7, b=[1.0] * 7, c=[0.1, 0.0, 0.2, 0.1, 0.0, 0.2, 0.1])
+    for op, left, right in ((">", "a", "b"), ("<", "b", "a")):
+        other = ("a", ">", "c") if op == ">" else ("c", "<", "a")
+        answer, comparisons = statistics.verdict({"metric": "m", "holds": [(left, op, right), other]}, table)
+        assert answer == "not reproduced"
+        assert min(comparisons, key=lambda c: c.strength).text == f"{left} - {right}"
+
+
+def test_value_that_a_trace_lacks_is_a_traceback():
+    trace = [{"m": 0.0, "kl": 0.0}, {"m": 0.5, "kl": None}, {"m": 1.0, "kl": 2.0}]
+    run = {"m": 1.0, "kl": 2.0, "trace": trace}
+    assert statistics.when_reached(run, "kl", 1.0, "m") == 0.5
+    assert statistics.when_reached(run, "kl", None, "m") is None
+    assert statistics.value({"diverged": "step 3", "trace": []}, "m:change") is None
 
 
 def test_exclusion_of_an_equality_is_corrected_for_the_number_of_comparisons():

@@ -88,8 +88,9 @@ def main():
     for check in (python_version, *packages, disk, one_step, cache, terminal):
         try:
             found, fix = check()
-        except ImportError as error:                          # said above, package by package
-            found, fix = NAMES[check.__name__], f"install the packages first ({error.name} is missing)"
+        except (ImportError, OSError) as error:               # said above, or a library of Windows is missing
+            why = f"{error.name} is missing" if isinstance(error, ImportError) else error
+            found, fix = NAMES[check.__name__], f"install the packages first ({why})"
         to_do += bool(fix)
         print(f"TO DO  {found}: {fix}" if fix else f"OK     {found}", flush=True)
     sys.exit(min(to_do, 1))

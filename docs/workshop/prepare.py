@@ -68,7 +68,8 @@ def make(folder, seeds, wheels):
     write_pages(folder / "pages")
     for seed in seeds:
         print(f"models of seed {seed}: about two minutes, if they are not built yet", flush=True)
-        built = run("-m", "tasks.build", "--seed", seed, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        built = run("-m", "tasks.build", "--seed", seed, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+                    env=os.environ | {"PYTHONIOENCODING": "utf-8"})            # the path may have any letters
         source = Path(re.search(r"(?m)^directory +(.+)$", built.stdout).group(1))
         shutil.copytree(source, folder / "cache" / Path(*source.parts[-3:]), dirs_exist_ok=True)
     if wheels:
