@@ -138,7 +138,8 @@ def training_plan(config, task):
 def held_out_pairs(config, task):
     """Test pairs of the kind that is trained on where the data has them, else the data's own."""
     if config.pairs and task.rankings.get("test"):
-        pairs = [pair for pair in pairs_between(task.rankings["test"], config.pairs) if pair]
+        rows = [row for row in task.rankings["test"] if {*config.pairs.split(">")} <= {*row.systems}]
+        pairs = [pair for pair in pairs_between(rows, config.pairs) if pair] if rows else []
     else:
         pairs = task.pairs.get("test", [])
     return pairs[:config.eval_pairs]

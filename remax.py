@@ -130,6 +130,7 @@ def measured_variance(run, reward):
     if not prompts:
         return {}
     config, policy, entropy = run.config, run.policy, []
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]             # with LoRA: few
 
     def sampled(n, **how):
         batch = common.generate(policy, run.tokenizer, prompts, n, config.temperature,
@@ -141,7 +142,7 @@ def measured_variance(run, reward):
             pair = batch[[row, row + 1]].to(policy.device)
             logps = common.sequence_logps(policy, pair, config.temperature)                        # [2]
             entropy.append(-logps.mean().item())
-            both = [torch.autograd.grad(logp, list(policy.parameters()), retain_graph=True) for logp in logps]
+            both = [torch.autograd.grad(logp, weights, retain_graph=True) for logp in logps]
             yield torch.stack([torch.cat([g.flatten() for g in grads]) for grads in both])         # [2, P]
 
     with torch.random.fork_rng():

@@ -61,11 +61,9 @@ class Config(harness.Config):
     labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
     attributes: Optional[str] = option(None, "'A,B': those to use (default: three, see below; of a file all)")
     quality: str = option("", "'A,B': these are quality (default: quality, helpfulness, or score)")
-    share: float = option(
-        1.0, "train on this part of the responses only, those with the highest quality", "(0, 1]")
+    share: float = option(1.0, "train on this part of the responses, those of the highest quality", "(0, 1]")
     predictor: Literal["lm", "regression"] = option("regression", "step 1: an LM, or a regression head")
-    predictor_lr: Optional[float] = option(
-        None, "learning rate of step 1; the default depends on the model", "(0, inf)")
+    predictor_lr: Optional[float] = option(None, "learning rate of step 1 (default: by model)", "(0, inf)")
     predictor_epochs: float = option(4.0, "passes over the rated responses in step 1", "(0, inf)")
     rounds: int = option(0, "rounds of bootstrapping (paper: 1)", "[0, inf)")
     bootstrap_epochs: float = option(2.0, "passes over a round's samples, two for each prompt", "(0, inf)")
@@ -73,7 +71,8 @@ class Config(harness.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        self.start = self.start or ("base" if self.model == "tiny" and not self.lora_rank else "policy")
+        self.start = self.start or (
+            "policy" if self.model != "tiny" or self.lora_rank or self.policy else "base")
         if self.predictor_lr is None:
             self.predictor_lr = 4e-3 if self.model == "tiny" else 5e-6
         if self.attributes is None:
@@ -111,7 +110,8 @@ def train_regression(run, samples):
     """Step 1 as in the official code. Returns predict(prompts, responses) -> the levels of each response."""
     config, names = run.config, sorted(samples[0].levels)
     model = harness.load_scorer(config, len(names))
-    score = common.RewardModel(model, harness.load_tokenizer(config), label=slice(len(names)))
+    tokenizer = harness.load_tokenizer(config, run.tokenizer.model_max_length)
+    score = common.RewardModel(model, tokenizer, label=slice(len(names)))
     targets = torch.tensor([[r.levels[name] / TOP for name in names] for r in samples], device=model.device)
     plan = harness.shuffled_batches(len(samples), config.predictor_epochs, 32, config.seed)
     optimizer, schedule = common.adamw(model, config.predictor_lr, len(plan), "cosine", warmup=0.1)
@@ -186,7 +186,7 @@ def train(run):
     request = harness.parse_request(config.steer, dict.fromkeys(names, TOP))
     run.evaluate()                                      # before training, and before the policy has any tags
     if config.start == "base":
-        policy.load_state_dict(harness.load_base(config).state_dict())
+        policy.load_state_dict(harness.load_base(config, policy).state_dict())
     if config.model == "tiny":                          # each tag one token; a real tokenizer spells them
         harness.add_tags(run, {name: {f"<{name}:{level}>": [row.responses[0] for row in ratings
                          if row.levels[name] == level] for level in range(TOP + 1)} for name in names})

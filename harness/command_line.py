@@ -76,6 +76,7 @@ def prepare(config, out):
         task.gold(task.prompts["train"][0], "Yes.")             # what is wrong with it is said now, not later
     began = time.time()
     rewards = load_rewards(config, task)
+    torch.manual_seed(config.seed)                  # adapters begin alike, was a reward model trained or not
     policy, tokenizer = loading.load_policy(config), loading.load_tokenizer(config)
     if task.chat:
         chat.end_turns(tokenizer)
@@ -96,7 +97,8 @@ def prepare(config, out):
     run = Run(config, out, task, tokenizer, policy, rewards, began=began)
     if config.resume:
         old, new = directory.read_args(out, say=str), run.origin       # output_directory has warned
-        for name, what in (("build", "initial weights are"), ("data_fingerprint", "data file is")):
+        for name, what in (("build", "initial weights are"), ("data_fingerprint", "data file is"),
+                           ("other_models", "base, reward or value model is")):
             if old.get(name, new[name]) != new[name]:
                 raise UserError(f"the {what} not what {out} was begun with: give another --out")
     torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
@@ -123,7 +125,7 @@ def launch(train, config, known=None):
         alone = known is None                                     # an arm of the referee is not resumed
         if error and alone and not isinstance(error, UserError) and (run.out / "args.json").exists():
             print(f"the run's files are in {directory.short(run.out)}", file=sys.stderr)
-            if any((run.out / name).exists() for name in directory.CHECKPOINTS):
+            if any(run.out.glob("*.pt")):
                 print("to go on:", command_that_resumes(run.out), file=sys.stderr)
             else:
                 print("it had no checkpoint yet: delete them, or leave them", file=sys.stderr)

@@ -48,6 +48,7 @@ def add_tags(run, attributes):
     if new:
         run.tokenizer.add_tokens(new)
         rows, first = torch.stack([starts[tag] for tag in new]), run.tokenizer.convert_tokens_to_ids(new[0])
+        run.policy.embeddings_came = 0                          # no adapter holds them: it is saved merged
         spare = min(max(len(old) - first, 0), len(new))         # some models have more embeddings than tokens
         run.policy.get_input_embeddings().weight.data[first:first + spare] = rows[:spare]
         if spare < len(new):

@@ -31,9 +31,13 @@ def fingerprint(config):
     """
     if config.data == "reviews":
         from tasks import build
-        folder = build.models(config) / "sft"
-    else:
-        folder = Path(policy_path(config))
+        return fingerprint_of(build.models(config) / "sft")
+    return fingerprint_of(policy_path(config))
+
+
+def fingerprint_of(folder):
+    """The same for a directory of weights; None where there are none."""
+    folder = Path(folder)
     digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     for path in files:
         size = path.stat().st_size
@@ -120,8 +124,9 @@ def fit_task(tokenizer, task, embeddings=math.inf):
         common.warn(f"{equal} of {before} pairs are equal after that: left out")
 
 
-def load_tokenizer(config):
-    tokenizer = common.load_tokenizer(policy_path(config), config.max_length)
+def load_tokenizer(config, most=math.inf):
+    """The initial policy's; prompt and response share --max_length tokens, or `most` if that is less."""
+    tokenizer = common.load_tokenizer(policy_path(config), min(config.max_length, most))
     check_tokenizer(tokenizer, policy_path(config))
     return tokenizer
 
@@ -213,14 +218,19 @@ def load_reference(config, policy=None):
     return shared(config, shards.load(config, lambda *place: common.load_reference(path, *place)))
 
 
-def load_base(config):
-    """The model before SFT: of tiny the untrained one, else --model."""
+def load_base(config, policy=None):
+    """The model before SFT: of tiny the untrained one, else --model. UserError for another vocabulary."""
     if config.model != "tiny":
         path = config.model
     else:
         from tasks import build
         path = build.models(config) / "base"
-    return shards.load(config, lambda *place: common.load_policy(path, *place))
+    base = shards.load(config, lambda *place: common.load_policy(path, *place))
+    sizes = [model.get_input_embeddings().num_embeddings for model in (base, policy or base)]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"--policy {config.policy} has {sizes[1]} embeddings, the base model {sizes[0]}: "
+                        "give --start policy")
+    return base
 
 
 def demonstrations(config, task, n, rated=0):

@@ -31,11 +31,13 @@ def share_prompts(model):
 @torch.no_grad()
 def same_states(model):
     """Does the model take the mask and the positions? Its states of five short rows are compared."""
+    if hasattr(model.config, "attention_layers"):      # GPT-Neo: local attention, by places and not positions
+        return False
     words = [(token * 7 + 1) % model.get_input_embeddings().num_embeddings for token in range(24)]
     rows = [(words[:9], words[9:n]) for n in (11, 14, 12)] + [(words[3:8], words[n:]) for n in (20, 17)]
     rows = common.pack(rows, 0).compact().to(model.device)
-    plain = model.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
     try:
+        plain = model.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
         inputs, place = packed(model, rows)
         shared = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[place]
     except UNFIT:

@@ -79,7 +79,10 @@ def load_rewards(config, task):
         if missing and (ranks.first() or config.shard):                  # in shards, all processes together
             torch.manual_seed(config.seed)
             tokenizer = common.load_tokenizer(policy_path(config), config.max_length)
+            if task.chat:
+                chat.end_turns(tokenizer)                                # as it will read them
             model = load_scorer(config)
+            fit_positions(model, tokenizer, policy_path(config))
             recipe = Recipe(config.reward_lr, batch_size=16, schedule="linear",
                             token_budget=config.token_budget, seed=config.seed, flag="--reward_lr")
             train_reward_model(model, tokenizer, pairs, recipe)
@@ -240,6 +243,8 @@ def scaled_reward(run):
     scores = reward(prompts, common.decode(run.tokenizer, samples))
     check_finite(scores, 0, prompts, "the reward")
     if scores.max() == scores.min():
-        raise UserError(f"the reward is {scores[0]:.3g} for each of the policy's {len(scores)} first samples")
+        raise UserError(f"the reward is {scores[0]:.3g} for each of the policy's {len(scores)} first "
+                        "samples: there is nothing to maximise; give another --reward, or a higher "
+                        "--temperature")
     reward.mean, reward.std = scores.mean().item(), scores.std().item()
     return reward

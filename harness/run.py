@@ -86,8 +86,11 @@ class Run:
 
     @functools.cached_property
     def origin(self):
-        """What --resume compares: fingerprints of the initial weights and of the data file."""
+        """What --resume compares: fingerprints of the initial weights, of other models and of the data."""
+        named = (vars(self.config).get(name) for name in ("policy", "reward", "value_model"))
+        others = loading.weights_path(self.config), *named
         return {"build": loading.fingerprint(self.config),
+                "other_models": [path and loading.fingerprint_of(path) for path in others],
                 "data_fingerprint": directory.fingerprint_of_data(self.config.data, self.config.test_data)}
 
     @property
@@ -110,6 +113,9 @@ class Run:
         the run after the step, with a checkpoint.
         """
         self.trained, self.optimizer, self.schedule, self.n_steps = trained, optimizer, schedule, len(plan)
+        if not plan and self.config.epochs:
+            raise common.UserError("there is nothing to train on: --epochs "
+                                   f"{self.config.epochs:g} gives no step")
         if self.resumes:
             self.restore()
             if not self.quiet:
@@ -298,7 +304,7 @@ class Run:
         file = self.out / "metrics.jsonl"
         if ranks.first():
             write_json(self.out / "args.json", asdict(self.config) | own)
-            write_text(file, "".join(directory.rows_until(file, self.step)))
+            write_text(file, "".join(directory.rows_until(file, self.step if self.trace else -1)))
 
     def save_json(self, name, value):
         """A file of a method's own in the run's directory."""

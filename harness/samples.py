@@ -129,7 +129,7 @@ def candidates(run, reward, given, n):
     Returns: one Ranking a prompt, in order, each response once; those with nothing to rank are counted on the
     screen.
     """
-    return kept(run, "candidates", lambda: scored_candidates(run, reward, given, n))
+    return kept(run, f"candidates-{run.step}", lambda: scored_candidates(run, reward, given, n))
 
 
 def scored_candidates(run, reward, given, n):

@@ -5,15 +5,16 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 pytest.importorskip("peft")
 
 import common
 import harness
 from common import UserError
-from conftest import PAIRS, killed_after, method_names, parameters, save_toy, settings, started
+from conftest import PAIRS, killed_after, llama_config, method_names, parameters, save_toy, settings, started
 from harness import adapters, loading
+from harness.run import save_policy
 
 every = pytest.mark.parametrize("method", method_names())
 
@@ -222,3 +223,25 @@ def test_weights_of_an_adapter_are_cut(toy, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="adapter_model.safetensors is cut off"):
         started(toy, tmp_path / "run", policy=str(tmp_path / "adapter"))
+
+
+def test_adapter_depends_on_whether_a_reward_model_was_trained_before(toy, tmp_path, no_traces):
+    first, second = (started(toy, tmp_path / name, lora_rank=4, reward="", reward_lr=0.01) for name in "ab")
+    assert torch.equal(parameters(first.policy), parameters(second.policy))       # trained; from the cache
+
+
+def test_tags_in_spare_rows_are_lost_with_an_adapter(tmp_path, toy):
+    """The model has more embeddings than its tokenizer has tokens: no row is added."""
+    path = save_toy(tmp_path / "model")
+    wide = LlamaForCausalLM(llama_config(vocab_size=40))
+    wide.save_pretrained(path)
+    run = started(toy, tmp_path / "run", model=str(path), lora_rank=2)
+    harness.add_tags(run, {"x": {"<x:0>": ["a"], "<x:1>": ["b"]}})
+    assert run.policy.get_input_embeddings().num_embeddings == 40
+    run.evaluate()
+    run.begin()
+    run.optimizer = None
+    save_policy(run.policy, tmp_path / "saved", 2)
+    rows = [model.get_input_embeddings().weight[9:11].detach()
+            for model in (run.policy, harness.load_policy(settings(toy, model=str(tmp_path / "saved"))))]
+    assert torch.equal(*rows) and rows[0].norm() > 0

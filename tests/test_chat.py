@@ -6,10 +6,12 @@ import pickle
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
+import harness
 from common import Sampled, UserError
+from conftest import llama_config
 from harness import stages
 from tasks import Pair, Ranking, chat, shapes
 from tasks.chat import Prompt
@@ -174,3 +176,27 @@ def test_renamed_columns():
     for wrong in ("prompt=z", "prompt", "=q"):
         with pytest.raises(UserError, match="^--columns "):
             shapes.renamed(row, wrong)
+
+
+def test_reward_model_learns_on_another_end_token_than_it_scores_on(tmp_path, monkeypatch, no_traces):
+    path = tmp_path / "model"
+    tokenizer().save_pretrained(path)
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(vocab_size=len(WORDS))).save_pretrained(path)
+    turns = [[{"role": "user", "content": f"{a} {b}"}] for a in ("Hi", "Be") for b in ("Hi", "Be", "|")]
+    rows = [{"prompt": turn, "chosen": [{"role": "assistant", "content": "Yes"}],
+             "rejected": [{"role": "assistant", "content": "No"}]} for turn in turns]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    last, pooled = [], common.sequence_scores
+
+    def scores(model, batch):
+        last.append({row[mask.bool()][-1].item() for row, mask in zip(batch.input_ids, batch.attention_mask)})
+        return pooled(model, batch)
+
+    monkeypatch.setattr(common, "sequence_scores", scores)
+    run = harness.start(harness.Config(
+        model=str(path), data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "run"), max_length=64,
+        max_new_tokens=4, reward_lr=0.01, device="cpu", quiet=True))
+    training, last[:] = set.union(*last), []
+    run.rewards["proxy"](run.task.prompts["train"][:2], ["Yes", "No"])
+    assert training == set.union(*last) == {WORDS.index("<end>")}

@@ -3,8 +3,8 @@ import json
 
 import pytest
 import torch
-from transformers import (BertConfig, BertForSequenceClassification, BertLMHeadModel,
-                          LlamaForSequenceClassification)
+from transformers import (BertConfig, BertForSequenceClassification, BertLMHeadModel, GPT2Config,
+                          GPT2LMHeadModel, LlamaForSequenceClassification)
 
 import common
 import harness
@@ -233,3 +233,17 @@ def test_checks_are_made_after_the_data_is_read_or_not_at_all(toy, tmp_path):
     with pytest.raises(UserError, match="no such file: missing.jsonl"):
         started(toy, tmp_path / "run", data="missing.jsonl", model="tiny")             # before it is built
     assert not (tmp_path / "run").exists()
+
+
+def test_reward_model_is_trained_on_more_tokens_than_it_has_positions(tmp_path, toy, no_traces):
+    """GPT-2 learns its positions: beyond the last there is no embedding."""
+    path = save_toy(tmp_path / "model")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0,
+                               eos_token_id=0)).save_pretrained(path)
+    rows = [{"prompt": "cd" * (i + 3), "chosen": "a" * 40, "rejected": "b" * 40} for i in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = started(toy, tmp_path / "run", model=str(path), data=str(data), reward="", reward_lr=0.01,
+                  max_new_tokens=4)
+    assert run.rewards["proxy"](["cd"], ["a" * 60]).isfinite().all()

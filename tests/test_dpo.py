@@ -548,6 +548,8 @@ def test_held_out_pairs_are_of_another_kind_than_those_that_are_trained_on():
     for options, want in (({}, own * 4), ({"eval_pairs": 2}, own * 2), ({"pairs": "x>z"}, pairs * 3),
                           ({"pairs": "x>z", "eval_pairs": 1}, pairs)):
         assert dpo.held_out_pairs(dpo.Config(**options), data) == want
+    data.rankings = {"test": [Ranking("ab", ["a", "b"], [2.0, 1.0], ["x", "y"])] * 3}
+    assert dpo.held_out_pairs(dpo.Config(pairs="x>z"), data) == []            # no row has writer z
     data.rankings = {}
     assert dpo.held_out_pairs(dpo.Config(pairs="x>z"), data) == own * 4
 

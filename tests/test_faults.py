@@ -15,6 +15,8 @@ from transformers import LlamaForSequenceClassification
 
 import dpo
 import harness
+import ppo
+import pro
 from common import UserError
 from conftest import ROOT, killed_after, method_names, save_toy, settings, started
 from harness import asking, directory
@@ -417,6 +419,49 @@ def test_other_data_or_weights_are_resumed_on(toy, cut, tmp_path):
         config = config_of(tmp_path / "model", tmp_path / "run", save_every=2, resume=True)
         with pytest.raises(UserError, match=f"the {what} not what .*run was begun with"):
             harness.launch(dpo.train, config)
+
+
+@pytest.mark.parametrize("name", ["reward", "value_model"])
+def test_other_reward_or_value_model_is_resumed_on(name, toy, tmp_path):
+    path = save_toy(tmp_path / "other", LlamaForSequenceClassification, num_labels=1)
+    options = {"reward": str(path)} | ({"value_model": str(path)} if name == "value_model" else {})
+    if name == "value_model":
+        options["reward"] = str(save_toy(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1))
+    config = settings(toy, ppo.Config, out=str(tmp_path / "run"), save_every=1, epochs=1.0, kl_coef=0.1,
+                      **options)
+    with killed_after(1):
+        harness.launch(ppo.train, config)
+    model = LlamaForSequenceClassification.from_pretrained(path)
+    with torch.no_grad():
+        model.score.weight.neg_()
+    model.save_pretrained(path)
+    with pytest.raises(UserError, match="the base, reward or value model is not what .*run was begun with"):
+        harness.launch(ppo.train, dataclasses.replace(config, resume=True))
+
+
+def test_step_0_is_written_twice_or_kept_samples_are_to_be_deleted(toy, tmp_path, monkeypatch, capsys):
+    """Killed between the candidates, which took minutes, and the first checkpoint."""
+    monkeypatch.setattr(directory, "SLOW_SECONDS", -1)
+    config = settings(toy, pro.Config, out=str(tmp_path / "run"), reward=f"{count.__module__}:count",
+                      sources="D", candidates=3, epochs=1.0)
+    with killed_after(1):
+        harness.launch(pro.train, config)
+    assert "to go on:" in capsys.readouterr().err
+    harness.launch(pro.train, dataclasses.replace(config, resume=True))
+    harness.launch(pro.train, dataclasses.replace(config, out=str(tmp_path / "straight")))
+    straight, resumed = ((tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")
+                         for name in ("straight", "run"))
+    assert resumed == straight
+
+
+def count(prompts, responses):
+    return [text.count("a") + 0.1 * len(text) for text in responses]
+
+
+def test_so_few_epochs_that_nothing_is_trained(toy, tmp_path):
+    with pytest.raises(UserError, match="nothing to train on: --epochs 0.001 gives no step"):
+        harness.launch(dpo.train, config_of(toy, tmp_path / "run", epochs=0.001))
+    harness.launch(dpo.train, config_of(toy, tmp_path / "other", epochs=0.0))           # on purpose
 
 
 def test_disk_without_room_is_found_after_training(toy, tmp_path, monkeypatch):

@@ -373,7 +373,7 @@ def test_extreme_method_is_not_recommended(changes, why):
 
 
 def test_few_prompts_recommend_a_method_or_call_one_worse():
-    """Win rates of 0.75, 0.75 and 0.875 on three prompts have such an interval: t's, of equal values nearly."""
+    """Win rates of 0.75, 0.75 and 0.875 on three prompts have such an interval."""
     for rate in ((0.79, 0.55, 0.94), (0.21, 0.06, 0.45)):
         for n, decided in ((3, False), (6, True)):
             evening = made({"": around(0, n), "dpo": around(0, n, seed=1)})

@@ -18,7 +18,10 @@ FAMILIES = {"Llama": GROUPED, "Qwen2": GROUPED, "Mistral": GROUPED, "GPTNeoX": S
             "Gemma": GROUPED | {"head_dim": 8}, "Gemma2": GROUPED | {"head_dim": 8},
             "Phi": SIZES, "Qwen3": GROUPED | {"head_dim": 8}}
 OTHERS = {"Bloom": dict(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
-          "Mamba": dict(vocab_size=97, hidden_size=32, num_hidden_layers=2)}
+          "Mamba": dict(vocab_size=97, hidden_size=32, num_hidden_layers=2),
+          # its local attention counts places in the row, not positions
+          "GPTNeo": dict(vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, window_size=64,
+                         attention_types=[[["global", "local"], 1]], max_position_embeddings=256)}
 
 
 def model_of(family, sizes, kind="ForCausalLM", **more):

@@ -565,3 +565,9 @@ def test_measuring_crashes_where_all_rewards_are_equal(toy, tmp_path):
     measured = remax.measured_variance(run, lambda prompts, texts: torch.ones(len(texts)))
     assert measured["eval/variance/ReMax"] == measured["eval/variance/leave-one-out"] == 0
     assert measured["eval/variance/REINFORCE"] > 0
+
+
+def test_variance_with_an_adapter_is_a_traceback(toy, tmp_path):
+    pytest.importorskip("peft")
+    run, rows = trained(toy, tmp_path / "run", gold, variance_prompts=3, eval_every=1, lora_rank=2)
+    assert run.trace[0]["eval/variance/ReMax"] > 0

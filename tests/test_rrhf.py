@@ -424,6 +424,26 @@ def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
     assert len(runs[0].trace) == 2
 
 
+def test_AF_resumed_round_takes_the_candidates_of_the_round_before(trained, tmp_path, monkeypatch):
+    """Candidates that took minutes are kept in a file; killed in round 1, the run draws those of round 2."""
+    monkeypatch.setattr(harness.directory, "SLOW_SECONDS", -1)
+    options, log = dict(sources="DP", rounds=2, epochs=2.0, save_every=2), harness.Run.log
+    straight = trained("straight", **options)
+
+    def kill(run, step, metrics):
+        log(run, step, metrics)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Run, "log", kill)
+        with pytest.raises(KeyboardInterrupt):
+            trained("killed", **options)
+    resumed = trained("killed", resume=True, **options)
+    assert torch.equal(parameters(resumed.policy), parameters(straight.policy))
+    assert resumed.state["rankings"] == straight.state["rankings"]
+
+
 @pytest.mark.parametrize("last", [4, 6])      # killed in round 2: with a checkpoint of round 1, or of round 2
 def test_AF_resumed_run_differs_from_a_straight_one(trained, tmp_path, monkeypatch, last):
     options, log = dict(sources="DP", rounds=2, epochs=2.0, save_every=3, eval_every=2), harness.Run.log

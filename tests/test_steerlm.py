@@ -478,7 +478,7 @@ def test_demonstrations_without_ratings_are_left_out_or_too_many_or_trained_with
 
 
 def test_step_3_starts_from_another_model_or_before_is_that_of_the_base(whole, toy, monkeypatch):
-    def fresh(config):
+    def fresh(config, policy):
         model = harness.load_policy(settings(toy))
         torch.manual_seed(7)
         for weight in model.parameters():
@@ -988,3 +988,11 @@ def test_best_of_takes_one_in_a_hundred_and_another():
 def test_learning_rate_0_of_the_predictor_becomes_the_default():
     with pytest.raises(UserError, match="--predictor_lr must be above 0"):
         steerlm.Config(predictor_lr=0.0)
+
+
+def test_policy_with_tags_cannot_begin_from_the_base(toy, tmp_path):
+    assert steerlm.Config(policy="somewhere").start == "policy" and steerlm.Config().start == "base"
+    policy = harness.load_policy(settings(toy))
+    policy.resize_token_embeddings(12)
+    with pytest.raises(UserError, match="has 12 embeddings, the base model 9: give --start policy"):
+        harness.load_base(settings(toy, model=str(toy)), policy)
