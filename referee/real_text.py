@@ -142,7 +142,8 @@ def differences(arms):
     """Gold of each arm less that of SFT, paired within the seeds that both have."""
     rows, sft = [["arm", "gold - SFT", "seeds"]], arms[SFT]
     for name, own in arms.items():
-        gaps = [run["eval/gold"] - sft[seed]["eval/gold"] for seed, run in own.items() if seed in sft]
+        gaps = [run["eval/gold"] - sft[seed]["eval/gold"] for seed, run in own.items()
+                if seed in sft and "eval/gold" in run]                                   # else it has diverged
         rows += [[name, plus_minus(*t_interval(gaps), "+"), str(len(gaps))]] if gaps and name != SFT else []
     return rows
 

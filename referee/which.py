@@ -43,10 +43,11 @@ def compare(collected, situation, metric, arm, op, other, margin=0.0):
 def number(collected, zh, *part):
     """What was measured on the first seeds and, where two of them or more are run, on the second."""
     first, second = (compare(arms, *part) for arms in collected)
-    if not first.n:
+    if first.mean != first.mean:                                     # nan: not run, or not measured
         return NOT_RUN[zh]
-    again = plus_minus(second.mean, second.half, "+")
-    return plus_minus(first.mean, first.half, "+") + (AGAIN[zh].format(again) if second.n > 1 else "")
+    again = AGAIN[zh].format(plus_minus(second.mean, second.half, "+"))
+    known = second.n > 1 and second.mean == second.mean
+    return plus_minus(first.mean, first.half, "+") + again * known
 
 
 def rows(zh, results_dir="results"):
