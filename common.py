@@ -217,7 +217,8 @@ def response_states(model, batch):
 def read(model, rows):
     """Last hidden states [B, T, D] of compact rows. harness/prompts_once.py can let a model share prompts."""
     inputs, place = getattr(model, "share", lambda rows: None)(rows) or (dict(input_ids=rows.input_ids), None)
-    states = model.base_model(**inputs, use_cache=False).last_hidden_state
+    with compute(model):
+        states = model.base_model(**inputs, use_cache=False).last_hidden_state
     return states if place is None else states.flatten(0, 1)[place]
 
 
@@ -342,9 +343,8 @@ def load_value_model(path, tokenizer=None, device="auto", dtype="auto"):
 def token_values(model, batch):
     """Value of the state before each next token [B, T-1], float32: entry t has seen input_ids[:, :t + 1]."""
     rows, where = batch.compact(), (batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]).bool()
-    with compute(model):
-        values = model.score(read(model, rows))[:, :-1, 0].float()[rows.attention_mask[:, 1:].bool()]
-    return values.new_zeros(where.shape).masked_scatter(where, values)
+    values = model.score(read(model, rows).to(model.score.weight.dtype))[:, :-1, 0].float()     # no bfloat16
+    return values.new_zeros(where.shape).masked_scatter(where, values[rows.attention_mask[:, 1:].bool()])
 
 
 @dataclass
@@ -381,8 +381,8 @@ def sequence_scores(model, batch):
     Hugging Face's own forward takes the last token that is not PAD, and so misses the EOS where PAD is EOS.
     """
     rows = batch.compact()
-    with compute(model):
-        return model.score(read(model, rows)[torch.arange(len(rows)), rows.last]).float()
+    states = read(model, rows)[torch.arange(len(rows)), rows.last]
+    return model.score(states.to(model.score.weight.dtype)).float()               # bfloat16 would make ties
 
 
 def load_reward_model(path, max_length, device="auto", dtype="auto", label="", budget=16384):

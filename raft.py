@@ -197,7 +197,7 @@ def train(run):
                             "model without noise")
         reward = replace(reward, model=copy.deepcopy(reward.model))       # the evaluation keeps the old one
     reference = run.load_reference() if config.kl_coef else None                            # a frozen copy
-    initial = {name: value.clone() for name, value in policy.state_dict().items()} if config.restart else None
+    initial = harness.trained_weights(policy) if config.restart else None
     if config.rounds > 1 and not prompts_of_round(config, task, 1):
         raise UserError(f"--rare {config.rare}: every train prompt has it, so the second round has none")
     run.state |= {"pool": [], "labels": task.pairs.get("train", []) if config.refresh else []}
@@ -215,7 +215,7 @@ def train(run):
         if i == 0:                                                       # a new round
             collect(run, reward, reference, turn)
             if config.restart and turn:
-                policy.load_state_dict(initial)                          # after the trained policy sampled
+                policy.load_state_dict(initial, strict=False)            # after the trained policy sampled
                 optimizer.state.clear()
         pool = run.state["pool"]
         passes = steps * config.batch_size / len(pool)                # full batches; each pass in a new order

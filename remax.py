@@ -118,9 +118,10 @@ def gradient_variance(gradients, rewards, greedy_rewards):
     table = torch.stack([torch.stack(pair) for pair in weights.values()])                     # [E, 2, M]
     total, squares, n = 0.0, 0.0, len(rewards)
     for i, gradient in enumerate(gradients):
+        wide = torch.float64 if gradient.device.type != "mps" else torch.float32        # which has no float64
         estimates = table[:, :, i].to(gradient) @ gradient                                    # [E, P]
-        total, squares = total + estimates, squares + estimates.double().pow(2).sum(1)
-    variances = (squares - total.double().pow(2).sum(1) / n) / (n - 1)
+        total, squares = total + estimates, squares + estimates.to(wide).pow(2).sum(1)
+    variances = (squares - total.to(wide).pow(2).sum(1) / n) / (n - 1)
     return dict(zip(weights, variances.tolist()))
 
 

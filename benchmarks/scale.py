@@ -113,7 +113,7 @@ def phases(shape, trained, frozen, processes=1, tokens=TOKENS, responses=RESPONS
             shape.layer if checkpointing else shape.weights),
         "embeddings": states + gradients + table,
         "optimizer": states + gradients + (4 * own if foreach else 8 * shape.table) / processes,
-        "sampling": states + room * (2 if half else 4) * 2 * shape.keys * shape.layers + copies * (not shards)
+        "sampling": states + room * (6 if half else 8) * shape.keys * shape.layers + copies * (not shards)
         + (4 * 2 * (shape.layer + shape.table) if shards else 0)}
 
 

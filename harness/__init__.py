@@ -5,6 +5,7 @@
 What train(run) finds in a Run is in run.py: run.steps, run.microbatches, run.log, run.evaluate.
 """
 from common import CONTROL, UserError, warn
+from harness.adapters import trained_weights
 from harness.asking import ask
 from harness.command_line import launch, main, start
 from harness.conditioning import (add_tags, check_ratings, complete_request, curve,

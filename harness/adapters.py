@@ -76,6 +76,12 @@ def load(path, rank, device, dtype):
     return policy if rank else merge(policy)
 
 
+def trained_weights(model):
+    """A copy of the weights that are trained, {name: tensor}: all, or those of the adapter."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()
+            if weight.requires_grad}
+
+
 def merge(model):
     """Add the active adapter to the weights, and take it out of the model, which is returned."""
     return model.__dict__.pop("adapter").merge_and_unload().requires_grad_(True)

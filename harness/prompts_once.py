@@ -7,6 +7,8 @@
 common.read reads rows in this form with the models that `share_prompts` was called for and that keep their
 states. Methods see the same log-probs [B, k] as without it; the gradients are the same too.
 """
+from types import SimpleNamespace
+
 import torch
 
 import common
@@ -19,9 +21,11 @@ UNFIT = RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyErro
 
 def share_prompts(model):
     """Let common.read share prompts with this model, if its states [B, T, D] stay what they are."""
+    own = SimpleNamespace(config=model.config)         # not the model: a circle would keep it in memory
+
     def share(rows):
-        where = worthwhile(model, rows)
-        return packed(model, rows, where) if where else None
+        where = worthwhile(own, rows)
+        return packed(own, rows, where) if where else None
 
     if same_states(model):
         model.share = share

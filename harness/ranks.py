@@ -45,6 +45,8 @@ def start(device):
     """Join the processes that torchrun started, if it did; the others than the first print errors only."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not joined():
         cuda = common.pick_device(device).type == "cuda"
+        if common.pick_device(device).type == "mps":
+            raise UserError("several processes need GPUs of NVIDIA, or --device cpu")
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
@@ -77,6 +79,8 @@ def together():
     """UserError where another process has ended."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:                                   # of gloo and of NCCL
         raise UserError(ENDED) from None
 

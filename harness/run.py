@@ -352,6 +352,7 @@ class Run:
         """Save the policy, samples.txt and run.png, print before and after; returns the final metrics."""
         before, after = self.samples["before"], self.samples.get("after", self.samples["before"])
         texts = texts_of(before, after)
+        state_mb = training_state_mb(self.optimizer)                  # before the policy is cast to be saved
         policy = shards.whole_model(self.policy) if self.config.shard else self.policy
         if ranks.first():
             save_policy(policy, self.out, self.config.lora_rank)
@@ -359,7 +360,7 @@ class Run:
             as_it_came(self.tokenizer).save_pretrained(self.out)
             (self.out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
         seconds = time.time() - self.began
-        counts = self.counts | {"state_mb": training_state_mb(self.optimizer),
+        counts = self.counts | {"state_mb": state_mb,
                                 "seconds_per_step": self.counts["seconds_training"] / max(self.step, 1)}
         if not self.quiet:
             fault = picture.draw(self.out, self.samples, picture.title_of(self.config))

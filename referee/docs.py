@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from harness import UserError, write_text
-from referee import figures, real_text, side_by_side, survey, which
+from referee import choosing, figures, real_text, side_by_side, survey, which
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
 from referee.tables import (COLUMNS, COSTS, COSTS_ARE, RULES, arm_rows, claim_rows, collect, cost_rows,
@@ -21,6 +21,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->"),
          "survey": ("<!-- survey:begin -->", "<!-- survey:end -->"),
          "comparison": ("<!-- comparison:begin -->", "<!-- comparison:end -->"),
+         "choosing": ("<!-- choosing:begin -->", "<!-- choosing:end -->"),
          "surprises": ("<!-- surprises:begin -->", "<!-- surprises:end -->"),
          "which": ("<!-- which:begin -->", "<!-- which:end -->"),
          "real text": ("<!-- real text:begin -->", "<!-- real text:end -->")}
@@ -123,6 +124,8 @@ def block(path, kind="results", results_dir="results"):
         text = which.block(survey.chinese(path), results_dir)
     elif kind == "surprises":
         text = which.surprises(results_dir)
+    elif kind == "choosing":
+        text = choosing.block(results_dir)
     elif kind == "real text":
         text = real_text.block(results_dir)
     elif kind == "results" and survey.chinese(path):

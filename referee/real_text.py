@@ -143,7 +143,7 @@ def differences(arms):
     rows, sft = [["arm", "gold - SFT", "seeds"]], arms[SFT]
     for name, own in arms.items():
         gaps = [run["eval/gold"] - sft[seed]["eval/gold"] for seed, run in own.items()
-                if seed in sft and "eval/gold" in run]                                   # else it has diverged
+                if seed in sft and "eval/gold" in run]                                  # else it has diverged
         rows += [[name, plus_minus(*t_interval(gaps), "+"), str(len(gaps))]] if gaps and name != SFT else []
     return rows
 

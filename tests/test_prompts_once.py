@@ -1,4 +1,6 @@
 """harness/prompts_once.py: log-probs, scores and gradients equal those of plain rows; when it is used."""
+import gc
+import weakref
 
 import pytest
 import torch
@@ -174,3 +176,15 @@ def test_training_with_shared_prompts_is_another(toy, tmp_path, monkeypatch):
         weights.append(common.load_policy(path.parent, "cpu").state_dict())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4, msg=name)
+
+
+def test_model_that_shares_prompts_stays_in_memory(toy):
+    model = share_prompts(common.load_policy(toy, "cpu"))
+    assert hasattr(model, "share")
+    left = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert left() is None
+    finally:
+        gc.enable()
