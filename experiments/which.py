@@ -59,7 +59,7 @@ WHICH = [
      [(NOISY, GOLD, ">", "DPO"), (NOISY, GOLD, ">", "RRHF"), (NOISY, GOLD, "?", "curriculum")]),
     ("64 prompts and a few hundred pairs", "64 个提示和几百个偏好对",
      "`python -m referee mine` tries several methods. Sample each at the lower temperature too: at "
-     "temperature 1, none that had the same data was shown to have more gold than SFT at 0.5",
+     "temperature 1, none that had the same data was shown to have more gold than SFT at 0.5 has",
      "`python -m referee mine` 会试几种方法。每种都再用较低的温度采样：温度为 1 时，用同样数据的方法没有一种"
      "能显示出比温度 0.5 的 SFT 更高的 gold",
      "SFT, temperature 0.5", [(LITTLE, GOLD, ">", "DPO"), (LITTLE, GOLD, ">", "RAFT")]),
@@ -96,8 +96,8 @@ SURPRISES = [
      "RRHF gets less of the proxy than its best candidates have ([rrhf](rrhf.md), column \"proxy - best\"): "
      "a policy that learns from the best samples does not always answer as well as they do. A part of it is "
      "the number of samples: RRHF and RSO had 8, PRO 5. Best of 8 still has 0.14 more gold than RRHF, but "
-     "best of 4 is level with PRO. DPO sees no proxy; for it and RSO we tested no reason. Best of 16 pays at each "
-     "answer instead."),
+     "best of 4 is level with PRO. DPO sees no proxy; for it and RSO we tested no reason. Best of 16 "
+     "pays at each answer instead."),
     ("SFT on the best tenth of the samples has more gold than the losses that rank them, and takes less "
      "time.",
      [(CLEAN, GOLD, "filter", ">", "RRHF"), (CLEAN, GOLD, "filter", ">", "PRO"),
