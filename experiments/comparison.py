@@ -96,7 +96,7 @@ ARMS = {
         few={"refresh": False, "rounds": 8}),           # of the start: a round has a quarter of the prompts
 }
 
-RECIPES = {                                  # the papers' own: they take the place of SFT, and cost as much
+RECIPES = {                                  # the papers' own: about four times the budget
     "Decision Transformer, its recipe": DT,
     "SteerLM, its recipe": {"method": "steerlm"},
 }

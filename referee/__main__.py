@@ -5,7 +5,7 @@
     python -m referee dpo --report      # tables and figure from results/dpo.json; runs nothing. Runs with
                                         # other flags have a file of their own: give the same flags
     python -m referee dpo --tune        # choose settings on validation seeds; --jobs, --report as above
-    python -m referee comparison        # all methods at equal time; --tune, --report, --jobs as above
+    python -m referee comparison        # all methods within one limit of time; --tune, --report, --jobs
     python -m referee real_text --model DIR --data FOLDER --seeds 3
                                         # the main ones on a real model: docs/comparison.md, "Real text"
     python -m referee mine --model DIR --data FILE --methods dpo,raft --minutes 60

@@ -25,8 +25,8 @@ RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean g
          "ranks in 95% of draws of the seeds. distinct-2: different word pairs of all samples over all of "
          "their word pairs; best of 16 has fewer texts, so more. Time is in units of ppo.py with its "
          "defaults on the same seed. KL and win rate are against the SFT policy; the KL of best of n is an "
-         "upper bound, and what starts from another arm has none. The papers' own recipes take the place of "
-         "SFT and need its time, so they have no rank.")
+         "upper bound, and what starts from another arm has none. The papers' own recipes take about four "
+         "times the budget, so they have no rank.")
 OF_START = "eval/kl", "eval/win_rate", "eval/win_rate_proxy", "eval/win_rate_judge"    # against its start
 
 
