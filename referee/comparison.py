@@ -1,4 +1,4 @@
-"""The substitutes side by side, within one limit of time: which settings are tried, which are chosen, what is run.
+"""The substitutes side by side, in one limit of time: which settings are tried and chosen, what is run.
 
     python -m referee comparison --tune --jobs 2      # choose settings on validation seeds
     python -m referee comparison --jobs 2             # the arms with the chosen settings, on reporting seeds
