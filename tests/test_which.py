@@ -1,13 +1,18 @@
 """Which method when, and what surprised us: the numbers are those of the runs, and support the sentences."""
 import re
+from statistics import correlation, fmean
 
 import pytest
 
 from conftest import ROOT
 from experiments import comparison as compared
 from experiments import which as data
-from referee import side_by_side, which
+from referee import choosing, side_by_side, which
+from referee.comparison import tuned
+from referee.ranking import duels
+from referee.statistics import t_interval
 from referee.survey import CHINESE
+from referee.tuning import START
 
 EVIDENCE = [(situation, metric, arm, op, other)
             for *_, arm, evidence in data.WHICH for situation, metric, op, other in evidence]
@@ -101,3 +106,61 @@ def test_difference_that_is_shown_counts_as_unsettled(shift, status):
             for name, value in (("a", lambda seed: seed / 10 + shift), ("b", lambda seed: 0.1))}
     assert which.compare({"clean": arms}, "clean", "x", "a", "?", "b").status == status
     assert which.compare({}, "clean", "x", "a", "?", "b").status == "excluded"          # nothing was run
+
+
+def test_corrected_test_shows_more_or_less_than_the_pages_say():
+    """README and docs/comparison.md name the rows that "who beats whom" does not show."""
+    collected, _ = which.arms_of(ROOT / "results")
+    values = side_by_side.ranked(collected["clean"])
+    found = duels(values)
+    claimed = {(left, right) for situation, metric, left, op, right, *_ in EVIDENCE + SURPRISES
+               if (situation, metric, op) == ("clean", data.GOLD, ">") and {left, right} <= values.keys()}
+    open_ = {pair for pair in claimed if (found.get(pair) or found[pair[::-1]]).verdict == "="}
+    assert len(claimed) > 10 and open_ == {("curriculum", "DPO"), ("RAFT", "Llama 2 rounds")}
+
+
+def test_sentence_about_best_of_n_is_not_what_its_curve_says():
+    view, collected = side_by_side.gathered(ROOT / "results")
+    gold = {n: {seed: next(row[2] for row in view["best_of_n"][str(seed)] if row[0] == n)
+                for seed in compared.SEEDS} for n in (4, 8)}
+
+    def more(n, arm):
+        return t_interval([gold[n][seed] - collected["clean"][arm][seed][data.GOLD] for seed in gold[n]])
+
+    mean, half = more(8, "RRHF")
+    assert f"Best of 8 still has {mean:.2f} more gold than RRHF" in str(data.SURPRISES) and mean > half
+    mean, half = more(4, "PRO")
+    assert "best of 4 is level with PRO" in str(data.SURPRISES) and abs(mean) < half
+
+
+def test_curriculum_has_noise_in_its_labels():
+    collected, _ = which.arms_of(ROOT / "results")
+    gold = [{seed: run[data.GOLD] for seed, run in collected[title]["curriculum"].items()}
+            for title in ("clean", "noisy labels")]
+    assert gold[0] == gold[1]
+
+
+def test_other_rule_chooses_what_it_should_not():
+    def runs(gold, proxy, fluency):
+        return {seed: {"eval/gold": gold + seed, "eval/proxy": proxy, "eval/fluency": fluency}
+                for seed in (-0.1, 0.1)}
+
+    fit = {"chosen": runs(1.0, 1.0, 0.95), "strong": runs(0.8, 2.0, 0.93), "hacked": runs(-1.0, 9.0, 0.1)}
+    assert choosing.gold_of(fit, "chosen", 0.92) == pytest.approx([1.0, 0.8, -1.0, 0.8])
+    broken = {name: runs(gold, 1.0, fluency) for name, gold, fluency in (("a", 0.1, 0.3), ("b", 0.2, 0.5))}
+    assert choosing.gold_of(broken, "a", 0.92)[1] == pytest.approx(0.2)             # none is fluent
+
+
+def test_what_the_page_says_of_the_judge_and_of_other_rules():
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    _, collected, _ = tuned(ROOT / "results")
+    pairs = [[fmean(run[metric] for run in runs.values()) for metric in ("eval/judge", "eval/gold")]
+             for name in compared.ARMS for setting, runs in collected[name].items() if setting != START]
+    assert len(pairs) == len(compared.ARMS) * compared.TRIED
+    assert f"correlation of {correlation(*zip(*pairs)):.3f}" in page
+    assert f"{compared.TRIED * 3 * 1024:,} judged answers" in page
+    header, *rows = choosing.rows(ROOT / "results")
+    by_proxy = {name: float(cells[2]) for name, *cells in rows}
+    fallen = max(by_proxy[name] for name in ("PPO", "PPO, one pass", "ReMax", "RAFT"))
+    assert fallen < min(by_proxy[name] for name in ("filter", "RRHF", "PRO"))       # as the page says
+    assert header == choosing.HEADER and "By the proxy alone, PPO, ReMax and RAFT break the language" in page
