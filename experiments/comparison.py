@@ -101,6 +101,9 @@ RECIPES = {                                  # the papers' own: about four times
     "SteerLM, its recipe": {"method": "steerlm"},
 }
 
+DEFAULT = "PPO, its defaults"                # its time is the budget; nothing was chosen, so it has no rank
+UNRANKED = (*RECIPES, DEFAULT)
+
 LABELS = {                                   # in tables and figures: less than their recipes have
     "Decision Transformer": "Decision Transformer, less data", "SteerLM": "SteerLM, less data"}
 

@@ -4,8 +4,8 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from experiments.comparison import (ARMS, FAMILIES, LABELS, MAIN, RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS,
-                                    UNTRAINED)
+from experiments.comparison import (ARMS, DEFAULT, FAMILIES, LABELS, MAIN, SECOND_SEEDS, SEEDS, SITUATIONS,
+                                    UNRANKED, UNTRAINED)
 from referee import figures
 from referee.comparison import BUDGET, NAME, QUARTER, cost, experiments, start_of, tuned
 from referee.ranking import agreement, duels, order, ranks
@@ -26,7 +26,7 @@ RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean g
          "their word pairs; best of 16 has fewer texts, so more. Time is in units of ppo.py with its "
          "defaults on the same seed. KL and win rate are against the SFT policy; the KL of best of n is an "
          "upper bound, and what starts from another arm has none. The papers' own recipes take about four "
-         "times the budget, so they have no rank.")
+         "times the budget, so they have no rank; nor has PPO with its defaults, which is not tuned.")
 OF_START = "eval/kl", "eval/win_rate", "eval/win_rate_proxy", "eval/win_rate_judge"    # against its start
 
 
@@ -40,17 +40,16 @@ def with_start(run, start):
 
 def with_starts(arms):
     """{arm: {seed: run}} without the arms that others start from, whose costs are added to those others'.
-
-    BUDGET is left out too: each run has its cost in units of the run there, under "share".
-    """
+    "share" is the cost of a run in units of the run of BUDGET."""
     found, units = {}, arms.get(BUDGET, {})
     for name, runs in arms.items():
         starts = arms.get(start_of(name), {})
-        if name != BUDGET and not name.endswith(": start"):
+        if not name.endswith(": start"):
             own = {seed: with_start(run, starts.get(seed)) for seed, run in runs.items()}
             shares = {seed: {"share": run["cpu_seconds"] / cost(units[seed])} for seed, run in own.items()
                       if seed in units and "cpu_seconds" in run}
-            found[LABELS.get(name, name)] = {seed: run | shares.get(seed, {}) for seed, run in own.items()}
+            own = {seed: run | shares.get(seed, {}) for seed, run in own.items()}
+            found[DEFAULT if name == BUDGET else LABELS.get(name, name)] = own
     return found
 
 
@@ -70,7 +69,7 @@ def of_seeds(arms, seeds):
 def ranked(arms):
     """{arm: {seed: gold}} of the arms that have a rank: within the budget, with all seeds of the others."""
     found = {name: {seed: run[METRIC] for seed, run in runs.items()} for name, runs in whole(arms).items()
-             if runs and name not in RECIPES}
+             if runs and name not in UNRANKED}
     most = max(map(len, found.values()), default=0)
     return {name: values for name, values in found.items() if len(values) == most}
 
@@ -86,7 +85,7 @@ def main_rows(arms, quarter={}):
     """A row for each arm, the best first: number, rank, metrics, gold after a quarter of the work."""
     place = places(arms)
     gold = {name: mean_of(runs, METRIC) for name, runs in arms.items() if runs}
-    best_first = sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))
+    best_first = sorted(gold, key=lambda name: (name in UNRANKED, -gold[name]))
     header, *body = arm_rows({name: arms[name] for name in best_first},
                              COLUMNS | {"cpu_seconds": "CPU s", "share": "time"})
     less = {"eval/gold": "gold, a quarter of the work", "cpu_seconds": "CPU s of that"} if quarter else {}
@@ -105,7 +104,7 @@ def short_rows(collected):
     gold = {name: mean_of(clean[name], METRIC) for name in MAIN if clean.get(name)}
     found = {name: {seed: run | {title: arms[name][seed].get(METRIC) for title, arms in situations.items()
                                  if seed in arms.get(name, {})} for seed, run in clean[name].items()}
-             for name in sorted(gold, key=lambda name: (name in RECIPES, -gold[name]))}
+             for name in sorted(gold, key=lambda name: (name in UNRANKED, -gold[name]))}
     body = arm_rows(found, {title: f"gold, {title}" for title in SITUATIONS} | {
         "eval/kl": "KL, nats", "eval/fluency": "fluency", "share": "time"})
     place["arm"] = "rank"
@@ -224,10 +223,10 @@ def draw(results_dir="results"):
     path = results_path(NAME, {}, results_dir).with_suffix(".png")
     figures.draw_rows([
         ("gold against KL", [dict(kind="points", x="eval/kl", y=[METRIC], best_of_n=True, families=FAMILIES)],
-         {name: runs for name, runs in arms.items() if runs}),
+         {name: runs for name, runs in arms.items() if runs and name != DEFAULT}),
         ("gold against the CPU seconds of training: none, a quarter, all",
          [dict(x="cpu_seconds", y=[METRIC], ends=1, families=FAMILIES, over="CPU seconds of training")],
-         {name: runs for name, runs in by_cost(arms, quarter).items() if name not in RECIPES})],
+         {name: runs for name, runs in by_cost(arms, quarter).items() if name not in UNRANKED})],
         {seed: curve for seed, curve in view["best_of_n"].items() if int(seed) in SEEDS}, path)
     return path
 

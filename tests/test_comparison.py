@@ -144,7 +144,7 @@ def toys(monkeypatch, tmp_path):
         monkeypatch.setattr(holder, "TRIED", 3)
         monkeypatch.setattr(holder, "PPO", {"method": "toy", "epochs": 2.0})
     monkeypatch.setattr(comparison, "RECIPES", {"big": {"method": "toy", "epochs": 9.0, "beta": 4.0}})
-    monkeypatch.setattr(side_by_side, "RECIPES", {"big": {}})
+    monkeypatch.setattr(side_by_side, "UNRANKED", ("big", data.DEFAULT))
     monkeypatch.setattr(comparison, "SEEDS", range(4))
     monkeypatch.setattr(comparison, "SECOND_SEEDS", range(4, 8))
     monkeypatch.setattr(side_by_side, "SEEDS", range(4))
@@ -271,15 +271,18 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
     assert first["second"][0]["tokens_trained"] == 14 and first["second"][0]["state_mb"] == 1.0
     assert first["second"][0]["eval/kl"] is None is first["second"][0]["eval/win_rate"]       # to its start
     assert first["slow"][0]["share"] == pytest.approx(first["slow"][0]["cpu_seconds"] / 21)
-    assert comparison.BUDGET not in first
+    assert comparison.BUDGET not in first and first[data.DEFAULT][0]["share"] == 1
     rows = side_by_side.main_rows(first, side_by_side.of_seeds(collected[comparison.QUARTER], range(4)))
     header, *body = rows
-    assert [row[1] for row in body][-1] == "big" and body[-1][2] == "-" and body[-1][-1] == "-"
-    gold = [float(row[header.index("gold")].split()[0]) for row in body[:-1]]
+    unranked = [row for row in body if row[2] == "-"]
+    assert unranked == body[-2:] and {row[1] for row in unranked} == {"big", data.DEFAULT}
+    assert all(row[-1] == "-" for row in unranked)
+    body = body[:-2]
+    gold = [float(row[header.index("gold")].split()[0]) for row in body]
     assert gold == sorted(gold, reverse=True) and body[0][2] == "1 (1 to 1)"
     matrix = side_by_side.matrix_rows(first)
     names = [row[0].split(" ", 1)[1] for row in matrix[1:]]
-    assert names == [row[1] for row in body[:-1]] and "big" not in names
+    assert names == [row[1] for row in body]
     marks = [row[1:] for row in matrix[1:]]
     flip = {">": "<", "<": ">", "·": "·", "": ""}
     assert all(marks[i][j] == flip[marks[j][i]] for i, j in itertools.product(range(len(names)), repeat=2))
@@ -290,7 +293,7 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
         assert word in text
     assert Path("results/comparison.png").read_text(encoding="utf-8") == "drawn"
     (_, _, points), (_, _, lines) = toys.rows[-1]
-    assert {*points} == {*first} and {*lines} == {"slow", "fast", "second"}
+    assert {*points} == {*first} - {data.DEFAULT} and {*lines} == {"slow", "fast", "second"}
     for name, steps in (("slow", [0, 1, 2]), ("second", [0, 2])):                # half of it is no quarter
         trace = lines[name][0]["trace"]
         assert [row["step"] for row in trace] == steps
