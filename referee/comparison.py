@@ -14,8 +14,8 @@ import random
 from pathlib import Path
 from statistics import fmean
 
-from experiments.comparison import (ARMS, FEW, MORE_PASSES, PPO, RECIPES, SECOND_SEEDS, SEEDS, SITUATIONS,
-                                    TRIED, UNTRAINED)
+from experiments.comparison import (ARMS, FEW, LABELS, MAIN, MORE_PASSES, PPO, RECIPES, SECOND_SEEDS, SEEDS,
+                                    SITUATIONS, TRIED, UNTRAINED)
 from harness import UserError
 from referee.arms import config_class, given_flags, load
 from referee.runs import complete
@@ -194,11 +194,16 @@ def experiments(results_dir="results", given={}):
 def run(config, seeds=(), results_dir="results", runs_dir="runs/referee"):
     """Run what is missing: every situation on the first seeds, the clean one on the second seeds too.
 
-    With flags that make another experiment, or with `seeds`, only the clean one, on these (or the first).
+    With flags that make another experiment, or with `seeds`, only the clean one, on these or the first. With
+    flags, only the main arms that have a rank.
     """
     given = given_flags(config)
     planned = experiments(results_dir, given)
     clean = {"clean": planned["clean"]}
+    if given:
+        arms = {name: arm for name, arm in clean["clean"]["arms"].items()
+                if LABELS.get(name, name) in MAIN and name not in RECIPES}
+        clean = {"clean": clean["clean"] | {"arms": arms}}
     complete(NAME, config, seeds or SEEDS, results_dir, runs_dir, clean if given or seeds else planned)
     if not (seeds or given):
         complete(NAME, config, SECOND_SEEDS, results_dir, runs_dir, clean)

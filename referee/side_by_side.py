@@ -135,10 +135,10 @@ def holds(arms, others, what):
     """
     first, second = ranked(arms), ranked(others)
     n = min(len(common_seeds(values)) for values in (first, second))
-    if min(len(first), len(second)) < 3 or n < 2:
+    if len(both := first.keys() & second.keys()) < 3 or n < 2:
         return f"{what}: not run yet."
     first, second = ({name: {seed: row[seed] for seed in common_seeds(values)[:n]}
-                      for name, row in values.items()} for values in (first, second))
+                      for name, row in values.items() if name in both} for values in (first, second))
     found, (rho, low, high) = agreement(duels(first), duels(second)), order(first, second)
     return (f"{what}, {n} against {n} seeds: {found.same} of {found.pairs} pairwise verdicts are the same "
             f"({found.same / found.pairs:.0%}), {found.opposite} are opposite. Of the {found.decided} pairs "

@@ -386,11 +386,13 @@ def test_command_line_of_the_comparison(toys, monkeypatch, capsys):
         command_line.main(["nothing"])
 
 
-def test_larger_model_runs_the_small_ones_settings_and_only_the_clean_situation(toys, capsys):
+def test_larger_model_runs_other_settings_situations_or_arms(toys, capsys, monkeypatch):
     everything(toys)
     toys.calls.clear()
+    monkeypatch.setattr(comparison, "MAIN", ["SFT", "slow", "fast", "big"])
     comparison.run(harness.Config(quiet=True, layers=3), range(2))
     assert {(c.layers, c.seed, c.label_noise) for c in toys.calls} == {(3, 0, 0), (3, 1, 0)}
+    assert len(toys.calls) == 2 * 3          # no recipe, none but main arms
     assert Path("results/comparison@layers=3.json").exists()
     assert any(heading == "a larger model" and "weights, 2 against 2 seeds" in text
                for heading, _, text in side_by_side.parts())
