@@ -245,3 +245,19 @@ def test_tags_in_spare_rows_are_lost_with_an_adapter(tmp_path, toy):
     rows = [model.get_input_embeddings().weight[9:11].detach()
             for model in (run.policy, harness.load_policy(settings(toy, model=str(tmp_path / "saved"))))]
     assert torch.equal(*rows) and rows[0].norm() > 0
+
+
+def test_linear_layer_has_no_adapter(toy):
+    policy = harness.load_policy(settings(toy, lora_rank=2))
+    plain = harness.load_policy(settings(toy))
+    linear = {name for name, part in plain.model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert linear == {name for name, part in policy.model.named_modules() if hasattr(part, "lora_A")}
+
+
+def test_reference_moves_with_the_policy_where_logits_are_changed_after_the_head(toy, tmp_path):
+    run = started(toy, tmp_path / "run", lora_rank=4)
+    run.policy.head_is_all = False                                     # as of a family with soft caps
+    batch, reference = batch_of(run.tokenizer), run.load_reference()
+    before = logps(run.policy, batch)
+    moved(run.policy)
+    assert torch.equal(logps(reference, batch), before) and not torch.equal(logps(run.policy, batch), before)

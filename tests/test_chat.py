@@ -6,14 +6,15 @@ import pickle
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import common
 import harness
 from common import Sampled, UserError
-from conftest import llama_config
-from harness import stages
-from tasks import Pair, Ranking, chat, shapes
+from conftest import llama_config, settings
+from harness import loading, stages
+from harness.rewards import load_rewards
+from tasks import Pair, Ranking, Task, chat, shapes
 from tasks.chat import Prompt
 
 WORDS = ["<unk>", "<eos>", "<end>", "user", "model", "Hi", "Yes", "No", "Be", "brief",
@@ -200,3 +201,22 @@ def test_reward_model_learns_on_another_end_token_than_it_scores_on(tmp_path, mo
     training, last[:] = set.union(*last), []
     run.rewards["proxy"](run.task.prompts["train"][:2], ["Yes", "No"])
     assert training == set.union(*last) == {WORDS.index("<end>")}
+
+
+def test_reward_model_reads_the_template_of_the_policy(tmp_path):
+    tokenizer("{% for m in messages %}| {{ m.content }} <end> {% endfor %}"
+              "{% if add_generation_prompt %}| {% endif %}").save_pretrained(tmp_path)
+    config = llama_config(vocab_size=len(WORDS), num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    prompts = [chat.render(tokenizer(), ASK)]
+    config = harness.Config(model="policy", data="rows.jsonl", reward=str(tmp_path), max_length=64,
+                            max_new_tokens=4, device="cpu")
+    reward = load_rewards(config, Task("chat", {"train": prompts, "test": prompts}, chat=True))["proxy"]
+    assert prompts == ["user Hi <end> assistant "] and list(reward.render(prompts)) == ["| Hi <end> | "]
+
+
+def test_ends_of_the_models_own_are_lost(toy):
+    policy, reader = harness.load_policy(settings(toy)), harness.load_tokenizer(settings(toy))
+    for ids, more in (([5, 0, 3], [3, 5]), (4, [4]), (0, []), (None, [])):
+        policy.generation_config.eos_token_id = ids
+        assert loading.more_stop_ids(policy, reader) == more

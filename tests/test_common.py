@@ -972,3 +972,24 @@ def test_AF_schedule_of_two_rounds_starts_anew_at_resume(cut, tmp_path):
 def test_no_step_at_all_makes_no_optimizer(steps):
     optimizer, schedule = common.adamw(llama(), 0.1, steps, "cosine", 0.1)                       # --epochs 0
     assert schedule.get_last_lr() == [0.1] and optimizer.state_dict()["state"] == {}
+
+
+def test_soft_cap_that_small_logits_hide_is_left_out():
+    model = gemma2()
+    model.config.final_logit_softcapping = 1e4                   # the probe's logits change by less than 1e-6
+    assert not common.head_is_all(model, some_batch())
+
+
+def test_k_bos_of_a_chat_template_is_cut_from_a_long_prompt():
+    tokenizer = letters(max_length=8)
+    tokenizer.bos_token = "h"                                # written by the template, not by the tokenizer
+    assert common.prompt_ids(tokenizer, ["habcdefgabc"]) == [[8, 6, 7, 1, 2, 3]]
+
+
+def test_aa_samples_are_drawn_in_another_number_format_than_scored(tmp_path):
+    llama().save_pretrained(tmp_path)
+    model, seen = common.load_policy(tmp_path, "cpu", "bfloat16"), []
+    plain = model.generate
+    model.generate = lambda **inputs: seen.append(torch.is_autocast_enabled("cpu")) or plain(**inputs)
+    common.generate(model, letters(), ["ab"], max_new_tokens=2)
+    assert seen == [True]

@@ -965,3 +965,14 @@ dict(kind="matrix", matrix="matrix", arms=["steered"], title="matrix")])}
     last = image[:, image.shape[1] * 2 // 3:].reshape(-1, 3)
     strong = (last.max(1) - last.min(1) > 0.3).mean()               # colour in the matrix's panel
     assert strong > 0.02 if stored == "all" else strong == 0
+
+
+def test_what_measures_the_labels_is_a_cost(toy, tmp_path):
+    run, row = begun(toy, tmp_path), SimpleNamespace(prompt="a", responses=["b"], levels={"x": 1})
+
+    def predict(prompts, responses):
+        run.counts["tokens_scored_reward"] += 9
+        return [{"x": 3}]
+
+    assert harness.label_errors(run, [], [], [row], predict, None) == {"eval/predictor_error": 2}
+    assert run.counts["tokens_scored_reward"] == 0

@@ -902,3 +902,10 @@ def test_policy_that_learned_from_scores_of_the_data_is_not_scored_by_the_reward
     data = task(rankings={"train": rankings, "test": []})
     result = whole("own", data, lambda *rows: letters(*rows).float(), sources="P", bins=2)[0]
     assert len(result["calibration"]) == 2 and all("reward" in row for row in result["calibration"])
+
+
+def test_answers_of_other_writers_are_trained_on():
+    run = own({"p": [1.0, 2.0, 3.0], "q": [0.0, 4.0, 5.0]}, systems="x,z", validation=0.0)
+    named = [row._replace(systems=["x", "y", "z"]) for row in run.task.rankings["train"]]
+    run.task.rankings = {"train": named}
+    assert Counter(sample.responses[0] for sample in dt.offline_samples(run, None)[0]) == {"a": 2, "c": 2}

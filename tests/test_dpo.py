@@ -562,3 +562,20 @@ def test_curriculum_of_two_steps_does_not_end_with_hard_pairs_or_one_step_divide
     assert {pair.rejected for pair in easy} == {"c"} and {pair.rejected for pair in hard} == {"b"}
     (only,) = dpo.training_plan(dpo.Config(**options | {"batch_size": 8}), data)
     assert {pair.rejected for pair in only} == {"c"}
+
+
+def test_label_smoothing_is_not_in_the_loss_that_is_trained_on():
+    logps, ref = tensor([[-2.0, -3.0], [-0.5, -4.0]]), torch.zeros(2, 2, dtype=torch.float64)
+    for smoothing in (0.0, 0.2):
+        config = dpo.Config(beta=0.5, label_smoothing=smoothing)
+        losses, metrics = dpo.losses_and_metrics(config, logps, ref)
+        close(losses, dpo_loss(*logps.T, *ref.T, 0.5, smoothing)[0])
+        close(metrics["rewards/chosen"], [-1.0, -0.25])
+        close(metrics["rewards/rejected"], [-1.5, -2.0])
+
+
+def test_prompt_without_a_hard_pair_is_planned():
+    rows = [*rankings(7), Ranking("q9", ["strong9", "weak9"], [0.0, 0.0], ["strong", "weak"])]
+    data = Task("toy", {"train": [], "test": []}, rankings={"train": rows})
+    plan = dpo.training_plan(settings(epochs=1.0, batch_size=3, curriculum="hard_to_easy"), data)
+    assert sorted(pair.prompt for pairs in plan for pair in pairs) == [f"q{i}" for i in range(7)]

@@ -489,7 +489,8 @@ def test_options_that_are_not_given_keep_their_defaults(first_run, method):
     given = {flag.removeprefix("--") for flag in map(str, run.arguments) if flag.startswith("--")}
     defaults = {name: value for name, value in options(method).items()
                 if value is not None and name not in given}
-    assert args.keys() == {*options(method), "conversations", "build", "data_fingerprint"}
+    assert args.keys() == {*options(method), "conversations", "build", "data_fingerprint",
+                           "other_models"}
     assert args.items() >= defaults.items()
     name, value = own(method, "default", ("seed", 0))
     assert args[name] == value
@@ -1322,3 +1323,35 @@ def test_killed_build_goes_on_with_the_missing_proxy(built, tmp_path, monkeypatc
     old, new = (json.loads((path / "vitals.json").read_text(encoding="utf-8")) for path in (whole, half))
     assert new.pop("proxy accuracy") > 0.6 and new.pop("best-of-16 gold, by proxy") > 0.3
     assert new.pop("seconds") and new.items() <= old.items() and len(new) > 4
+
+
+@every
+def test_order_does_not_follow_the_seed_or_warmup_is_ignored(train, monkeypatch, method):
+    seeds, made, order, adamw = [], [], harness.shuffled_batches, common.adamw
+    monkeypatch.setattr(harness, "shuffled_batches", lambda *args: seeds.append(args[3]) or order(*args))
+
+    def note(model, lr, steps, schedule="constant_with_warmup", warmup=0.1):
+        made.append((lr, schedule, warmup))
+        return adamw(model, lr, steps, schedule, warmup)
+
+    monkeypatch.setattr(common, "adamw", note)
+    run = train(method, "--seed", 7, "--schedule", "linear", "--warmup", 0.25)
+    assert run.status == 0, run.err
+    assert {*seeds} == {7} and (1e-3, "linear", 0.25) in made
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ON_POLICY])
+def test_tokens_trained_are_not_those_that_were_read(train, toy_reward, monkeypatch, method):
+    read, runs, plain, finish = [], [], harness.Run.microbatches, harness.Run.finish
+
+    def note(run, rows):
+        for part, batch in plain(run, rows):
+            read.append(int(batch.attention_mask.sum()) * torch.is_grad_enabled())
+            yield part, batch
+
+    monkeypatch.setattr(harness.Run, "microbatches", note)
+    monkeypatch.setattr(harness.Run, "finish", lambda run: runs.append(run) or finish(run))
+    flags = ["--labels", "human", "--rounds", 0] if method == "steerlm" else []
+    run = train(method, "--reward", toy_reward, *flags)
+    assert run.status == 0, run.err
+    assert runs[0].counts["tokens_trained"] == sum(read) > 0

@@ -13,7 +13,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import common
 import dpo
@@ -101,8 +101,8 @@ def test_killed_write_leaves_half_a_file(tmp_path, monkeypatch):
         harness.write_json(path, {"b": [1, object()]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
 
-    def full_disk(self, text, encoding=None):
-        with open(self, "w", encoding=encoding) as file:
+    def full_disk(self, text, encoding=None, errors=None):
+        with open(self, "w", encoding=encoding, errors=errors) as file:
             file.write(text[:3])
         raise OSError("no space left")
 
@@ -761,7 +761,7 @@ def test_method_that_never_samples_reports_a_speed_of_sampling(toy, tmp_path, ca
 @pytest.mark.parametrize("n_steps, shares", [(0, []), (2, ["67"])])
 def test_sampling_for_a_metric_counts_as_training(toy, tmp_path, monkeypatch, capsys, clock, n_steps, shares):
     """As ReMax measures its variance; also with no step at all (--epochs 0), where no share can be formed."""
-    run = started(toy, tmp_path, quiet=False)
+    run = started(toy, tmp_path, quiet=False, epochs=float(n_steps))
     slow(monkeypatch, clock, common, "generate", 2)
 
     def measure():
@@ -864,3 +864,35 @@ def test_names_of_the_harness_are_other_objects_than_those_of_common_or_tasks():
     assert harness.UserError is common.UserError and harness.warn is common.warn
     for name in ("write_json", "Pair", "Ranking", "Demonstration"):
         assert getattr(harness, name) is getattr(tasks, name)
+
+
+def test_gold_takes_a_cut_off_answer_for_a_whole_one_or_eos_rate_counts_the_others(toy):
+    config, seen = settings(toy, eval_samples=16), []
+    task = pair_task(lambda prompt, text, ended: seen.append((text, ended)) or float(ended))
+    metrics, _ = evaluate(config, task, harness.load_policy(config), harness.load_tokenizer(config), {})
+    assert {ended for _, ended in seen} == {True, False}
+    assert all(len(text) == 5 for text, ended in seen if not ended)
+    share = sum(ended for _, ended in seen) / len(seen)
+    assert metrics["eval/gold"] == pytest.approx(share) and abs(share - 0.5) > 0.05
+    assert metrics["eval/eos_rate"] == pytest.approx(share)
+
+
+def test_distinct_2_is_not_the_share_of_different_pairs_of_neighbours(toy, monkeypatch):
+    config = settings(toy, eval_prompts=1, eval_samples=3)
+    monkeypatch.setattr(common, "decode", lambda tokenizer, batch: ["a b a b", "a b", "c"])
+    policy, reader = harness.load_policy(config), harness.load_tokenizer(config)
+    metrics, _ = evaluate(config, pair_task(), policy, reader, {})
+    assert metrics["eval/distinct_2"] == 2 / 4
+
+
+def test_saved_tokenizer_keeps_the_limit_of_the_run(toy, tmp_path):
+    dpo_run(toy, tmp_path / "run", max_length=32)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").model_max_length == 64
+
+
+def test_other_test_data_are_resumed_on(toy, tmp_path):
+    found = []
+    for text in ("a", "b"):
+        (tmp_path / "test.jsonl").write_text(text, encoding="utf-8")
+        found.append(toy_run(toy, test_data=str(tmp_path / "test.jsonl")).origin["data_fingerprint"])
+    assert found[0] != found[1]

@@ -3,6 +3,7 @@
 Models are random, over three letters and EOS = PAD = 0; nearly all run in float64, so that tolerances
 can be tight.
 """
+import contextlib
 import copy
 import itertools
 import json
@@ -697,3 +698,22 @@ def test_default_minibatch_is_not_half_of_a_rollout():
     for batch_size, minibatch_size in ((128, 64), (10, 5), (9, 9), (15, 15), (2, 1), (1, 1)):
         assert ppo.Config(batch_size=batch_size).minibatch_size == minibatch_size
     assert ppo.Config(batch_size=12, minibatch_size=4).minibatch_size == 4
+
+
+def test_single_token_that_bfloat16_moves_stops_the_run(toy, tmp_path):
+    run, reference, value_model = prepared(toy, tmp_path)
+    old = ppo.collect(run, PROMPTS, count_a, reference, value_model)
+    row, column = old.mask.nonzero()[0]
+    old.logps[row, column] += 0.3
+    for dtype in (torch.bfloat16, torch.float32):
+        run.policy.compute_dtype = dtype
+        with contextlib.nullcontext() if dtype == torch.bfloat16 else pytest.raises(AssertionError):
+            ppo.update(run, old, torch.arange(7), run.trained, NO_STEP, NO_STEP, first=True)
+
+
+def test_lambda_of_gae_is_not_the_option(toy, tmp_path, monkeypatch):
+    seen = []
+    spy(monkeypatch, ppo, "gae", lambda _, *args: seen.append(args[3:]))
+    run, *models = prepared(toy, tmp_path, gamma=0.9, lam=0.5)
+    ppo.collect(run, PROMPTS, count_a, *models)
+    assert seen == [(0.9, 0.5)]

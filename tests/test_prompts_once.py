@@ -188,3 +188,10 @@ def test_model_that_shares_prompts_stays_in_memory(toy):
         assert left() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("chunk, used", [(50, True), (49, False)])
+def test_prompts_are_shared_beyond_a_chunk_of_attention(chunk, used):
+    model = model_of("Llama", GROUPED)
+    model.config.attention_chunk_size = chunk
+    assert (worthwhile(model, batch_of((40,), (10, 10)).compact()) is not None) == used

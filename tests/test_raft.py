@@ -536,3 +536,16 @@ def test_AE_runs_differ_under_one_seed_or_agree_under_two_or_prompt_noise_counts
     gain = first[0]["eval/proxy"] - first[0]["trace"][0]["eval/proxy"]
     assert first[0]["gain_per_sqrt_log_k"] == pytest.approx(gain / math.sqrt(math.log(3)))
     assert "gain_per_sqrt_log_k" not in whole("one", candidates=1)[0]
+
+
+def test_older_labels_outnumber_the_new_ones(toy, tmp_path, monkeypatch):
+    run, seen = begun(toy, tmp_path / "run", refresh=True), []
+    older = [Pair("ab", "c" * i, "d") for i in range(1, 9)]
+    run.task.annotate, run.state = (lambda prompt, a, b, rng: True), {"labels": older}
+    monkeypatch.setattr(harness, "sample_rankings", lambda run, prompts, n: [Ranking("h", ["a", "b"], [])])
+    monkeypatch.setattr(harness, "train_reward_model", lambda model, tokenizer, pairs, recipe, counts:
+                        seen.append((pairs, recipe.lr, recipe.batch_size, recipe.schedule)))
+    raft.refresh(run, SimpleNamespace(model=run.policy, tokenizer=None), PROMPTS, 0)
+    (pairs, *recipe), = seen
+    assert pairs[0] == Pair("h", "a", "b") and len(pairs) == 2 and pairs[1] in older
+    assert recipe == [1e-3, 32, "cosine"] and run.state["labels"] == [*older, pairs[0]]

@@ -11,10 +11,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 import common
 from common import UserError
-from conftest import settings
+from conftest import save_toy, settings, started
 from harness import loading
 from harness.rewards import EncoderReward
-from harness.run import as_it_came
+from harness.run import as_it_came, save_policy
 from tasks import Demonstration, Pair, Ranking, Task, preferences, words
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -193,3 +193,12 @@ def test_code_in_a_checkpoint_is_run_or_asked_for(toy, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(UserError, match="^cannot load a model from "):
         common.load_policy(tmp_path / "model", "cpu")
+
+
+def test_policy_is_saved_in_another_type_than_it_came(tmp_path, toy):
+    path = save_toy(tmp_path / "half")
+    common.load_policy(path, "cpu").bfloat16().save_pretrained(path)
+    for model, dtype in ((path, torch.bfloat16), (toy, torch.float32)):
+        run = started(toy, tmp_path / f"run {dtype}", model=str(model))
+        save_policy(run.policy, tmp_path / f"{dtype}", 0)
+        assert loading.saved_dtype(settings(toy, policy=str(tmp_path / f"{dtype}"))) == dtype

@@ -506,3 +506,10 @@ def test_AE_runs_differ_under_one_seed_or_agree_under_two(toy, tmp_path, monkeyp
     losses = {name: [line for line in text.splitlines() if '"loss"' in line] for name, text in rows.items()}
     assert rows["a"] == rows["b"] and losses["a"] == losses["c"] and len(losses["a"]) >= 2
     assert not set(losses["a"]) & set(losses["d"])
+
+
+def test_pairs_are_drawn_alike_under_every_seed(toy, tmp_path):
+    run, found = begun(toy, tmp_path / "run", num_samples=4), []
+    for run.config.seed in (0, 1, 0):
+        found.append(rso.collect_pairs(run))
+    assert found[0] == found[2] != found[1]

@@ -380,7 +380,9 @@ def test_judge_is_a_model_or_is_asked_for_another_texts_opinion():
 
 def test_judge_of_the_embedded_task_is_no_person_or_another_one_under_each_label_noise(toy, monkeypatch):
     monkeypatch.setattr(build, "proxy", lambda config: "the proxy")
-    decoder = SimpleNamespace(model=SimpleNamespace(score="a head"))
+    embeddings = SimpleNamespace(num_embeddings=9)
+    decoder = SimpleNamespace(model=SimpleNamespace(score="a head", get_input_embeddings=lambda: embeddings),
+                              tokenizer=harness.load_tokenizer(settings(toy)))
     monkeypatch.setattr(common, "load_reward_model", lambda path, *args: {"the proxy": decoder}[path])
     monkeypatch.setattr(harness.rewards, "check_checkpoint", lambda path, policy: None)
     task = Task("reviews", {}, opinion=functools.partial(reviews.opinion, seed=3), gold=reviews.gold)
@@ -896,3 +898,24 @@ def test_judge_of_the_task_is_another_person_for_the_same_text_or_the_same_under
     row, text = unbuilt.prompt, unbuilt.texts[0]
     first, again, other = (build.load_task(Config(seed=seed)).opinion(row, text) for seed in (0, 0, 1))
     assert first == again == reviews.opinion(row, text, 0) != other
+
+
+@pytest.mark.parametrize("noise", ["prompt", "response"])
+def test_noise_is_left_out_where_the_data_scores_itself(toy, monkeypatch, noise):
+    monkeypatch.setattr(harness.samples, "reward_to_maximise", lambda run: "the reward")
+    run = toy_run(toy, Task("toy", {"train": ["a"], "test": ["b"]}), reward_noise=noise)
+    assert harness.candidate_reward(run, "P") == "the reward"
+
+
+def test_limit_or_columns_do_not_reach_the_data(toy, tmp_path):
+    rows = [{"question": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in PAIRS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = settings(toy, data=str(tmp_path / "rows.jsonl"), columns="prompt=question", limit=7)
+    prompts = harness.load_task(config).prompts
+    assert sorted(prompts["train"] + prompts["test"]) == sorted(p.prompt for p in PAIRS[:7])
+
+
+def test_reward_model_that_read_shorter_texts_or_had_an_adapter_is_taken_from_the_cache(toy):
+    paths = {harness.trained_path(settings(toy, reward_lr=1e-3, **other), PAIRS)
+             for other in ({}, dict(max_length=32), dict(lora_rank=4), dict(lora_rank=8))}
+    assert len(paths) == 4

@@ -478,7 +478,7 @@ def test_demonstrations_without_ratings_are_left_out_or_too_many_or_trained_with
 
 
 def test_step_3_starts_from_another_model_or_before_is_that_of_the_base(whole, toy, monkeypatch):
-    def fresh(config, policy):
+    def fresh(config, policy=None):
         model = harness.load_policy(settings(toy))
         torch.manual_seed(7)
         for weight in model.parameters():
@@ -996,3 +996,8 @@ def test_policy_with_tags_cannot_begin_from_the_base(toy, tmp_path):
     policy.resize_token_embeddings(12)
     with pytest.raises(UserError, match="has 12 embeddings, the base model 9: give --start policy"):
         harness.load_base(settings(toy, model=str(toy)), policy)
+
+
+def test_steering_is_judged_by_the_prediction_model_where_the_truth_is_known(whole):
+    rows = whole("run", task(attributes=lambda prompt, text: {"as": 3, "bs": 5}), rounds=0).result["steering"]
+    assert [row["as"] for row in rows["as"]] == [3] * 4 and [row["bs"] for row in rows["as"]] == [5] * 4

@@ -199,3 +199,8 @@ def test_script_has_no_prompt(method, toy, monkeypatch):
     monkeypatch.setattr(rewards.sys, "argv", [f"{method}.py", "--prompt", "hello"])
     harness.main(module.Config, module.train)
     assert asked == [("hello", method)]
+
+
+def test_gold_of_the_user_is_maximised(toy, mine, no_traces):
+    with pytest.raises(UserError, match="--reward gold: only the embedded task"):
+        started(toy, mine / "run", gold="my_rewards:letters", reward="gold")
