@@ -54,7 +54,7 @@ class Config(harness.Config):
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("cosine", "of the learning rate")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
     start: Optional[Literal["base", "policy"]] = option(
-        None, "step 3 trains --model (base) or --policy (default: tiny base, the paper's; else policy)")
+        None, "step 3 trains --model (base) or --policy (default: base for tiny without --policy)")
     demonstrations: int = option(
         23000, "how many of the demonstrations count (0: rated responses alone)", "[0, inf)")
     rated: int = option(4096, "embedded task: how many of the demonstrations people have rated", "[0, inf)")

@@ -177,7 +177,8 @@ def kept(run, name, make):
             warn(f"{run.out / name}.pt cannot be read: made anew")
     began, value = time.time(), make()
     if time.time() - began > SLOW_SECONDS and ranks.first():
-        run.begin()
+        if not run.resumes:                           # else its files are there, with the steps to go on from
+            run.begin()
         torch.save((value, run.counts), run.out / f"{name}.part")
         (run.out / f"{name}.part").replace(run.out / f"{name}.pt")
     return value

@@ -2,6 +2,8 @@
 
 experiments/which.py holds the sentences and what they rest on; the numbers come from results/comparison.json.
 """
+import math
+
 from experiments.comparison import SECOND_SEEDS, SEEDS
 from experiments.which import SURPRISES, WHICH
 from referee import side_by_side
@@ -43,10 +45,10 @@ def compare(collected, situation, metric, arm, op, other, margin=0.0):
 def number(collected, zh, *part):
     """What was measured on the first seeds and, where two of them or more are run, on the second."""
     first, second = (compare(arms, *part) for arms in collected)
-    if first.mean != first.mean:                                     # nan: not run, or not measured
+    if math.isnan(first.mean):                                       # not run, or not measured
         return NOT_RUN[zh]
     again = AGAIN[zh].format(plus_minus(second.mean, second.half, "+"))
-    known = second.n > 1 and second.mean == second.mean
+    known = second.n > 1 and not math.isnan(second.mean)
     return plus_minus(first.mean, first.half, "+") + again * known
 
 

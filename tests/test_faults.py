@@ -454,6 +454,21 @@ def test_step_0_is_written_twice_or_kept_samples_are_to_be_deleted(toy, tmp_path
     assert resumed == straight
 
 
+def test_samples_that_are_drawn_again_cut_the_metrics(toy, tmp_path, monkeypatch):
+    """There is a checkpoint, and the file of the samples is lost: they are slow again."""
+    monkeypatch.setattr(directory, "SLOW_SECONDS", -1)
+    config = settings(toy, pro.Config, out=str(tmp_path / "run"), reward=f"{count.__module__}:count",
+                      sources="D", candidates=3, epochs=1.0, save_every=1)
+    with killed_after(3):
+        harness.launch(pro.train, config)
+    next((tmp_path / "run").glob("candidates*.pt")).unlink()
+    harness.launch(pro.train, dataclasses.replace(config, resume=True))
+    harness.launch(pro.train, dataclasses.replace(config, out=str(tmp_path / "straight")))
+    straight, resumed = ((tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")
+                         for name in ("straight", "run"))
+    assert resumed == straight
+
+
 def count(prompts, responses):
     return [text.count("a") + 0.1 * len(text) for text in responses]
 

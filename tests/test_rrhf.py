@@ -13,7 +13,7 @@ import torch
 import common
 import harness
 import rrhf
-from conftest import cases, close, parameters, rand, sgd, tensor
+from conftest import cases, close, killed_after, parameters, rand, sgd, tensor
 from harness import UserError
 from rrhf import rank_loss, rrhf_loss
 from tasks import Pair, Ranking, Task
@@ -427,18 +427,10 @@ def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
 def test_AF_resumed_round_takes_the_candidates_of_the_round_before(trained, tmp_path, monkeypatch):
     """Candidates that took minutes are kept in a file; killed in round 1, the run draws those of round 2."""
     monkeypatch.setattr(harness.directory, "SLOW_SECONDS", -1)
-    options, log = dict(sources="DP", rounds=2, epochs=2.0, save_every=2), harness.Run.log
+    options = dict(sources="DP", rounds=2, epochs=2.0, save_every=2)
     straight = trained("straight", **options)
-
-    def kill(run, step, metrics):
-        log(run, step, metrics)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            trained("killed", **options)
+    with killed_after(2):
+        trained("killed", **options)
     resumed = trained("killed", resume=True, **options)
     assert torch.equal(parameters(resumed.policy), parameters(straight.policy))
     assert resumed.state["rankings"] == straight.state["rankings"]
