@@ -26,14 +26,14 @@ PROMPTS = 96                                 # train prompts of a seed, of those
 SHARED = {"lora_rank": 16, "max_length": 256, "max_new_tokens": 40, "token_budget": 1024, "eval_prompts": 64,
           "eval_samples": 2}
 
-PROXY = {"lr": 5e-4, "epochs": 3.0, "batch_size": 8, "schedule": "linear"}           # once for each seed
+PROXY = {"lr": 5e-4, "epochs": 2.0, "batch_size": 8, "schedule": "linear"}           # once for each seed
 
 DPO = {"method": "dpo"}
 ARMS = {
     "SFT": dict(about="the chat model as it came", **DPO, epochs=0.0),
     "best of 8": dict(about="the model, asked 8 times; the proxy chooses", method="referee.best_of_n", n=8,
                       eval_samples=1),
-    "DPO": dict(about="pairs of the model's answers, judged by annotators", **DPO, lr=3e-4, epochs=2.0,
+    "DPO": dict(about="pairs of the model's answers, judged by annotators", **DPO, lr=3e-4, epochs=1.0,
                 batch_size=8),
     "RRHF": dict(about="4 new answers to each prompt, ranked by the proxy", method="rrhf", sources="D",
                  candidates=4, lr=5e-4, epochs=1.0, batch_size=8),

@@ -13,6 +13,7 @@ writes, from samples of the model, pairs.jsonl (chosen and rejected by annotator
 (levels of obedience and length) and test.jsonl (prompts). `--reward tasks.verifiable:reward` is gold itself.
 """
 import argparse
+import itertools
 import json
 import math
 import random
@@ -132,13 +133,17 @@ def split(prompts, n_test, seed):
 
 
 def judged(prompts, answers, seed):
-    """(pairs, rated), rows of the answers [N][k] to the prompts [N]: every second one meets the next."""
+    """(pairs, rated), rows of the different answers [N][<=k] to the prompts [N].
+
+    Each two answers to a prompt are compared (Ouyang et al. 2022, 3.5); those of equal gold make no pair.
+    """
     rng, pairs, rated = random.Random(f"annotators {seed}"), [], []
     for prompt, texts in zip(prompts, answers):
+        texts = [text for text in dict.fromkeys(texts) if text.strip()]
         rated += [{"prompt": prompt, "completion": text, "attributes": levels(prompt, text, rng)}
-                  for text in dict.fromkeys(texts) if text.strip()]
-        for a, b in zip(texts[::2], texts[1::2]):
-            if a.strip() and b.strip() and gold(prompt, a) != gold(prompt, b):
+                  for text in texts]
+        for a, b in itertools.combinations(texts, 2):
+            if gold(prompt, a) != gold(prompt, b):
                 better, worse = (a, b) if prefers_first(gold(prompt, a), gold(prompt, b), rng) else (b, a)
                 pairs.append({"prompt": prompt, "chosen": better, "rejected": worse})
     return pairs, rated

@@ -101,7 +101,9 @@ def test_judged_answers_lose_their_prompt_or_compare_equals():
                ["a river runs", "a river runs", "", "a b c"]]
     pairs, rated = judged(prompts, answers, 0)
     assert [row["prompt"] for row in rated] == [prompts[0]] * 4 + [prompts[1]] * 2
-    assert [{row["chosen"], row["rejected"]} for row in pairs] == [{"is it so?", "it is so"}]
+    assert [{row["chosen"], row["rejected"]} for row in pairs] == [
+        {"is it so?", "it is so"}, {"is it so?", "so it is"}, {"is it so?", "it was so"},
+        {"a river runs", "a b c"}]
     many, _ = judged([prompts[0]] * 500, [["is it so?", "it is so"]] * 500, 0)
     assert sum(row["chosen"] == "is it so?" for row in many) / 500 == pytest.approx(0.886, abs=0.05)
     assert (pairs, rated) == judged(prompts, answers, 0)
