@@ -781,6 +781,17 @@ def test_f_dropout_stays_on_after_load(make, dropout, tmp_path):                
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
 
 
+def test_f_dropout_that_a_class_hard_codes_stays_on(tmp_path):                                             # F
+    class Dropping(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.norm = torch.nn.Sequential(self.model.norm, torch.nn.Dropout(0.5))
+
+    Dropping(llama().config).save_pretrained(tmp_path)
+    model, batch = common.load(Dropping, tmp_path, **CPU).train(), some_batch()
+    assert torch.equal(common.token_logps(model, batch), common.token_logps(model, batch))
+
+
 @both
 def test_f_value_model_drops_out_or_starts_off_zero(make, tmp_path):                                       # F
     make().save_pretrained(tmp_path)

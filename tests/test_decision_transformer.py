@@ -729,6 +729,10 @@ def test_what_is_asked_for_is_not_the_best_on_the_validation_prompts_or_is_chose
         assert attributes_of(whole.out)["asked"] == level
         assert whole.asked[-1] == [f"d<reward:{level}>", f"ee<reward:{level}>"]
 
+    calls.clear()
+    whole("few", eval_prompts=1)
+    assert [prompts for _, prompts in calls] == [apart * 4, ["d"]]
+
     def cut(run):
         raise KeyboardInterrupt
 
@@ -738,6 +742,14 @@ def test_what_is_asked_for_is_not_the_best_on_the_validation_prompts_or_is_chose
             whole("cut", save_every=1)
     whole("cut", save_every=1, resume=True)                         # every step is done
     assert not whole.steps and attributes_of(whole.out)["asked"] == 1
+
+
+@pytest.mark.parametrize("objective", ["dt", "rwr"])
+def test_logged_nll_is_the_weighted_loss(whole, objective):
+    _, metrics, _ = whole("run", objective=objective, beta=0.5)
+    steps = [row for row in map(json.loads, metrics.splitlines()) if "loss" in row]
+    different = [row["loss"] != pytest.approx(row["nll"], rel=1e-3) for row in steps]
+    assert steps and any(different) == (objective == "rwr")
 
 
 def test_attributes_are_not_saved_or_saved_of_a_policy_that_reads_none(whole, toy):

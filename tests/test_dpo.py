@@ -239,6 +239,8 @@ def test_AC_easy_to_hard_does_not_go_from_easy_to_hard():
 def test_AC_plan_is_not_reproducible_or_ignores_the_seed():
     first, again, other = (dpo.training_plan(settings(seed=seed), task()) for seed in (3, 3, 4))
     assert first == again != other
+    hard = [[pair.rejected.startswith("medium") for pair in sum(plan, [])] for plan in (first, other)]
+    assert hard[0] != hard[1]                                        # not only the order of the prompts
 
 
 def test_AC_hard_pairs_equal_to_pairs_change_the_plan():

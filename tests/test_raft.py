@@ -441,7 +441,7 @@ def test_refresh_trains_the_evaluations_proxy_or_on_old_samples_or_the_wrong_way
     monkeypatch.setattr(harness, "train_reward_model", fit_and_note)
     monkeypatch.setattr(raft, "collect", note_rater)
     old = [Pair("ab", "c", "d"), Pair("h", "e", "f")]
-    whole("run", task(annotate=annotate, pairs={"train": old}), refresh=True, prompts=8)
+    result, *_ = whole("run", task(annotate=annotate, pairs={"train": old}), refresh=True, prompts=8)
     model, before, run = rater[0]
     assert torch.equal(parameters(whole.proxy.model), before) and not torch.equal(parameters(model), before)
     assert [n for n, *_ in sampled] == [2, 3, 2, 3] and not torch.equal(sampled[0][1], sampled[2][1])
@@ -452,6 +452,7 @@ def test_refresh_trains_the_evaluations_proxy_or_on_old_samples_or_the_wrong_way
     assert seen[0] == labelled[0] + seen[0][len(new[0]):] and sorted(seen[0][len(new[0]):]) == sorted(old)
     assert seen[1][:len(new[1])] == labelled[1] and set(seen[1][len(new[1]):]) <= {*old, *labelled[0]}
     assert run.state["labels"] == old + labelled[0] + labelled[1]
+    assert result["new_labels"] == len(labelled[0] + labelled[1])
 
 
 def test_evaluation_is_compared_with_another_rounds_rewards_or_with_older_samples(whole):

@@ -417,6 +417,15 @@ def test_best_of_n_comparison_is_wrong_or_made_with_another_reward(trained):
 
 # ------------------------------------------------------------------------------------------------- whole runs
 
+def test_more_held_out_pairs_are_scored_than_eval_pairs_allows(trained, monkeypatch):
+    monkeypatch.setattr(common, "adamw", no_step)
+    for number in (1, 2):
+        run = trained(str(number), eval_pairs=number)
+        scores = [plain_score(run.policy, pair.prompt, pair.responses[0], True) for pair in PAIRS[:number]]
+        want = -sum(logp.item() for logp, _ in scores) / sum(length for _, length in scores)
+        assert run.trace[-1]["eval/nll"] == pytest.approx(want, abs=1e-5)
+
+
 def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
     runs = [trained(name, sources="DP", rounds=2, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     first, again, other = ((run.out / "metrics.jsonl").read_text(encoding="utf-8") for run in runs)
