@@ -90,6 +90,7 @@ def phases(shape, trained, frozen, processes=1, tokens=TOKENS, responses=RESPONS
     weights = 4 * (whole + shape.body + (frozen - 1) * shape.weights) / processes
     if rank:                                                      # the reference is the policy's own network
         weights += 4 * (own - (frozen - 1) * shape.weights)
+        weights -= 2 * half * trained * shape.layers * shape.layer              # these are stored in bfloat16
     moments, gradients = 8 * own / processes, 4 * own / processes
     states = weights + moments
 
@@ -100,16 +101,17 @@ def phases(shape, trained, frozen, processes=1, tokens=TOKENS, responses=RESPONS
     logits = 4 * 4 * chunk * shape.words                          # scaled, and two gradients and their sum
 
     shards, full = processes > 1, 0 if rank else 4                # bytes of a weight's gradient
+    cast = 0 if rank else 2 * half                                # bytes of a copy that autocast keeps
     if shards:
         head, table = (4 + full + full) * shape.table, 12 * shape.table     # weights, gradient, its copy
         layer = 4 * 4 * shape.layer + 4 * shape.table             # this and the next, gradient, its copy
     else:
         head = table = full * shape.table
         layer = full * shape.hidden * shape.inner
-    copies = 2 * half * (shape.layer if shards and checkpointing else shape.weights)      # autocast's
+    copies = cast * (shape.layer if shards and checkpointing else shape.weights)
     return {
         "head": states + gradients + kept + max(copies, head + logits + 2 * half * shape.table),
-        "layer": states + gradients + kept + within + layer + 2 * half * (
+        "layer": states + gradients + kept + within + layer + cast * (
             shape.layer if checkpointing else shape.weights),
         "embeddings": states + gradients + table,
         "optimizer": states + gradients + (4 * own if foreach else 8 * shape.table) / processes,

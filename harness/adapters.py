@@ -8,6 +8,8 @@ import json
 import warnings
 from pathlib import Path
 
+import torch
+
 import common
 from common import UserError
 
@@ -50,6 +52,19 @@ def add(model, rank, kind=None):
             keep(model, peft.get_peft_model(model, settings, TRAINED))
     except ValueError as error:                                              # Mamba's layers, for one
         raise UserError(f"no LoRA for {type(model).__name__} ({error}): leave out --lora_rank") from None
+    if kind is None:                                     # a reward model is merged and saved: all its digits
+        change_frozen(model, model.compute_dtype)
+
+
+def change_frozen(model, dtype):
+    """Change the type of the frozen weights beside adapters to the one that passes compute in.
+
+    Autocast keeps no cast of a weight without gradient: it would cast all of them at every sampled token. The
+    products are the same, and these weights take half the memory. Norms, embeddings, LM head are left alone.
+    """
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.to(dtype)
 
 
 def keep(model, handle):
@@ -73,7 +88,10 @@ def load(path, rank, device, dtype):
             handle.load_adapter(path, TRAINED, is_trainable=True)
             handle.set_adapter(TRAINED)
     keep(policy, handle)
-    return policy if rank else merge(policy)
+    if not rank:
+        return merge(policy)
+    change_frozen(policy, policy.compute_dtype)
+    return policy
 
 
 def trained_weights(model):
@@ -83,7 +101,8 @@ def trained_weights(model):
 
 
 def merge(model):
-    """Add the active adapter to the weights, and take it out of the model, which is returned."""
+    """Add the active adapter to the weights, in float32, and take it out of the model, which is returned."""
+    change_frozen(model, torch.float32)
     return model.__dict__.pop("adapter").merge_and_unload().requires_grad_(True)
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM,
+                          LlamaForSequenceClassification)
 
 pytest.importorskip("peft")
 
@@ -49,6 +50,44 @@ def test_training_starts_elsewhere_or_trains_more_than_the_adapter(toy):
     assert layers.lora_A["default"].weight.shape == (4, 16) and layers.scaling["default"] == 2
     optimizer, _ = common.adamw(policy, 1e-3, 10)
     assert len(optimizer.param_groups[0]["params"]) == len(names)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_frozen_weights_are_cast_at_every_token_or_their_type_changes_numbers(family, tmp_path, monkeypatch):
+    path, found = save_toy(tmp_path / "toy"), {}
+    if family == "gpt2":                                                     # its layers are of another class
+        config = GPT2Config(vocab_size=9, n_embd=16, n_layer=2, n_head=2, n_positions=96, eos_token_id=0,
+                            pad_token_id=0, initializer_range=0.3)
+        GPT2LMHeadModel(config).save_pretrained(path)
+    batch = batch_of(harness.load_tokenizer(settings(path)))
+    for kind in ("as stored", "as computed"):
+        with monkeypatch.context() as patch:
+            if kind == "as stored":
+                patch.setattr(adapters, "change_frozen", lambda model, dtype: None)
+            torch.manual_seed(0)
+            policy = moved(harness.load_policy(settings(path, lora_rank=4, dtype="bfloat16")))
+        common.sequence_logps(policy, batch).sum().backward()
+        reference = loading.load_reference(settings(path, lora_rank=4), policy)
+        found[kind] = [logps(policy, batch), logps(reference, batch),
+                       *(weight.grad for weight in policy.parameters() if weight.requires_grad)]
+    assert len(found["as stored"]) > 4 and all(map(torch.equal, *found.values()))
+    layers = [module.base_layer for module in policy.modules() if hasattr(module, "base_layer")]
+    beside = {id(weight) for layer in layers for weight in layer.parameters()}
+    assert layers and {weight.dtype for layer in layers for weight in layer.parameters()} == {torch.bfloat16}
+    assert {w.dtype for w in policy.parameters() if id(w) not in beside} == {torch.float32}
+
+    saved = tmp_path / "saved"
+    adapters.save(policy, saved)
+    again = adapters.load(saved, 4, "cpu", "bfloat16")
+    assert torch.equal(logps(again, batch), found["as computed"][0])
+    assert {weight.dtype for weight in adapters.merge(policy).parameters()} == {torch.float32}
+    whole = adapters.load(saved, 0, "cpu", "float32")
+    assert {weight.dtype for weight in whole.parameters()} == {torch.float32}
+    original = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    kept = harness.load_policy(settings(path, lora_rank=4)).state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in original.items() if name in kept)
+    assert all(torch.equal(kept[name.replace(".weight", ".base_layer.weight")], weight)
+               for name, weight in original.items() if name.replace(".weight", ".base_layer.weight") in kept)
 
 
 def test_reference_is_a_copy_or_moves_with_the_policy(toy, tmp_path):
