@@ -36,18 +36,18 @@ ARMS = {
     "DPO": dict(about="pairs of the model's answers, judged by annotators", **DPO, lr=3e-4, epochs=1.0,
                 batch_size=8),
     "RRHF": dict(about="4 new answers to each prompt, ranked by the proxy", method="rrhf", sources="D",
-                 candidates=4, lr=5e-4, epochs=1.0, batch_size=8),
+                 candidates=4, lr=5e-4, epochs=2.0, batch_size=8),
     "RAFT": dict(about="in 3 rounds, the best of 4 new answers to each of 32 prompts", method="raft",
                  rounds=3, prompts=32, candidates=4, lr=1e-3, epochs=2.0, batch_size=8),
     "ReMax": dict(about="a new answer to each prompt, with a greedy one as its baseline", method="remax",
-                  lr=5e-4, epochs=1.0, batch_size=8),
+                  lr=5e-4, epochs=4.0, batch_size=8),
     "PPO": dict(about="a new answer to each prompt, two passes over it, a value model", method="ppo",
-                lr=5e-4, epochs=1.0, batch_size=16, minibatch_size=8, ppo_epochs=2),
+                lr=5e-4, epochs=3.0, batch_size=16, minibatch_size=8, ppo_epochs=2),
     "Decision Transformer": dict(about="the rated answers, scored by the proxy in their place", rows="rated",
                                  method="decision_transformer", sources="S", bins=3, validation=0.0,
-                                 lr=1e-3, epochs=1.0, batch_size=8),
+                                 lr=1e-3, epochs=2.0, batch_size=8),
     "SteerLM": dict(about="the rated answers with their annotators' ratings", rows="rated", method="steerlm",
-                    labels="human", quality="obedience", lr=1e-3, epochs=1.0, batch_size=8),
+                    labels="human", quality="obedience", lr=1e-3, epochs=2.0, batch_size=8),
 }
 
 QUICK = dict(
