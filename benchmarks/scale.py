@@ -90,7 +90,8 @@ def phases(shape, trained, frozen, processes=1, tokens=TOKENS, responses=RESPONS
     weights = 4 * (whole + shape.body + (frozen - 1) * shape.weights) / processes
     if rank:                                                      # the reference is the policy's own network
         weights += 4 * (own - (frozen - 1) * shape.weights)
-        weights -= 2 * half * trained * shape.layers * shape.layer              # these are stored in bfloat16
+    if processes == 1:                                            # frozen layers are in bfloat16
+        weights -= 2 * half * (1 + trained if rank else frozen) * shape.layers * shape.layer
     moments, gradients = 8 * own / processes, 4 * own / processes
     states = weights + moments
 

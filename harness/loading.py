@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
                           AutoModelForSequenceClassification)
+from transformers.pytorch_utils import Conv1D
 
 import common
 from common import UserError
@@ -213,9 +214,22 @@ def load_reference(config, policy=None):
         return adapters.Reference(policy)
     path = policy_path(config)
     if adapters.settings_of(path):
-        return shared(config, shards.load(
-            config, lambda *place: adapters.load(path, 0, *place).requires_grad_(False)))
-    return shared(config, shards.load(config, lambda *place: common.load_reference(path, *place)))
+        model = shards.load(config, lambda *place: adapters.load(path, 0, *place).requires_grad_(False))
+    else:
+        model = shards.load(config, lambda *place: common.load_reference(path, *place))
+    return shared(config, frozen(config, model))
+
+
+def frozen(config, model):
+    """A model that is never trained, the weights of its linear layers in the type that passes compute in.
+
+    Autocast would cast them in every pass. So the products are the same, and the weights take half the
+    memory. Embeddings, norms and heads stay in float32; in shards all do, which must have one type.
+    """
+    for module in () if config.shard else model.base_model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            module.weight.data = module.weight.data.to(model.compute_dtype)
+    return model
 
 
 def load_base(config, policy=None):

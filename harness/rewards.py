@@ -17,7 +17,8 @@ import tasks
 from common import UserError, warn
 from harness import adapters, progress, ranks, shards
 from harness.checkpoints import check_checkpoint, check_tokenizer, fit_reward_tokens
-from harness.loading import fingerprint, fit_positions, load_scorer, policy_path, shared, without_scorer
+from harness.loading import (fingerprint, fit_positions, frozen, load_scorer, policy_path, shared,
+                             without_scorer)
 from harness.stages import Recipe, check_finite, train_reward_model
 from tasks import chat
 
@@ -37,7 +38,8 @@ def load_rewards(config, task):
             reward = EncoderReward(**vars(reward))
         else:
             shared(config, reward.model)
-        if config.data != "reviews":
+        if config.data != "reviews":                                 # there RAFT can train it further
+            frozen(config, reward.model)
             fit_positions(reward.model, reward.tokenizer, path)
             read = reward.read
             reward.read = lambda prompts, texts: progress.over(read(prompts, texts), len(texts), "rewards")

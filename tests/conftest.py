@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")     # read by torch on import, her
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import harness
@@ -90,6 +90,13 @@ def save_toy(path, cls=LlamaForCausalLM, letters="abcdefgh", chat=None, **kwargs
     torch.manual_seed(0)
     cls(llama_config(vocab_size=len(letters) + 1, **kwargs)).save_pretrained(path)
     return path
+
+
+def save_gpt2(path):
+    """A random GPT-2 in place of the Llama of a toy's directory."""
+    config = GPT2Config(vocab_size=9, n_embd=16, n_layer=2, n_head=2, n_positions=96, eos_token_id=0,
+                        pad_token_id=0, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(path)
 
 
 PAIRS = [Pair(prompt, "a" * (1 + i % 3) + "c", "b" * (1 + i % 4))

@@ -5,15 +5,15 @@ import json
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM,
-                          LlamaForSequenceClassification)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 pytest.importorskip("peft")
 
 import common
 import harness
 from common import UserError
-from conftest import PAIRS, killed_after, llama_config, method_names, parameters, save_toy, settings, started
+from conftest import (PAIRS, killed_after, llama_config, method_names, parameters, save_gpt2, save_toy,
+                      settings, started)
 from harness import adapters, loading
 from harness.run import save_policy
 
@@ -56,9 +56,7 @@ def test_training_starts_elsewhere_or_trains_more_than_the_adapter(toy):
 def test_frozen_weights_are_cast_at_every_token_or_their_type_changes_numbers(family, tmp_path, monkeypatch):
     path, found = save_toy(tmp_path / "toy"), {}
     if family == "gpt2":                                                     # its layers are of another class
-        config = GPT2Config(vocab_size=9, n_embd=16, n_layer=2, n_head=2, n_positions=96, eos_token_id=0,
-                            pad_token_id=0, initializer_range=0.3)
-        GPT2LMHeadModel(config).save_pretrained(path)
+        save_gpt2(path)
     batch = batch_of(harness.load_tokenizer(settings(path)))
     for kind in ("as stored", "as computed"):
         with monkeypatch.context() as patch:

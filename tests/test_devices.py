@@ -10,8 +10,8 @@ import dpo
 import harness
 import ppo
 from common import UserError
-from conftest import killed_after, parameters, save_toy, settings, started
-from harness import ranks
+from conftest import killed_after, pair_task, parameters, save_gpt2, save_toy, settings, started
+from harness import loading, ranks, rewards
 
 cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 devices = pytest.mark.parametrize("device", ["cpu", cuda])
@@ -92,6 +92,38 @@ def test_resumed_run_differs_from_a_straight_one(module, device, toy, tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-3), (a["step"], name)
     weights = [parameters(common.load_policy(tmp_path / out, "cpu")) for out in ("straight", "cut")]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_frozen_models_fill_twice_the_memory_or_their_type_changes_a_number(family, dtype, tmp_path):
+    path = save_toy(tmp_path / "toy")
+    if family == "gpt2":                                                     # its layers are of another class
+        save_gpt2(path)
+    config = settings(path, dtype=dtype)
+    batch = common.encode(harness.load_tokenizer(config), ["ab", "c"], ["de", "fgh"])
+    policy, reference = harness.load_policy(config), loading.load_reference(config)
+    assert torch.equal(common.token_logps(policy, batch), common.token_logps(reference, batch))
+    types = {name: weight.dtype for name, weight in reference.named_parameters()}
+    layers = {name for name in types if name.endswith(("proj.weight", "c_attn.weight", "c_fc.weight"))}
+    assert len(layers) == (14 if family == "llama" else 8)
+    assert {types[name] for name in layers} == {getattr(torch, dtype)}
+    assert {types[name] for name in types.keys() - layers} == {torch.float32}
+    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+
+
+def test_reward_model_of_bfloat16_gives_other_scores(toy, tmp_path, monkeypatch):
+    path = save_toy(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
+    config, scores = settings(toy, dtype="bfloat16", reward=str(path)), []
+    for kept in (True, False):
+        with monkeypatch.context() as patch:
+            if kept:
+                patch.setattr(rewards, "frozen", lambda config, model: model)
+            found = rewards.load_rewards(config, pair_task())["proxy"]
+        scores.append(found(["ab", "c"], ["de", "fgh"]))
+        assert found.model.score.weight.dtype == torch.float32
+    assert found.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(*scores) and scores[0][0] != scores[0][1]
 
 
 def test_scores_and_values_have_the_steps_of_bfloat16(tmp_path):
