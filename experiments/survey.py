@@ -30,7 +30,7 @@ STATEMENTS = [
     ("RRHF is slightly above PPO, cheap and stable", "RRHF 略优于 PPO，成本低，训练稳定", [
         ("comparison", "RRHF has more gold than PPO, within one budget of time",
          "在同样的时间预算内，RRHF 的 gold 高于 PPO"),
-        ("comparison", "and trains fewer MB", "RRHF 的训练占用（MB）小于 PPO")]),
+        ("comparison", "and trains fewer MB", "RRHF 的训练状态（MB）小于 PPO")]),
     ("RRHF's ranking loss alone destroys the model", "RRHF 只用排序损失，模型会崩溃", [
         ("rrhf", "ranking alone destroys the language model: gold falls below SFT's",
          "去掉 SFT 损失，gold 低于 SFT 策略"),
@@ -50,7 +50,7 @@ STATEMENTS = [
         ("comparison", "DPO has more gold than PPO, within one budget of time",
          "在同样的时间预算内，DPO 的 gold 高于 PPO")]),
     ("contrast goes beyond SFT on the strong model; from easy to hard is best",
-     "对比后训练能超过只模仿强模型的 SFT；课程由易到难最好", [
+     "对比后训练能超过只模仿强模型的 SFT；偏好对按由易到难的顺序最好", [
          ("dpo", "where SFT on the strong writer saturates, DPO on strong>weak steps beyond it",
           "模仿强写手的 SFT 饱和以后，再用“强>弱”的偏好对做 DPO，gold 继续上升"),
          ("dpo", "easy to hard beats either kind of pair alone", "按 gold，由易到难高于只用其中任何一种偏好对"),
@@ -112,7 +112,7 @@ SUBSTITUTES = [
      ("打分用", "三轮，每轮一次", "不用", "不用", "同上，加每轮的新样本")),
     ("PRO", "pro", None, ("打分用；数据有分数时不用", BEFORE, "不用", "不用", "每个提示有多条回答和排序")),
     ("DPO", "dpo", None, ("不用", "不用", "用，训练前算一次", "不用", "偏好对")),
-    ("DPO 课程，由易到难", "dpo", ("curriculum", "easy to hard"),
+    ("DPO 课程学习，由易到难", "dpo", ("curriculum", "easy to hard"),
      ("不用", "不用", "用，训练前算一次", "不用", "强弱不同的写手的回答，无需标注")),
     ("RSO", "rso", None, ("用", BEFORE, "用（hinge 除外），训练前算一次", "不用", "提示")),
     ("RAFT", "raft", None, ("用", EACH_ROUND, "不用（设 `--kl_coef` 时才用）", "不用", "提示")),

@@ -47,7 +47,7 @@ WHICH = [
     ("the same, but PPO does not fit into memory", "同上，但显存放不下 PPO",
      "`remax.py`: it trains no value model. Read the texts: with noisy labels it broke the language on one "
      "seed of twelve",
-     "`remax.py`：不训练价值模型。要看生成的文本：标注噪声大时，12 个种子里有一个的语言被破坏了",
+     "`remax.py`：不训练价值模型。要看生成的文本：标注噪声大时，12 个种子里有一个的输出崩坏，不再通顺",
      "ReMax", [(CLEAN, MB, "<", "PPO"), (CLEAN, GOLD, "?", "PPO")]),
     ("labels of which many are wrong", "标注，其中很多是错的",
      "PPO still had more gold than DPO, but its gold differs much between seeds: check the reward model on "
@@ -60,8 +60,8 @@ WHICH = [
     ("64 prompts and a few hundred pairs", "64 个提示和几百个偏好对",
      "`python -m referee mine` tries several methods. Sample each at the lower temperature too: at "
      "temperature 1, none that had the same data was shown to have more gold than SFT at 0.5 has",
-     "`python -m referee mine` 会试几种方法。每种都再用较低的温度采样：温度为 1 时，用同样数据的方法没有一种"
-     "能显示出比温度 0.5 的 SFT 更高的 gold",
+     "`python -m referee mine` 会试几种方法。每种都再用较低的温度采样：温度为 1 时，在同样的数据下，没有一种"
+     "方法的 gold 被证实高于温度 0.5 的 SFT",
      "SFT, temperature 0.5", [(LITTLE, GOLD, ">", "DPO"), (LITTLE, GOLD, ">", "RAFT")]),
     ("ratings of several attributes; users choose the levels when they ask",
      "多个属性的评分，希望用户提问时能指定等级",

@@ -23,7 +23,7 @@ NEEDS = "reward model", "samples", "reference policy", "value model", "data"
 COSTS = {"state_mb": "MB trained", "cpu_seconds": "CPU s", "eval/gold": "gold", "eval/kl": "KL, nats"}
 CHINESE = {                                       # every header, every verdict, names that are no method
     "method": "方法", "reward model": "奖励模型", "samples": "采样", "reference policy": "参考策略",
-    "value model": "价值模型", "data": "数据形式", "MB trained": "训练占用（MB）", "CPU s": "CPU 时间（秒）",
+    "value model": "价值模型", "data": "数据形式", "MB trained": "训练状态（MB）", "CPU s": "CPU 时间（秒）",
     "gold": "真实奖励 gold", "KL, nats": "KL（nat）",
     "the survey says": "综述的说法", "what we test": "我们检验的命题", "measured": "实测", "verdict": "结论",
     "reproduced": "复现", "not reproduced": "未复现", "inconclusive": "尚无定论",
@@ -33,7 +33,7 @@ CHINESE = {                                       # every header, every verdict,
     "best of 16": "16 选 1（best of 16）", "SteerLM, its recipe": "SteerLM，论文的做法",
     "SteerLM, less data": "SteerLM，预算内", "Decision Transformer, less data": "Decision Transformer，预算内",
     "filter": "择优 SFT（filter）", "RWR": "奖励加权回归（RWR）",
-    "curriculum": "DPO 课程", "PPO, one pass": "PPO，样本只用一遍",
+    "curriculum": "DPO 课程学习", "PPO, one pass": "PPO，样本只用一遍",
     "Decision Transformer, its recipe": "Decision Transformer，论文的做法",
     "SFT": "SFT", "SFT, temperature 0.5": "SFT，温度 0.5", side_by_side.NAME: "横向比较"}
 PHRASES = [                                       # what tables.measured and tables.provenance write
@@ -152,7 +152,7 @@ def substitutes(defaults, others, sources, results_dir="results"):
     """The block of the substitutes, in Chinese, of what docs.overview returns."""
     parts = [markdown_table(substitute_rows(defaults, results_dir))]
     if others:
-        parts.append(f"{'、'.join(others)} 的部分种子用的是另一台机器上的或较早版本的任务模型，与其他各行只能粗略比较。")
+        parts.append(f"{'、'.join(others)} 的部分种子用的是另一台机器或较早版本的任务模型，与其他各行只能粗略比较。")
     where = [in_chinese(source) if len(sources) == 1 else f"{'、'.join(names)}：{in_chinese(source)}"
              for source, names in sources.items()]
     return "\n\n".join([*parts, "".join(where)])                   # one line: the page's length is limited

@@ -14,7 +14,7 @@ from referee.tables import markdown_table
 
 HEADER = ("you have", "use", "what we measured"), ("你有什么", "用什么", "实测")
 METRICS = {"eval/gold": ("gold", "gold"), "eval/kl": ("KL", "KL"),
-           "state_mb": ("MB trained", "训练占用（MB）"), "cpu_seconds": ("CPU s", "CPU 时间（秒）")}
+           "state_mb": ("MB trained", "训练状态（MB）"), "cpu_seconds": ("CPU s", "CPU 时间（秒）")}
 SITUATIONS = {"clean": ("", ""), "noisy labels": (", noisy labels", "，标注噪声大"),
               "little data": (", little data", "，数据少")}
 NOT_RUN = "not run yet", "尚未运行"
