@@ -20,7 +20,8 @@ WHICH = [
      "DPO", [(CLEAN, GOLD, ">", "SFT, temperature 0.5")]),
     ("answers of a strong and of weaker models, no labels", "强弱不同的模型的回答，没有标注",
      "`dpo.py` on pairs whose chosen answer is the stronger model's (`--pairs \"STRONG>WEAK\"`). Plain SFT "
-     "on the stronger model's answers (`--loss sft`) gave about as much; DPO after it gave more (page of DPO)",
+     "on the stronger model's answers (`--loss sft`) gave about as much; DPO after it gave more (page of "
+     "DPO)",
      "`dpo.py`：强模型的回答作 chosen，弱模型的作 rejected（`--pairs \"STRONG>WEAK\"`）。只用强模型的回答做 SFT"
      "（加 `--loss sft`），效果差不多；在它之后再用 DPO，效果更好（见 DPO 的页面）",
      "curriculum", [(CLEAN, GOLD, ">", "DPO"), (LITTLE, GOLD, ">", "DPO")]),
