@@ -52,8 +52,6 @@ def add(model, rank, kind=None):
             keep(model, peft.get_peft_model(model, settings, TRAINED))
     except ValueError as error:                                              # Mamba's layers, for one
         raise UserError(f"no LoRA for {type(model).__name__} ({error}): leave out --lora_rank") from None
-    if kind is None:                                     # a reward model is merged and saved: all its digits
-        change_frozen(model, model.compute_dtype)
 
 
 def change_frozen(model, dtype):
@@ -61,6 +59,7 @@ def change_frozen(model, dtype):
 
     Autocast keeps no cast of a weight without gradient: it would cast all of them at every sampled token. The
     products are the same, and these weights take half the memory. Norms, embeddings, LM head are left alone.
+    Passes without autocast, as checks make them, have to come before.
     """
     for module in model.modules():
         if hasattr(module, "base_layer"):
@@ -88,10 +87,7 @@ def load(path, rank, device, dtype):
             handle.load_adapter(path, TRAINED, is_trainable=True)
             handle.set_adapter(TRAINED)
     keep(policy, handle)
-    if not rank:
-        return merge(policy)
-    change_frozen(policy, policy.compute_dtype)
-    return policy
+    return policy if rank else merge(policy)
 
 
 def trained_weights(model):

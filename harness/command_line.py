@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 import common
 from common import UserError
-from harness import directory, loading, progress, ranks, shards
+from harness import adapters, directory, loading, progress, ranks, shards
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
 from harness.config import method_name
@@ -91,6 +91,8 @@ def prepare(config, out):
         loading.fit_task(tokenizer, task, policy.embeddings_came)
         check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
     check_policy(policy, tokenizer, task, 0)
+    if config.lora_rank:
+        adapters.change_frozen(policy, policy.compute_dtype)
     trained = [weight.nbytes for weight in policy.parameters() if weight.requires_grad]
     if ranks.first():                               # on another machine the directory may not exist
         directory.check_room(out, sum(trained) / 1e6)
@@ -170,6 +172,11 @@ def in_one_line(function):
         sys.exit(141 if Stop.cut else 0)                           # 141: as if the system had ended it
     except (UserError, OSError) as error:
         print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: the memory of the GPU is full ({str(error).split('. ')[0]}): give --lora_rank 16, "
+              "--gradient_checkpointing True, a smaller --token_budget or a smaller --max_length",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

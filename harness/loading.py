@@ -217,7 +217,7 @@ def load_reference(config, policy=None):
         model = shards.load(config, lambda *place: adapters.load(path, 0, *place).requires_grad_(False))
     else:
         model = shards.load(config, lambda *place: common.load_reference(path, *place))
-    return shared(config, frozen(config, model))
+    return frozen(config, shared(config, model))
 
 
 def frozen(config, model):

@@ -38,8 +38,9 @@ def load_rewards(config, task):
             reward = EncoderReward(**vars(reward))
         else:
             shared(config, reward.model)
-        if config.data != "reviews":                                 # there RAFT can train it further
-            frozen(config, reward.model)
+            if config.data != "reviews":                             # there RAFT can train it further
+                frozen(config, reward.model)
+        if config.data != "reviews":
             fit_positions(reward.model, reward.tokenizer, path)
             read = reward.read
             reward.read = lambda prompts, texts: progress.over(read(prompts, texts), len(texts), "rewards")
@@ -97,8 +98,9 @@ def load_rewards(config, task):
 
 def trained_path(config, pairs):
     """Where the cache has, or will have, the reward model that is trained from these pairs."""
+    said = [(getattr(p.prompt, "messages", ()) or p.prompt, *p[1:]) for p in pairs]   # templates add a date
     key = json.dumps([str(policy_path(config)), fingerprint(config), config.reward_lr, config.seed,
-                      config.max_length, config.lora_rank, pairs])
+                      config.max_length, config.lora_rank, said])
     return tasks.CACHE / "rewards" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

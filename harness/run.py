@@ -294,6 +294,8 @@ class Run:
         if self.config.lora_rank:
             adapters.add(model.base_model, self.config.lora_rank)
         loading.lightened(self.config, model.base_model)
+        if self.config.lora_rank:
+            adapters.change_frozen(model, model.compute_dtype)
         return model
 
     # ------------------------------------------------------------------------------------ directory and files

@@ -154,7 +154,8 @@ class Evening:
             if needed > self.prompts:
                 sentences.append(f"With {f'over {MOST_SEEDS}' if needed > MOST_SEEDS else f'about {needed}'} "
                                  f"held-out prompts one could tell for {name}, if its win rate stays as it "
-                                 "is (--test_data gives more prompts).")
+                                 "is (--test_data gives more prompts, and "
+                                 "--eval_prompts reads more than 128).")
         return sentences
 
 

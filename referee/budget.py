@@ -5,6 +5,7 @@ held-out pairs) and `each`; the evaluation is measured before. With few prompts 
 efficient, so `each` is too large rather than too small.
 """
 import contextlib
+import gc
 import importlib
 import io
 import math
@@ -12,9 +13,10 @@ import random
 import shutil
 import time
 
+import common
 import harness
 from harness import UserError
-from referee.arms import config_class
+from referee.arms import config_class, load
 
 PLANNED = 0.8                # of a method's share; estimates err
 STEPS, BATCH = 8, 8          # without --batch_size: at least so many optimizer steps; the largest batch
@@ -42,6 +44,7 @@ def train(name, options, n, state, known):
         importlib.import_module(name).train(run)
         found.update(run.samples)
 
+    gc.collect()                                   # models of earlier runs, whose references go in circles
     result = harness.launch(on_part, config_class(name)(**options), known)
     return result, result["trace"][0], found.get("after", found["before"])
 
@@ -49,11 +52,13 @@ def train(name, options, n, state, known):
 def trial(name, options, state, out):
     """Train on very few prompts, and measure {"prompts", "fixed": seconds in any case, "each": of a prompt}.
 
-    2 prompts; where the method refuses so few, 8, 32, ...: of all, what it says is the user's to mend.
+    2 prompts, on a GPU 32, which samples as fast; where the method refuses so few, four times as many, and so
+    on: of all, what it says is the user's to mend.
     """
-    n, folder = min(2, state["train"]), out / "trial"
+    few = 2 if common.pick_device(config_class(name)(**options).device).type == "cpu" else 32
+    n, folder = min(few, state["train"]), out / "trial"
     short = {"rounds": 1} if rounds_of(name, options) > 1 else {}
-    short |= {"batch_size": 2} if "batch_size" not in options else {}
+    short |= {"batch_size": min(n, BATCH)} if "batch_size" not in options else {}
     options = options | short | {"out": str(folder), "quiet": True, "eval_prompts": 1, "eval_samples": 1}
     while True:
         began = time.time()
@@ -69,6 +74,28 @@ def trial(name, options, state, out):
             n = min(4 * n, state["train"])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(name, plan, options, state, out, known):
+    """Train a method as planned, and write <name>.json; go on with its run, or keep it if it is finished.
+
+    Its checkpoints are deleted then: they take three times the trained weights.
+    """
+    note, folder, began = out / f"{name}.json", out / name, time.time()
+    if note.exists():
+        return
+    resume = any(folder.glob("*.pt"))
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)                            # cut before its first checkpoint
+    options = options | {"out": str(folder), "resume": resume, "batch_size": plan["batch_size"]}
+    options |= {"rounds": plan["rounds"]} if plan["asked"] > 1 else {}
+    print(f"\n{name}")
+    result, before, samples = train(name, options, plan["prompts"], state, known)
+    for file in folder.glob("*.pt"):
+        file.unlink()
+    metrics = {k: v for k, v in result.items() if k.startswith("eval/")}
+    harness.write_json(note, {"metrics": metrics, "before": before, "samples": samples, "plan": plan,
+                              "seconds": time.time() - began})
 
 
 def rounds_of(name, options):

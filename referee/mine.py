@@ -27,13 +27,13 @@ from harness.command_line import parser_of
 from harness.run import Stop
 from referee import page
 from referee.arms import OWN, config_class, load, method_names
-from referee.budget import BATCH, STEPS, fit, in_words, say, shares, train, trial
+from referee.budget import BATCH, STEPS, finish, fit, in_words, say, shares, trial
 
 NAME = "mine"
 HOME = Path("runs/mine")
 EVALUATION = 0.3                             # of all the minutes: what evaluations may take together
 NOT_HERE = "prompt", "reproduce", "seeds", "jobs", "resume"
-OF_ONE = OWN | {"lora_rank", "token_budget", "gradient_checkpointing"}     # what one method may have alone
+OF_ONE = (OWN | {"token_budget", "gradient_checkpointing"}) - {"temperature"}     # what one may have alone
 
 
 @dataclass
@@ -55,10 +55,14 @@ def given(cls, words, prog):
 
 
 def options_of(name, flags):
-    """Keyword arguments of a method's Config: what is given for all methods, and for this one."""
+    """Keyword arguments of a method's Config: what is given for all methods, and for this one.
+
+    RAFT reads all prompts in every round, as the plan counts.
+    """
     shared = {k: v for k, v in flags.items() if k in {f.name for f in fields(harness.Config)}}
     words = [word.partition(".") for word in flags.get("options", "").split()]
     own = [f"--{option}" for method, _, option in words if method == name]
+    shared |= {"prompts": 0} if name == "raft" else {}
     return shared | given(config_class(name), own, f"--options, {name}")
 
 
@@ -107,9 +111,11 @@ def check_reward_time(config, minutes):
     pairs = harness.load_task(config).pairs.get("train", [])
     if config.reward or not pairs or harness.trained_path(config, pairs).exists():
         return
-    began, few = time.time(), pairs[:4]
     recipe = harness.Recipe(config.reward_lr, batch_size=4, token_budget=config.token_budget)
-    harness.train_reward_model(harness.load_scorer(config), harness.load_tokenizer(config), few, recipe)
+    model, tokenizer, few = harness.load_scorer(config), harness.load_tokenizer(config), pairs[:4]
+    for _ in range(2):                                   # while a GPU gets ready, no time counts: the second
+        began = time.time()
+        harness.train_reward_model(model, tokenizer, few, recipe)
     seconds = (time.time() - began) / len(few) * len(pairs)
     print(f"a reward model from your {len(pairs)} training pairs, once: about {in_words(seconds)}")
     if seconds > 30 * minutes:
@@ -219,24 +225,6 @@ def in_place(config, flags, names, out, state):
         finish(name, plan, options[name], state, out, known)
     print(page.write(out, state, {name: load(out / f"{name}.json") for name in names}, config))
     return out / page.NAME
-
-
-def finish(name, plan, options, state, out, known):
-    """Train a method as planned, and write <name>.json; go on with its run, or keep it if it is finished."""
-    note, folder = out / f"{name}.json", out / name
-    if note.exists():
-        return
-    resume = any(folder.glob("*.pt"))
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)                            # cut before its first checkpoint
-    options = options | {"out": str(folder), "resume": resume, "batch_size": plan["batch_size"]}
-    options |= {"rounds": plan["rounds"]} if plan["asked"] > 1 else {}
-    began = time.time()
-    print(f"\n{name}")
-    result, before, samples = train(name, options, plan["prompts"], state, known)
-    metrics = {k: v for k, v in result.items() if k.startswith("eval/")}
-    harness.write_json(note, {"metrics": metrics, "before": before, "samples": samples, "plan": plan,
-                              "seconds": time.time() - began})
 
 
 def main(words):

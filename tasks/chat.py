@@ -27,7 +27,8 @@ class Prompt(str):
 
 
 def apply(tokenizer, messages, **how):
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
+    """The conversation as text. Answers have no thinking: templates that can leave it out (Qwen 3) do so."""
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, enable_thinking=False, **how)
 
 
 def render(tokenizer, messages):

@@ -58,6 +58,17 @@ def test_a_template_without_an_end_of_turn_or_with_more_in_a_finished_turn_is_no
     assert thinking.eos_token == "<end>" and "may not know" in capsys.readouterr().err
 
 
+def test_a_model_that_can_think_is_trained_in_a_form_that_it_does_not_know(capsys):
+    silent = "think /think "                                     # how Qwen 3 writes that there is no thinking
+    reader = tokenizer("{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' and loop.last %}"
+                       + silent + "{% endif %}{{ m.content }} <end> {% endfor %}"
+                       "{% if add_generation_prompt %}assistant {% if enable_thinking is defined and not "
+                       "enable_thinking %}" + silent + "{% endif %}{% endif %}")
+    chat.end_turns(reader)
+    assert chat.render(reader, [chat.QUESTION]).endswith("assistant " + silent)
+    assert reader.eos_token == "<end>" and not capsys.readouterr().err
+
+
 def test_a_prompt_without_generation_prompt_lacks_the_header_of_the_answer(capsys):
     reader = tokenizer("{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}")
     assert chat.render(reader, ASK) == "user Hi <end> assistant "

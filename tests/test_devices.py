@@ -3,7 +3,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import (AutoModel, AutoModelForSequenceClassification, BertConfig,
+                          BertForSequenceClassification, LlamaForSequenceClassification)
 
 import common
 import dpo
@@ -124,6 +125,15 @@ def test_reward_model_of_bfloat16_gives_other_scores(toy, tmp_path, monkeypatch)
         assert found.model.score.weight.dtype == torch.float32
     assert found.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert torch.equal(*scores) and scores[0][0] != scores[0][1]
+
+
+def test_encoder_cannot_score_in_bfloat16(toy, tmp_path):
+    path = save_toy(tmp_path / "reward")
+    BertForSequenceClassification(BertConfig(
+        vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=96, num_labels=1)).save_pretrained(path)
+    reward = rewards.load_rewards(settings(toy, dtype="bfloat16", reward=str(path)), pair_task())["proxy"]
+    assert isinstance(reward, rewards.EncoderReward) and reward(["ab", "c"], ["de", "fgh"]).isfinite().all()
 
 
 def test_scores_and_values_have_the_steps_of_bfloat16(tmp_path):

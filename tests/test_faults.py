@@ -523,6 +523,15 @@ def raising(error):
     return function
 
 
+def test_full_memory_of_a_gpu_is_a_traceback(capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    with pytest.raises(SystemExit) as stopped:
+        in_one_line(raising(error))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert "is full (CUDA out of memory): give --lora_rank 16" in said
+
+
 def test_what_a_user_causes_is_a_traceback(tmp_path, capsys):
     assert left(raising(UserError("too much"))) == 2 and capsys.readouterr().err == "error: too much\n"
     assert left(lambda: (tmp_path / "missing").read_bytes()) == 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import dpo
 import harness
@@ -66,6 +67,7 @@ def test_an_evening(evening, monkeypatch, capsys):
     assert runs["raft"]["plan"]["rounds"] == 2 and runs["dpo"]["plan"]["prompts"] == 33
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"dpo", "raft"}
     assert (out / "dpo" / "model.safetensors").exists() and not (out / "trial").exists()
+    assert not [*out.glob("*/*.pt")] and read(out / "raft" / "args.json")["prompts"] == 0
     text = (out / page.NAME).read_text(encoding="utf-8")
     assert all(f">{name}<" in text for name in ("your model", "dpo", "raft")) and "None is better" in text
     said = capsys.readouterr().out
@@ -170,6 +172,8 @@ def test_method_trains_on_the_part_that_was_planned(evening, monkeypatch):
     (["--options", "dpo.beta=0"], "--beta must be above 0"),
     (["--options", "dpo.limit=5"], "'dpo.limit=5': --limit is the same for all methods"),
     (["--options", "raft.reward=none"], "--reward is the same for all methods"),
+    (["--options", "raft.temperature=0.7"], "--temperature is the same for all methods"),
+    (["--options", "dpo.lora_rank=4"], "--lora_rank is the same for all methods"),
     (["--options", "dpo.eval-samples=2"], "--eval_samples is the same for all methods"),
     (["--minutes", "0"], "--minutes must be above 0"),
     (["--minutes", "1e-5", "--reward", "letters_of_mine:a"], "is too short: an answer .* --minutes [1-9]"),
@@ -289,6 +293,15 @@ def test_trial_takes_more_prompts_where_few_are_refused(monkeypatch, tmp_path):
     assert asked == [(2, 2, 1), (8, 2, 1), (24, 2, 1)] and found["prompts"] == 24 and found["each"] == 0.25
     with pytest.raises(UserError, match="^raft: too few"):
         budget.trial("raft", REAL, {"train": 15}, tmp_path)
+
+
+def test_trial_on_a_gpu_is_too_small_to_tell_what_a_prompt_takes(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(budget.common, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(budget, "train", lambda name, options, n, *rest: asked.append(
+        (n, options["batch_size"])) or ({"seconds_training": 6.0}, {}, {}))
+    assert [budget.trial("dpo", REAL, {"train": n}, tmp_path)["prompts"] for n in (5, 400)] == [5, 32]
+    assert asked == [(5, 5), (32, 8)]
 
 
 # --------------------------------------------------------------------------------------- intervals and advice

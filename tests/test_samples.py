@@ -24,6 +24,7 @@ from conftest import PAIRS, count_a, pair_task, parameters, save_toy, settings, 
 from harness import Config, Demonstration, Pair, Ranking, Recipe, UserError, shuffled_batches
 from harness.rewards import NoisyReward, People, TrueReward, load_rewards
 from tasks import Task, build, reviews
+from tasks.chat import Prompt
 
 pytestmark = pytest.mark.usefixtures("no_traces")
 GOOD, BAD = Pair("ab", "cd", "h"), Pair("c", "hgh", "")
@@ -913,6 +914,14 @@ def test_limit_or_columns_do_not_reach_the_data(toy, tmp_path):
     config = settings(toy, data=str(tmp_path / "rows.jsonl"), columns="prompt=question", limit=7)
     prompts = harness.load_task(config).prompts
     assert sorted(prompts["train"] + prompts["test"]) == sorted(p.prompt for p in PAIRS[:7])
+
+
+def test_date_in_a_chat_template_trains_a_new_reward_model_after_midnight(toy):
+    config, question = settings(toy, reward_lr=1e-3), ({"role": "user", "content": "hi"},)
+    days = [[Pair(Prompt(f"{day}: hi", question), "a", "b")] for day in ("1 May", "2 May")]
+    first, second = (harness.trained_path(config, pairs) for pairs in days)
+    other = [Pair(Prompt("1 May: hi", ({"role": "user", "content": "ho"},)), "a", "b")]
+    assert first == second != harness.trained_path(config, other)
 
 
 def test_reward_model_that_read_shorter_texts_or_had_an_adapter_is_taken_from_the_cache(toy):
