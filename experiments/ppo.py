@@ -17,7 +17,7 @@ EXPERIMENTS = {
         question="What does the KL penalty buy, and when does the proxy stop meaning gold?",
         arms={"SFT, temperature 0.5": {"epochs": 0, "eval_temperature": 0.5}, "default": {}}
         | {f"KL {kl:g}": LONG | {"kl_coef": kl} for kl in COEFFICIENTS} | {
-            "pushed": {"epochs": 12, "eval_every": 6, "kl_coef": 0.0, "lr": 3e-3}},       # longer, lr x 3
+            "pushed": {"epochs": 12, "eval_every": 6, "kl_coef": 0.0, "lr": 3e-3}},       # longer, lr x 1.5
         columns=COLUMNS,
         claims=[
             dict(claim="PPO raises gold", source="Stiennon et al.", paper="no number checked:",
