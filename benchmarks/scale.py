@@ -57,12 +57,13 @@ class Shape:
 
 SHAPES = {"1B": Shape(16, 2048, 8192, 512, 128256, tied=True),                        # Llama 3.2 1B
           "7B": Shape(32, 4096, 11008, 4096, 32000),                                 # Llama 2 7B
+          "8B": Shape(32, 4096, 14336, 1024, 128256),                                # Llama 3.1 8B
           "70B": Shape(80, 8192, 28672, 1024, 128256)}                               # Llama 3 70B
 SMALL = {"20M": Shape(8, 384, 1024, 384, 8000), "80M": Shape(10, 768, 2048, 768, 8000)}
 # How many models live while a method trains. Trained: the policy; a value model. Frozen: a reward model; the
 # reference.
 METHODS = {"DPO and six others": (1, 1), "ReMax": (1, 2), "PPO": (2, 2)}
-GPUS = 8, 16, 32, 64
+GPUS = 4, 8, 16, 32, 64
 TOKENS, RESPONSES, ROOM, RANK = 4096, 2048, 2 ** 16, 16
 CHUNK, FEW_LOGITS = 256, 2 ** 22                                  # of common.token_logps
 

@@ -125,7 +125,8 @@ def launch(train, config, known=None):
     finally:
         Stop.stepping, error = False, sys.exc_info()[1]
         alone = known is None                                     # an arm of the referee is not resumed
-        if error and alone and not isinstance(error, UserError) and (run.out / "args.json").exists():
+        told = alone and ranks.first() and not isinstance(error, UserError)
+        if error and told and (run.out / "args.json").exists():
             print(f"the run's files are in {directory.short(run.out)}", file=sys.stderr)
             if any(run.out.glob("*.pt")):
                 print("to go on:", command_that_resumes(run.out), file=sys.stderr)
@@ -140,7 +141,9 @@ def command_that_resumes(out):
     words = re.sub(r"\0--resume(=\w+)?(\0(True|False|true|false))?(?=\0|$)", "", "\0".join(sys.argv))
     words = words.split("\0")
     given = any(word == "--out" or word.startswith("--out=") for word in words)
-    return shlex.join(["python", *words, *([] if given else ["--out", directory.short(out)]), "--resume"])
+    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if ranks.count() > 1 else [
+        "python"]
+    return shlex.join([*start, *words, *([] if given else ["--out", directory.short(out)]), "--resume"])
 
 
 class Plain:
@@ -174,9 +177,9 @@ def in_one_line(function):
         print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: the memory of the GPU is full ({str(error).split('. ')[0]}): give --lora_rank 16, "
-              "--gradient_checkpointing True, a smaller --token_budget or a smaller --max_length",
-              file=sys.stderr)
+        print(f"error: the memory of the GPU is full ({str(error).split('. ')[0]}): give --lora_rank 16 or, "
+              "with several GPUs, --shard True; --gradient_checkpointing True; a smaller --token_budget or "
+              "--max_length; if it was sampling for an evaluation, a smaller --eval_samples", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,4 +1,6 @@
 """Evaluation: sample the test prompts, score the samples, measure the KL to the initial policy."""
+import gc
+
 import torch
 
 import common
@@ -48,7 +50,7 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str, draw
     """
     n = config.eval_samples
     prompts = task.prompts["test"][:config.eval_prompts]
-    with torch.random.fork_rng():
+    with ranks.fork_rng():
         torch.manual_seed(config.seed)
         asked = [ask(prompt) for prompt in prompts]
         batch = (draw or ranks.generate)(policy, tokenizer, asked, n, config.eval_temperature,
@@ -137,6 +139,9 @@ def kl_to_reference(config, policy, batch, plain=None):
         both = [b[rows].to(policy.device) for b in (batch, plain)]
         found = sequence_kl((policy, reference), both, temperatures).cpu()
         kls[rows] = kls[rows] if ranks.Filler.now else found
+    if config.shard:
+        del reference
+        gc.collect()                              # FSDP's references go in circles: it would stay on the GPU
     return ranks.total(kls)
 
 
@@ -160,7 +165,7 @@ def probe(run, prompts):
     Outside the run's random numbers and counts: the same numbers are drawn at every call.
     """
     config = run.config
-    with torch.random.fork_rng():
+    with ranks.fork_rng():
         torch.manual_seed(config.seed)
         batch = common.generate(run.policy, run.tokenizer, prompts, 1, config.eval_temperature,
                                 max_new_tokens=config.max_new_tokens)

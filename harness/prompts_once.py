@@ -44,6 +44,8 @@ def same_states(model):
         plain = model.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
         inputs, place = packed(model, rows)
         shared = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[place]
+    except torch.OutOfMemoryError:           # of one process, perhaps: the others would wait for it for ever
+        raise
     except UNFIT:
         return False
     plain, shared = (states[rows.attention_mask.bool()] for states in (plain, shared))

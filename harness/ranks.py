@@ -19,8 +19,8 @@ import common
 from common import UserError
 from harness import progress
 
-ENDED = "another process of this run has ended: see its message. A checkpoint goes on with --resume, with " \
-        "any number of processes"
+ENDED = "another process of this run has ended: see its message; or the connection has failed ({}). A " \
+        "checkpoint goes on with --resume, with any number of processes"
 
 PATIENCE = datetime.timedelta(days=1)        # the first may train a reward model while the others wait for it
 
@@ -48,7 +48,10 @@ def start(device):
         if common.pick_device(device).type == "mps":
             raise UserError("several processes need GPUs of NVIDIA, or --device cpu")
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            place, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if place >= here:
+                raise UserError(f"this machine has {here} GPUs: give torchrun --nproc-per-node {here}")
+            torch.cuda.set_device(place)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         if not first():
             sys.stdout, sys.stderr = (Without(stream, starts) for stream, starts in (
@@ -69,6 +72,11 @@ class Without:
         return getattr(self.stream, name)
 
 
+def fork_rng():
+    """What is drawn inside changes no random number outside; of this process's GPU, and no other GPU's."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 def share(n):
     """Which of n rows this process reads."""
     return range(number(), n, count())
@@ -81,14 +89,18 @@ def together():
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:                                   # of gloo and of NCCL
-        raise UserError(ENDED) from None
+    except RuntimeError as error:                          # of gloo and of NCCL
+        raise ended(error) from None
+
+
+def ended(error):
+    return UserError(ENDED.format(" ".join(str(error).split())[:200]))
 
 
 def check_others(error):
     """UserError if this RuntimeError, of a forward or backward pass, says that another process has ended."""
     if joined() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        raise UserError(ENDED) from None
+        raise ended(error) from None
 
 
 @contextlib.contextmanager
@@ -115,7 +127,8 @@ def total(value):
     """The sum over processes of a number, or of a tensor, which stays where it is."""
     if count() == 1:
         return value
-    return sum(v.to(value.device) if torch.is_tensor(value) else v for v in gathered(
+    device = value.device if torch.is_tensor(value) else "cpu"            # without rows it is a number
+    return sum(v.to(device) if torch.is_tensor(v) else v for v in gathered(
         value.detach().cpu() if torch.is_tensor(value) else value))
 
 
@@ -174,7 +187,7 @@ def generate(model, tokenizer, prompts, n=1, *args, **kwargs):
             kwargs |= {} if bar.disable else {"done": bar.update}
             return common.generate(model, tokenizer, prompts, n, *args, **kwargs)
     mine, seed, rows = share(len(prompts)), int(torch.randint(2 ** 31, ())), []
-    with torch.random.fork_rng():
+    with fork_rng():
         torch.manual_seed(seed + number())
         if mine:
             batch = common.generate(model, tokenizer, [prompts[i] for i in mine], n, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Rewards: which models judge a run, and which function a method maximises."""
 import contextlib
+import functools
 import hashlib
 import json
 import numbers
@@ -154,7 +155,8 @@ class UserReward:
         asked = [getattr(prompt, "messages", None) or str(prompt) for prompt in prompts]
         texts, total = [*map(str, responses)], torch.zeros(len(prompts))
         for function, weight, name in self.functions:
-            values = function([*asked], [*texts])
+            made = functools.partial(function, [*asked], [*texts])
+            values = ranks.from_first(made) if self.flag == "--reward" else made()        # it may cost money
             values = values.tolist() if hasattr(values, "tolist") else values
             if not isinstance(values, (list, tuple)) or len(values) != len(texts):
                 raise UserError(f"{self.flag} {name} returned {str(values)[:60]!r} for {len(texts)} "

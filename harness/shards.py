@@ -9,6 +9,7 @@ so does the optimizer with its moments. The work is divided as without --shard: 
 Putting weights together takes all processes at once. So all make equally many passes: see Run.microbatches.
 """
 import functools
+import gc
 import warnings
 
 import torch
@@ -40,6 +41,7 @@ def load(config, make, mean=False):
     """
     if not config.shard:
         return make(config.device, config.dtype)
+    gc.collect()                                  # an earlier model in shards: its references go in circles
     device = common.pick_device(config.device).type
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     mesh = mesh_of(device)

@@ -13,7 +13,8 @@ import random
 import shutil
 import time
 
-import common
+import torch
+
 import harness
 from harness import UserError
 from referee.arms import config_class, load
@@ -55,7 +56,7 @@ def trial(name, options, state, out):
     2 prompts, on a GPU 32, which samples as fast; where the method refuses so few, four times as many, and so
     on: of all, what it says is the user's to mend.
     """
-    few = 2 if common.pick_device(config_class(name)(**options).device).type == "cpu" else 32
+    few = 32 if torch.cuda.is_available() and options.get("device") != "cpu" else 2
     n, folder = min(few, state["train"]), out / "trial"
     short = {"rounds": 1} if rounds_of(name, options) > 1 else {}
     short |= {"batch_size": min(n, BATCH)} if "batch_size" not in options else {}

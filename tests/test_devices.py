@@ -12,7 +12,7 @@ import harness
 import ppo
 from common import UserError
 from conftest import killed_after, pair_task, parameters, save_gpt2, save_toy, settings, started
-from harness import loading, ranks, rewards
+from harness import command_line, loading, prompts_once, ranks, rewards
 
 cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 devices = pytest.mark.parametrize("device", ["cpu", cuda])
@@ -167,5 +167,42 @@ def test_size_of_training_is_that_of_the_type_that_is_saved(tmp_path, toy):
 def test_lack_of_memory_is_another_process_that_has_ended():
     with pytest.raises(torch.OutOfMemoryError), ranks.together():
         raise torch.OutOfMemoryError("no memory")
-    with pytest.raises(UserError, match="another process of this run has ended"), ranks.together():
+    said = r"another process of this run has ended: .* \(Connection closed by peer\)"
+    with pytest.raises(UserError, match=said), ranks.together():
         raise RuntimeError("Connection closed by peer")
+
+
+def test_lack_of_memory_in_the_check_of_shared_prompts_passes_for_an_unfit_model(toy, monkeypatch):
+    model = harness.load_policy(settings(toy))
+
+    def full(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(prompts_once, "packed", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        prompts_once.same_states(model)
+
+
+def test_sum_over_processes_fails_where_one_had_no_rows(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    for own in (0.0, torch.tensor([1.0, 2.0])):
+        monkeypatch.setattr(ranks, "gathered", lambda value: [0.0, torch.tensor([1.0, 2.0]), 0.0])
+        assert ranks.total(own).tolist() == [1.0, 2.0]
+
+
+def test_random_numbers_drawn_inside_change_those_outside():
+    torch.manual_seed(0)
+    want = torch.rand(2)[1]
+    torch.manual_seed(0)
+    torch.rand(1)
+    with ranks.fork_rng():
+        torch.rand(7)
+    assert torch.rand(1)[0] == want
+
+
+def test_command_that_resumes_is_of_one_process_where_there_were_several(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("sys.argv", ["dpo.py", "--shard", "True", "--out", "x"])
+    assert command_line.command_that_resumes("x") == (
+        "torchrun --nproc-per-node 4 dpo.py --shard True --out x --resume")

@@ -297,11 +297,12 @@ def test_trial_takes_more_prompts_where_few_are_refused(monkeypatch, tmp_path):
 
 def test_trial_on_a_gpu_is_too_small_to_tell_what_a_prompt_takes(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(budget.common, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(budget.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(budget, "train", lambda name, options, n, *rest: asked.append(
         (n, options["batch_size"])) or ({"seconds_training": 6.0}, {}, {}))
     assert [budget.trial("dpo", REAL, {"train": n}, tmp_path)["prompts"] for n in (5, 400)] == [5, 32]
-    assert asked == [(5, 5), (32, 8)]
+    budget.trial("dpo", REAL | {"device": "cpu"}, {"train": 400}, tmp_path)
+    assert asked == [(5, 5), (32, 8), (2, 2)]
 
 
 # --------------------------------------------------------------------------------------- intervals and advice

@@ -19,7 +19,7 @@ def test_tables_of_the_page_are_others():
 
 
 @pytest.mark.parametrize("size, weights", [
-    ("1B", 1_235_814_400), ("7B", 6_738_415_616), ("70B", 70_553_706_496)])
+    ("1B", 1_235_814_400), ("7B", 6_738_415_616), ("8B", 8_030_261_248), ("70B", 70_553_706_496)])
 def test_shape_has_another_number_of_weights_than_the_published_model(size, weights):
     assert scale.SHAPES[size].weights == weights
 
