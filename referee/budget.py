@@ -92,11 +92,11 @@ def finish(name, plan, options, state, out, known):
     options |= {"rounds": plan["rounds"]} if plan["asked"] > 1 else {}
     print(f"\n{name}")
     result, before, samples = train(name, options, plan["prompts"], state, known)
-    for file in folder.glob("*.pt"):
-        file.unlink()
     metrics = {k: v for k, v in result.items() if k.startswith("eval/")}
     harness.write_json(note, {"metrics": metrics, "before": before, "samples": samples, "plan": plan,
                               "seconds": time.time() - began})
+    for file in folder.glob("*.pt"):
+        file.unlink()
 
 
 def rounds_of(name, options):

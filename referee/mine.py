@@ -113,7 +113,7 @@ def check_reward_time(config, minutes):
         return
     recipe = harness.Recipe(config.reward_lr, batch_size=4, token_budget=config.token_budget)
     model, tokenizer, few = harness.load_scorer(config), harness.load_tokenizer(config), pairs[:4]
-    for _ in range(2):                                   # while a GPU gets ready, no time counts: the second
+    for _ in range(2):                                   # the first holds what a GPU does only once
         began = time.time()
         harness.train_reward_model(model, tokenizer, few, recipe)
     seconds = (time.time() - began) / len(few) * len(pairs)
