@@ -1,17 +1,17 @@
 """The main arms on a real chat model and real prompts; gold is what a function computes. Data only.
 
 referee/real_text.py reads it; docs/comparison.md says how to run it. The settings are meant for a model of
-135 million weights on one core, about ten minutes an arm and seed: one to two passes over a hundred prompts.
-This is an estimate from docs/real_models.md; the table shows what each arm took. LoRA, so that many runs fit
-on a disk. What samples makes few rounds or steps, because a core writes only some tens of tokens a second.
-Longer to evaluate than to train are best of 8, and the Decision Transformer, which answers for every level.
+135 million weights on one core, about ten minutes an arm and seed: one to four passes over a hundred prompts.
+The table shows what each arm took. LoRA, so that many runs fit on a disk. What samples makes few rounds or
+steps, because a core writes only some tens of tokens a second. Longer to evaluate than to train are best of
+8, and the Decision Transformer, which answers for every level.
 
 What is too small, in all that comes of it:
     settings   nothing was tuned. The learning rates are guesses, so an arm that stays behind may only have
                the wrong one
     steps      some tens of optimizer steps, where the papers make thousands
-    proxy      a reward model from about a hundred pairs, whose annotators err. It knows little, so the arms
-               that maximise it are held back
+    proxy      a reward model from a few hundred pairs of a hundred prompts, whose annotators err. It knows
+               little, so the arms that maximise it are held back
     data       the prompts of a seed are drawn from one folder, so the seeds are not independent of each other
     answers    at most 40 tokens; the training answers are those that end within what the folder was made with
     test       64 prompts with 2 answers each
