@@ -82,7 +82,7 @@ def check_checkpoint(path, policy=True):
         lost = [shard for shard in shards if not (folder / shard).exists()]
         if lost:
             raise UserError(f"{path} lacks {len(lost)} of its {len(shards)} files of weights: {lost[0]}")
-        for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        for file in [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.bin")]:
             check_weights(file)
 
 

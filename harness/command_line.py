@@ -143,7 +143,14 @@ def command_that_resumes(out):
     given = any(word == "--out" or word.startswith("--out=") for word in words)
     start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if ranks.count() > 1 else [
         "python"]
-    return shlex.join([*start, *words, *([] if given else ["--out", directory.short(out)]), "--resume"])
+    return joined([*start, *words, *([] if given else ["--out", directory.short(out)]), "--resume"])
+
+
+def joined(words):
+    """A command line for the shell of this system; that of Windows knows no single quotes."""
+    if os.name != "nt":
+        return shlex.join(words)
+    return " ".join(word if re.fullmatch(r"[\w+=:./\\-]+", word) else f'"{word}"' for word in words)
 
 
 class Plain:
@@ -176,8 +183,10 @@ def in_one_line(function):
     except (UserError, OSError) as error:
         print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: the memory of the GPU is full ({str(error).split('. ')[0]}): give --lora_rank 16 or, "
+    except RuntimeError as error:                  # OutOfMemoryError is one; those of MPS and CPU are bare
+        if not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
+            raise
+        print(f"error: the memory is full ({str(error).split('. ')[0][:200]}): give --lora_rank 16 or, "
               "with several GPUs, --shard True; --gradient_checkpointing True; a smaller --token_budget or "
               "--max_length; if it was sampling for an evaluation, a smaller --eval_samples", file=sys.stderr)
         sys.exit(2)

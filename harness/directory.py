@@ -14,6 +14,7 @@ from pathlib import Path
 import filelock
 import torch
 
+import tasks
 from common import Sampled, UserError, warn
 from harness import ranks
 from tasks import Pair, Ranking
@@ -132,8 +133,8 @@ def save_state(out, state):
         file.flush()
         os.fsync(file.fileno())
     if last.exists():
-        last.replace(before)
-    part.replace(last)
+        tasks.put(last, before)
+    tasks.put(part, last)
 
 
 def load_plain(file):
@@ -180,6 +181,6 @@ def kept(run, name, make):
         if not run.resumes:                           # else its files are there, with the steps to go on from
             run.begin()
         torch.save((value, run.counts), run.out / f"{name}.part")
-        (run.out / f"{name}.part").replace(run.out / f"{name}.pt")
+        tasks.put(run.out / f"{name}.part", run.out / f"{name}.pt")
     return value
 

@@ -39,7 +39,8 @@ def fingerprint(config):
 def fingerprint_of(folder):
     """The same for a directory of weights; None where there are none."""
     folder = Path(folder)
-    digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = sorted(folder.glob("[!.]*.safetensors")) or sorted(folder.glob("[!.]*.bin"))    # no ._ of macOS
+    digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         with open(path, "rb") as file:

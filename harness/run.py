@@ -325,7 +325,7 @@ class Run:
     def write(self, row):
         if not ranks.first():
             return
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
 
     def checkpoint(self):

@@ -96,7 +96,7 @@ def finish(name, plan, options, state, out, known):
     harness.write_json(note, {"metrics": metrics, "before": before, "samples": samples, "plan": plan,
                               "seconds": time.time() - began})
     for file in folder.glob("*.pt"):
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def rounds_of(name, options):

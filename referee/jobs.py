@@ -21,6 +21,7 @@ def leave_with_parent():
 
 def child(number, mistakes, make_work, arguments):
     """One process: it begins with a seed of its own, so that the seeds' models are built side by side."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # on Windows it is not inherited
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from collections import UserDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +36,19 @@ def write_text(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="surrogateescape")    # names of files need not be UTF-8
-    part.replace(path)
+    part.write_text(text, encoding="utf-8", errors="surrogateescape",    # names of files need not be UTF-8
+                    newline="\n")                                         # Windows would write \r\n
+    put(part, path)
+
+
+def put(part, path):
+    """part.replace(path). Windows refuses while a virus scanner reads one of them: try for some seconds."""
+    for wait in (0.1, 0.3, 1, 3):
+        try:
+            return part.replace(path)
+        except PermissionError:
+            time.sleep(wait)
+    return part.replace(path)
 
 
 def write_json(path, value):
@@ -49,7 +61,7 @@ def save_model(model, tokenizer, path):
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
+    put(part, path)
 
 
 def lock(path):

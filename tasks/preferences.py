@@ -117,7 +117,8 @@ def read_table(path: Path, form: str):
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            table = datasets.load_dataset(form, data_files=str(path), split="train", cache_dir=folder)
+            table = datasets.load_dataset(form, data_files=str(path), split="train", cache_dir=folder,
+                                          keep_in_memory=True)       # Windows deletes no file that is mapped
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"{path.name} cannot be read as {form}: {reason[:200]}") from None

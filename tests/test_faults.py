@@ -17,9 +17,10 @@ import dpo
 import harness
 import ppo
 import pro
+import tasks
 from common import UserError
 from conftest import ROOT, killed_after, method_names, save_toy, settings, started
-from harness import asking, directory
+from harness import asking, command_line, directory
 from harness.config import interval_of, is_number, outside
 from harness.command_line import command_that_resumes, in_one_line
 from harness.run import Stop
@@ -524,12 +525,37 @@ def raising(error):
 
 
 def test_full_memory_of_a_gpu_is_a_traceback(capsys):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    with pytest.raises(SystemExit) as stopped:
-        in_one_line(raising(error))
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
-    assert "is full (CUDA out of memory): give --lora_rank 16" in said
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+                  RuntimeError("MPS backend out of memory (MPS allocated: 17 GB). Tried to allocate 1 GB")):
+        with pytest.raises(SystemExit) as stopped:
+            in_one_line(raising(error))
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1
+        assert " out of memory" in said and "): give --lora_rank 16" in said
+    with pytest.raises(RuntimeError, match="shape"):
+        in_one_line(raising(RuntimeError("shape [2] is invalid")))
+
+
+def test_file_that_is_read_by_another_program_ends_a_run(tmp_path, monkeypatch):
+    refused, replace = [1, 2], type(tmp_path).replace
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
+
+    def busy(part, path):
+        if refused and refused.pop():
+            raise PermissionError(13, "used by another process", str(path))
+        return replace(part, path)
+
+    monkeypatch.setattr(type(tmp_path), "replace", busy)
+    tasks.write_text(tmp_path / "a.txt", "one\ntwo\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"one\ntwo\n" and not refused
+
+
+def test_command_to_go_on_has_quotes_that_windows_does_not_know(monkeypatch):
+    words = ["python", ".\\dpo.py", "--pairs", "a>b", "--out", "runs\\dpo\\001"]
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line.os, "name", "nt")
+        shown = command_line.joined(words)
+    assert shown == 'python .\\dpo.py --pairs "a>b" --out runs\\dpo\\001'
 
 
 def test_what_a_user_causes_is_a_traceback(tmp_path, capsys):
