@@ -101,7 +101,7 @@ def test_killed_write_leaves_half_a_file(tmp_path, monkeypatch):
         harness.write_json(path, {"b": [1, object()]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
 
-    def full_disk(self, text, encoding=None, errors=None):
+    def full_disk(self, text, encoding=None, errors=None, newline=None):
         with open(self, "w", encoding=encoding, errors=errors) as file:
             file.write(text[:3])
         raise OSError("no space left")
