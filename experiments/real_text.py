@@ -1,10 +1,11 @@
 """The main arms on a real chat model and real prompts; gold is what a function computes. Data only.
 
 referee/real_text.py reads it; docs/comparison.md says how to run it. The settings are meant for a model of
-135 million weights on one core, about ten minutes an arm and seed: one to four passes over a hundred prompts.
-The table shows what each arm took. LoRA, so that many runs fit on a disk. What samples makes few rounds or
-steps, because a core writes only some tens of tokens a second. Longer to evaluate than to train are best of
-8, and the Decision Transformer, which answers for every level.
+135 million weights on one core: one to four passes over a hundred prompts, ten to twenty-five minutes an arm
+and seed. Equal times were the aim; ReMax and PPO took more than twice as long as the others. LoRA, so that
+many runs fit on a disk. What samples makes few rounds or steps, because a core writes only some tens of
+tokens a second. Longer to evaluate than to train are best of 8, and the Decision Transformer, which answers
+for every level.
 
 What is too small, in all that comes of it:
     settings   nothing was tuned. The learning rates are guesses, so an arm that stays behind may only have

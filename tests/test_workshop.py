@@ -217,6 +217,12 @@ def test_counts_of_seeds_on_cards_are_not_those_of_the_stored_runs():
     text = "above 1 in nine without offsets, and below 1 in nine with them"
     assert text in " ".join(cards["Card 8: what a baseline is for"].split())
     assert text in " ".join(read(ROOT / "docs" / "remax.md").split())
+    small, sft = (values("decision_transformer", arm, "eval/gold") for arm in ("DT, 2,875", "SFT"))
+    assert [sum(a < b for a, b in zip(small, sft)), len(small), len(sft)] == [7, 10, 10]
+    assert "gold is below that of SFT in seven" in " ".join(cards["Card 10: an eighth of the data"].split())
+    drawn, direct = (values("rso", arm, "eval/gold") for arm in ("beta 0.5", "sigmoid-norm, direct"))
+    assert [sum(a > b for a, b in zip(drawn, direct)), len(drawn), len(direct)] == [8, 10, 10]
+    assert "in eight of the ten seeds" in " ".join(cards["Card 6: where pairs come from"].split())
     gold, fluency = (values("ppo", "pushed", f"eval/{name}") for name in ("gold", "fluency"))
     assert [sum(v < 0 for v in gold), len(gold)] == [9, 10] and fluency[gold.index(max(gold))] > 0.95
     assert "gold ends below 0 in nine. In the tenth" in " ".join(cards["Finale: hack the reward"].split())
