@@ -79,6 +79,23 @@ def duels(values):
             for (i, j), (mean, p) in found.items()}
 
 
+def ranks_left(found):
+    """{arm: (best, worst)}: the ranks that the verdicts of `duels` leave, for all arms at once.
+
+    An arm stands below those that are shown to have more, and above those that are shown to have less. So all
+    ranges hold together with a chance of at least 1 - LEVEL. `ranks` looks at each arm for itself.
+    """
+    arms = list(dict.fromkeys(arm for pair in found for arm in pair))
+    more = dict.fromkeys(arms, 0)
+    less = dict.fromkeys(arms, 0)
+    for (one, other), duel in found.items():
+        if duel.verdict != "=":
+            better, worse = (one, other) if duel.verdict == ">" else (other, one)
+            more[worse] += 1
+            less[better] += 1
+    return {arm: (1 + more[arm], len(arms) - less[arm]) for arm in arms}
+
+
 class Agreement(NamedTuple):
     same: int                  # pairs with the same verdict in both
     opposite: int              # pairs that are decided both times, the other way the second time

@@ -8,25 +8,27 @@ from experiments.comparison import (ARMS, DEFAULT, FAMILIES, LABELS, MAIN, SECON
                                     UNRANKED, UNTRAINED)
 from referee import figures
 from referee.comparison import BUDGET, NAME, QUARTER, cost, experiments, start_of, tuned
-from referee.ranking import agreement, duels, order, ranks
+from referee.ranking import duels, ranks, ranks_left
+from referee.replication import holds, larger_rows, larger_text, shared
 from referee.statistics import mean_of, plus_minus, t_interval
 from referee.store import results_path, shown
 from referee.tables import (COSTS, COSTS_ARE, arm_rows, collect, markdown_table, provenance, stored,
                             text_table)
 from referee.tuning import COLUMNS as TUNED_COLUMNS
 from referee.tuning import RULES as TUNING_RULES
-from referee.tuning import START, whole
+from referee.tuning import FLUENCY_LOST, START, whole
 
 METRIC = "eval/gold"
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/judge": "judge", "eval/win_rate": "win rate",
            "eval/kl": "KL, nats", "eval/fluency": "fluency", "eval/distinct_2": "distinct-2",
            "eval/length": "length, tokens"}
 RULES = ("± is half a 95% t-interval over seeds. The rank is that of the mean gold; in brackets, the "
-         "ranks in 95% of draws of the seeds. distinct-2: different word pairs of all samples over all of "
-         "their word pairs; best of 16 has fewer texts, so more. Time is in units of ppo.py with its "
-         "defaults on the same seed. KL and win rate are against the SFT policy; the KL of best of n is an "
-         "upper bound, and what starts from another arm has none. The papers' own recipes take about four "
-         "times the budget, so they have no rank; nor has PPO with its defaults, which is not tuned.")
+         "ranks in 95% of draws of the seeds, each arm for itself. distinct-2: different word pairs of all "
+         "samples over all of their word pairs; best of 16 has fewer texts, so more. Time is in units of "
+         "ppo.py with its defaults on the same seed. KL and win rate are against the SFT policy; the KL of "
+         "best of n is an upper bound, and what starts from another arm has none. The papers' own recipes "
+         "take about four times the budget, so they have no rank; nor has PPO with its defaults, whose "
+         "settings were chosen earlier.")
 OF_START = "eval/kl", "eval/win_rate", "eval/win_rate_proxy", "eval/win_rate_judge"    # against its start
 
 
@@ -97,6 +99,14 @@ def main_rows(arms, quarter={}):
     return rows
 
 
+def less_fluent(arms):
+    """A sentence: the arms whose mean fluency lies below the limit that the tuning had; "" where none does."""
+    limit = mean_of(arms["SFT"], "eval/fluency") - FLUENCY_LOST if arms.get("SFT") else 0.0
+    found = [f"{name} (on {sum(run['eval/fluency'] < limit for run in runs.values())} of {len(runs)} seeds)"
+             for name, runs in whole(arms).items() if runs and mean_of(runs, "eval/fluency") < limit]
+    return found and f" Mean fluency below SFT's less {FLUENCY_LOST}: {', '.join(found)}." or ""
+
+
 def short_rows(collected):
     """A row for each of the main arms, the best first: rank, gold in each situation, KL, fluency, time."""
     situations = {title: of_seeds(collected[title], SEEDS) for title in SITUATIONS}
@@ -116,34 +126,13 @@ def matrix_rows(arms):
     values = ranked(arms)
     best_first = sorted(values, key=lambda name: -fmean(values[name].values()))
     found = duels({name: values[name] for name in best_first})
-    rows = [["", *(str(i) for i in range(1, len(best_first) + 1))]]
+    left = ranks_left(found)
+    rows = [["", *(str(i) for i in range(1, len(best_first) + 1)), "ranks"]]
     for i, name in enumerate(best_first, 1):
         marks = [{">": "<", "<": ">", "=": "·"}[found[other, name].verdict] for other in best_first[:i - 1]]
         marks += ["", *(found[name, other].verdict.replace("=", "·") for other in best_first[i:])]
-        rows.append([f"{i} {name}", *marks])
+        rows.append([f"{i} {name}", *marks, "{} to {}".format(*left[name])])
     return rows
-
-
-def common_seeds(values):
-    return sorted(set.intersection(*map(set, values.values()))) if values else []
-
-
-def holds(arms, others, what):
-    """A sentence: how many verdicts of two sets of seeds agree, and how far the order does.
-
-    As many seeds of the one set as of the other: with fewer, fewer pairs would be decided.
-    """
-    first, second = ranked(arms), ranked(others)
-    n = min(len(common_seeds(values)) for values in (first, second))
-    if len(both := first.keys() & second.keys()) < 3 or n < 2:
-        return f"{what}: not run yet."
-    first, second = ({name: {seed: row[seed] for seed in common_seeds(values)[:n]}
-                      for name, row in values.items() if name in both} for values in (first, second))
-    found, (rho, low, high) = agreement(duels(first), duels(second)), order(first, second)
-    return (f"{what}, {n} against {n} seeds: {found.same} of {found.pairs} pairwise verdicts are the same "
-            f"({found.same / found.pairs:.0%}), {found.opposite} are opposite. Of the {found.decided} pairs "
-            f"that are decided at least once, {found.signs} have differences of the same sign. Spearman's "
-            f"correlation of the two orders is {rho:.2f} (95% of resampled seeds: {low:.2f} to {high:.2f}).")
 
 
 def parts(results_dir="results", given={}):
@@ -158,19 +147,24 @@ def parts(results_dir="results", given={}):
         arms = of_seeds(collected[title], seeds)
         if any(arms.values()):
             quarter = of_seeds(collected[QUARTER], seeds) if title == "clean" else {}
-            found.append((title, main_rows(arms, quarter if any(quarter.values()) else {}), question))
+            found.append((title, main_rows(arms, quarter if any(quarter.values()) else {}),
+                          question + less_fluent(arms)))
     first = of_seeds(clean, seeds)
     found.append(("costs", arm_rows({name: runs for name, runs in first.items() if runs}, COSTS), COSTS_ARE))
-    if len(ranked(first)) > 1 and len(common_seeds(ranked(first))) > 1:
+    if places(first):
         found.append(("who beats whom", matrix_rows(first),
                       "Gold, paired within seeds, with Holm's correction over all pairs (5%). The arm of the "
-                      "row has more (>) or less (<) than that of the column; · where neither is shown."))
+                      "row has more (>) or less (<) than that of the column; · where neither is shown. The "
+                      "last column: the ranks that these verdicts leave, for all arms at once."))
     larger = results_path(NAME, {"layers": 3}, results_dir)
     if not given:
-        found.append(("does it hold?", None, holds(first, of_seeds(clean, SECOND_SEEDS), "Other seeds")))
+        again = ranked(of_seeds(clean, SECOND_SEEDS))
+        found.append(("does it hold?", None, holds(ranked(first), again, "Other seeds")))
     if not given and larger.exists():
-        found.append(("a larger model", None, holds(
-            first, gathered(results_dir, {"layers": 3})[1]["clean"], "Three layers, 1.1 million weights")))
+        sides = ranked(first), ranked(gathered(results_dir, {"layers": 3})[1]["clean"])
+        if shared(*sides):
+            found.append(("a larger model", larger_rows(*sides, ("one layer", "three layers")),
+                          larger_text(*sides, "Three layers, 1.1 million weights")))
     return found + [("", None, f"{RULES} {provenance(view)}")]
 
 

@@ -283,10 +283,10 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
     matrix = side_by_side.matrix_rows(first)
     names = [row[0].split(" ", 1)[1] for row in matrix[1:]]
     assert names == [row[1] for row in body]
-    marks = [row[1:] for row in matrix[1:]]
+    marks = [row[1:-1] for row in matrix[1:]]
     flip = {">": "<", "<": ">", "·": "·", "": ""}
     assert all(marks[i][j] == flip[marks[j][i]] for i, j in itertools.product(range(len(names)), repeat=2))
-    assert marks[0][-1] == ">"
+    assert marks[0][-1] == ">" and matrix[0][-1] == "ranks" and matrix[1][-1] == "1 to 1"
     side_by_side.report()
     text = capsys.readouterr().out
     for word in ("clean", "noisy labels", "little data", "who beats whom", "Other seeds, ", "Spearman"):
@@ -299,6 +299,16 @@ def test_tables_mix_seeds_or_rank_what_is_beyond_the_budget(toys, capsys):
         assert [row["step"] for row in trace] == steps
         assert trace[0] == {"step": 0, "eval/gold": first["SFT"][0]["eval/gold"], "cpu_seconds": 0}
         assert trace[-1]["cpu_seconds"] == first[name][0]["cpu_seconds"] > trace[-2]["cpu_seconds"]
+
+
+def test_arm_below_the_limit_of_fluency_is_not_named():
+    def runs(*fluency):
+        return {seed: {"eval/fluency": value} for seed, value in enumerate(fluency)}
+
+    arms = {"SFT": runs(0.95, 0.95), "just": runs(0.93, 0.92), "once": runs(0.97, 0.80), "none": {},
+            "lost": runs(0.5, 0.5) | {2: {"diverged": "step 3"}}}
+    assert side_by_side.less_fluent(arms) == " Mean fluency below SFT's less 0.03: once (on 1 of 2 seeds)."
+    assert side_by_side.less_fluent(arms | {"once": {}}) == "" == side_by_side.less_fluent({})
 
 
 def test_part_of_the_seeds_is_shown_as_all_of_them(toys, monkeypatch):
@@ -343,21 +353,6 @@ def test_figure_cannot_be_drawn(toys, tmp_path, monkeypatch):
     assert side_by_side.draw().stat().st_size > 10000
 
 
-def test_verdicts_of_other_seeds_are_counted_wrong(toys):
-    everything(toys)
-    clean = side_by_side.gathered()[1]["clean"]
-    first, second = (side_by_side.of_seeds(clean, seeds) for seeds in (range(4), range(4, 8)))
-    text = side_by_side.holds(first, second, "Other seeds")
-    assert text.startswith("Other seeds, 4 against 4 seeds: 6 of 6 pairwise verdicts are the same (100%), 0 "
-                           "are opposite. Of the 5 pairs that are decided at least once, 5 have")
-    for seeds in (range(0), range(4, 5)):                                # as while the second seeds are made
-        assert side_by_side.holds(first, side_by_side.of_seeds(clean, seeds), "x") == "x: not run yet."
-    assert "x, 2 against 2 seeds" in side_by_side.holds(first, side_by_side.of_seeds(clean, range(4, 6)), "x")
-    backwards = {name: {seed: run | {"eval/gold": -run["eval/gold"]} for seed, run in runs.items()}
-                 for name, runs in second.items()}
-    assert "of the two orders is -1.00 (95% of " in side_by_side.holds(first, backwards, "x")
-
-
 def test_page_is_not_the_report_or_stands_for_runs_that_are_not_there(toys):
     assert side_by_side.block() == "Not run yet: `python -m referee comparison`."
     assert side_by_side.tuning_block() == "Not tuned yet: `python -m referee comparison --tune`."
@@ -394,8 +389,10 @@ def test_larger_model_runs_other_settings_situations_or_arms(toys, capsys, monke
     assert {(c.layers, c.seed, c.label_noise) for c in toys.calls} == {(3, 0, 0), (3, 1, 0)}
     assert len(toys.calls) == 2 * 3          # no recipe, none but main arms
     assert Path("results/comparison@layers=3.json").exists()
-    assert any(heading == "a larger model" and "weights, 2 against 2 seeds" in text
-               for heading, _, text in side_by_side.parts())
+    (rows, text), = [(rows, text) for heading, rows, text in side_by_side.parts()
+                     if heading == "a larger model"]
+    assert rows[0][-2:] == ["gold, one layer", "gold, three layers"] and len(rows) == 1 + 3
+    assert "1.1 million weights, 2 seeds" in text
     command_line.main(["comparison", "--report", "--layers=3"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Flags: layers=3" in text and "noisy" not in text and "Seeds 0, 1." in text

@@ -111,3 +111,14 @@ def test_arms_without_common_seeds_are_ranked():
         ranks({"a": {0: 1.0, 1: 2.0}, "b": {1: 1.0, 2: 2.0}})
     shared = ranking.table_of({"a": {0: 1.0, 2: 3.0, 1: 2.0}, "b": {2: 1.0, 1: 0.0}})
     assert shared[1] == [1, 2] and shared[2].tolist() == [[2.0, 3.0], [0.0, 1.0]]
+
+
+def test_ranks_left_are_not_those_of_the_verdicts_by_hand():
+    def duel(verdict):
+        return Duel(0.0, 0.0, verdict)
+
+    found = {("a", "b"): duel("="), ("a", "c"): duel(">"), ("a", "d"): duel(">"), ("b", "c"): duel("="),
+             ("b", "d"): duel(">"), ("c", "d"): duel("=")}
+    assert ranking.ranks_left(found) == {"a": (1, 2), "b": (1, 3), "c": (2, 4), "d": (3, 4)}
+    turned = {pair: duel({">": "<"}.get(one.verdict, "=")) for pair, one in found.items()}
+    assert ranking.ranks_left(turned) == {"a": (3, 4), "b": (2, 4), "c": (1, 3), "d": (1, 2)}
