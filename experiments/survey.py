@@ -15,7 +15,7 @@ COMPARED = {
         metric="eval/gold", holds=[("Decision Transformer, its recipe", ">", "PPO")]),
     "its own recipe, in more than four times the time, has more gold than PPO": dict(
         metric="eval/gold", holds=[("SteerLM, its recipe", ">", "PPO")]),
-    "within one budget of time, pairs chosen by rejection have more gold than pairs of SFT samples": dict(
+    "within one budget of time, RSO has more gold than DPO on proxy labels, each with its own settings": dict(
         metric="eval/gold", holds=[("RSO", ">", "DPO, proxy labels")]),
     "within one budget of time, half for rounds and half for PPO give more gold than rounds alone": dict(
         metric="eval/gold", holds=[("rounds, then PPO", ">", "Llama 2 rounds")]),
@@ -65,8 +65,8 @@ STATEMENTS = [
         ("rso", "rejection sampling beats SFT samples, under every loss",
          "三种损失下，拒绝采样的胜率都高于直接用 SFT 策略的样本（2 个百分点即 0.02）"),
         ("comparison",
-         "within one budget of time, pairs chosen by rejection have more gold than pairs of SFT samples",
-         "在同样的时间预算内，用拒绝采样选出的偏好对，gold 高于直接用 SFT 样本的偏好对")]),
+         "within one budget of time, RSO has more gold than DPO on proxy labels, each with its own settings",
+         "在同样的时间预算内，RSO 的 gold 高于用 proxy 标注的 DPO（各用自己选出的设置）")]),
     ("rounds of best-of-n gain, and PPO after them gains again", "多轮拒绝采样微调能提升效果，之后再做 PPO 还能再提升", [
         ("raft", "versions climb: the fifth has more gold than the second (half-way)",
          "按 gold，第五版（最后一版）高于第二版（约在训练的一半处）"),

@@ -33,10 +33,12 @@ MOST_SCORED = 128                              # rows that set the proxy's scale
 NOT_HERE = OWN | {"policy", "reward", "reward_label", "reward_lr", "gold", "test_data", "columns", "limit",
                   "skip_bad_rows", "chat", "prompt", "out", "resume", "reproduce", "seed"}
 COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/length": "length, tokens",
-           "eval/win_rate": "win rate", "cpu_seconds": "CPU s of training", "seconds": "s in all"}
+           "eval/eos_rate": "ended", "eval/win_rate": "win rate", "cpu_seconds": "CPU s of training",
+           "seconds": "s in all"}
 RULES = ("Gold is the share of a prompt's instructions that an answer fulfils. ± is half a 95% t-interval "
          "over seeds; nothing corrects for the number of arms. Win rate is against SFT's answers, by gold; a "
-         "tie counts half. KL is to SFT; that of best of 8 is an upper bound.")
+         "tie counts half. Ended: the share of answers that end before the limit of tokens. KL is to SFT; that "
+         "of best of 8 is an upper bound.")
 
 
 @dataclass

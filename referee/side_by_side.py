@@ -100,7 +100,7 @@ def main_rows(arms, quarter={}):
 
 
 def less_fluent(arms):
-    """A sentence: the arms whose mean fluency lies below the limit that the tuning had; "" where none does."""
+    """A sentence: the arms whose mean fluency is below the limit that the tuning had; "" where none is."""
     limit = mean_of(arms["SFT"], "eval/fluency") - FLUENCY_LOST if arms.get("SFT") else 0.0
     found = [f"{name} (on {sum(run['eval/fluency'] < limit for run in runs.values())} of {len(runs)} seeds)"
              for name, runs in whole(arms).items() if runs and mean_of(runs, "eval/fluency") < limit]

@@ -5,19 +5,20 @@ The second says in Chinese what each substitute needs, next to what was measured
 of the comparison, in either language. experiments/survey.py holds the statements and needs; what was
 measured comes from results/*.json alone.
 """
+import math
 import re
 from pathlib import Path
 
-from experiments.comparison import ARMS, LABELS, RECIPES, SEEDS
+from experiments.comparison import ARMS, LABELS, RECIPES, SECOND_SEEDS, SEEDS
 from experiments.survey import COMPARED, STATEMENTS, SUBSTITUTES
 from harness import UserError
 from referee import side_by_side
 from referee.arms import experiments_of, method_names
-from referee.statistics import verdict
+from referee.statistics import plus_minus, verdict
 from referee.store import planned, results_path
 from referee.tables import arm_rows, collect, markdown_table, measured, provenance, stored
 
-NOT_RUN, COMPARISON_NOT_RUN = "not measured yet", "comparison not run yet"
+NOT_RUN, COMPARISON_NOT_RUN, AGAIN = "not measured yet", "comparison not run yet", "other seeds"
 STATEMENT_COLUMNS = "the survey says", "what we test", "measured", "verdict"
 NEEDS = "reward model", "samples", "reference policy", "value model", "data"
 COSTS = {"state_mb": "MB trained", "cpu_seconds": "CPU s", "eval/gold": "gold", "eval/kl": "KL, nats"}
@@ -42,6 +43,7 @@ PHRASES = [                                       # what tables.measured and tab
     (r" \((\d+) seeds?\)", r"（\1 个种子）"),
     (r"; about (\d+) seeds would settle it", r"；约 \1 个种子可以得出结论"),
     (r"; over (\d+) seeds would settle it", r"；要 \1 个以上的种子才能得出结论"),
+    (r"; other seeds: ", "；另一组种子："),
     (r"^Seeds none\.", "没有种子。"), (r"^Seeds ([\d, ]+)\.", r"种子：\1。"),
     (r"^Seeds ([\d, ]+) \((\d+) of the (\d+) that were set beforehand\)\.",
      r"种子：\1（事先定下 \3 个，已运行 \2 个）。"),
@@ -79,17 +81,24 @@ def runs_of(method, results_dir="results"):
     if not results_path(method, {}, results_dir).exists():
         return {}
     if method == side_by_side.NAME:
-        return {"clean": side_by_side.of_seeds(side_by_side.gathered(results_dir)[1]["clean"], SEEDS)}
+        clean = side_by_side.gathered(results_dir)[1]["clean"]
+        return {"clean": side_by_side.of_seeds(clean, SEEDS),
+                AGAIN: side_by_side.of_seeds(clean, SECOND_SEEDS)}
     return collect(method, stored(method, results_dir))
 
 
 def judged(method, text, collected):
-    """(verdict, what was measured) of a claim, both in English; the number of seeds is always said."""
+    """(verdict, what was measured) of a claim, both in English; the number of seeds is always said.
+
+    A claim of the comparison was measured a second time, on other seeds; the verdict is that of the first.
+    """
     title, claim = claim_of(method, text)
     word, comparisons = verdict(claim, collected.get(title, {}))
     if word == "not run":
         return COMPARISON_NOT_RUN if method == side_by_side.NAME else NOT_RUN, "-"
-    return word, measured(word, comparisons, 0)
+    found, (again, *_) = measured(word, comparisons, 0), verdict(claim, collected.get(AGAIN, {}))[1]
+    known = again.n > 1 and not math.isnan(again.mean)
+    return word, found + f"; other seeds: {plus_minus(again.mean, again.half, '+')}" * known
 
 
 def statement_rows(path, results_dir="results"):
