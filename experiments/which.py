@@ -17,8 +17,8 @@ WHICH = [
     ("a few thousand pairs (chosen, rejected); you want neither a reward model nor sampling",
      "几千个偏好对；不想训练奖励模型，也不想采样",
      "`dpo.py --reward none` learns from the pairs directly. Read the texts: fluency fell below our limit on "
-     "7 of 24 seeds",
-     "`dpo.py --reward none`，直接用偏好对训练。要看生成的文本：24 个种子里有 7 个的流畅度低于我们的下限",
+     "8 of 24 seeds",
+     "`dpo.py --reward none`，直接用偏好对训练。要看生成的文本：24 个种子里有 8 个的流畅度低于我们的下限",
      "DPO", [(CLEAN, GOLD, ">", "SFT, temperature 0.5")]),
     ("answers of a strong and of weaker models, no labels", "强弱不同的模型的回答，没有标注",
      "`dpo.py` on pairs whose chosen answer is the stronger model's (`--pairs \"STRONG>WEAK\"`). Plain SFT "

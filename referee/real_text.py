@@ -37,8 +37,8 @@ COLUMNS = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "e
            "seconds": "s in all"}
 RULES = ("Gold is the share of a prompt's instructions that an answer fulfils. ± is half a 95% t-interval "
          "over seeds; nothing corrects for the number of arms. Win rate is against SFT's answers, by gold; a "
-         "tie counts half. Ended: the share of answers that end before the limit of tokens. KL is to SFT; that "
-         "of best of 8 is an upper bound.")
+         "tie counts half. Ended: the share of answers that end before the limit of tokens. KL is to SFT; "
+         "that of best of 8 is an upper bound.")
 
 
 @dataclass

@@ -111,6 +111,18 @@ def test_comparison_takes_other_seeds_or_another_situation(tmp_path, monkeypatch
     monkeypatch.setattr(side_by_side, "gathered", lambda folder: ({}, {"clean": arms, "noisy labels": {}}))
     word, found = survey.judged("comparison", TESTS[0][1], survey.runs_of("comparison", tmp_path))
     assert TESTS[0][0] == "comparison" and word == "reproduced" and found.endswith("(2 seeds)")
+    for arm in arms.values():
+        arm[second + 1] = {"eval/gold": arm[second]["eval/gold"] + 0.1 * (arm is arms["RRHF"]), "trace": []}
+    word, found = survey.judged("comparison", TESTS[0][1], survey.runs_of("comparison", tmp_path))
+    assert word == "reproduced" and found.endswith("(2 seeds); other seeds: +0.550 ±0.635")
+    assert survey.in_chinese(found).endswith("（2 个种子）；另一组种子：+0.550 ±0.635")
+
+
+def test_number_of_claims_is_not_what_the_protocol_says():
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    own = sum(len(claims_of(method)) for method in method_names())
+    assert f"There are {own + len(data.COMPARED)}: {own} on the pages" in " ".join(page.split())
+    assert len(data.COMPARED) == 10 and "ten of the comparison" in page
 
 
 # --------------------------------------------------------------------------------------------------- Chinese

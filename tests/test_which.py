@@ -149,6 +149,33 @@ def test_what_the_page_says_of_noisy_labels_is_not_what_the_runs_say():
     assert broken == {4} and f"without that seed it has {mean:.2f} ±{half:.2f}" in page
 
 
+def test_count_of_seeds_or_of_edges_in_the_words_is_not_that_of_the_runs():
+    (first, second), (_, tried, chosen) = which.arms_of(ROOT / "results"), tuned(ROOT / "results")
+    page = " ".join((ROOT / "docs" / "comparison.md").read_text(encoding="utf-8").split())
+    use = {arm: text for _, _, text, _, arm, _ in data.WHICH}
+    low = [run["eval/fluency"] < fmean(sft["eval/fluency"] for sft in arms["SFT"].values()) - 0.03
+           for arms in (first["clean"], second["clean"]) for run in arms["DPO"].values()]
+    assert f"on {sum(low)} of {len(low)} seeds" in use["DPO"]
+    broken = [run["eval/fluency"] < 0.5 for run in tried["PPO"]["lr 0.002, epochs 4, kl_coef 0.05"].values()]
+    assert (sum(broken), len(broken)) == (1, 3) and "one of three validation seeds broke" in use["PPO"]
+    assert chosen["PPO"][0]["kl_coef"] == 0.1 and "--kl_coef 0.1" in use["PPO"]
+    dpo = which.compare(first, "noisy labels", data.GOLD, "DPO", "?", "SFT, temperature 0.5")
+    assert dpo.status == "holds" and "DPO was not shown to have more" in use["PPO, one pass"]
+    at_edge = {name: [chosen[name][0][k] in (values[0], values[-1]) for k, values in arm["grid"].items()]
+               for name, arm in compared.ARMS.items()}
+    edges = sum(any(edge for edge, values in zip(at_edge[name], arm["grid"].values()) if len(values) > 2)
+                for name, arm in compared.ARMS.items())
+    assert f"{edges} of the {len(at_edge)} chosen settings have one at the edge" in page
+    assert {name for name, found in at_edge.items() if all(found)} == {
+        "PPO", "RSO", "RWR", "Llama 2 rounds", "DPO, proxy labels"}
+    dropped, kept = (tried["RSO"][f"lr 0.00025, epochs 4, gamma {gamma}, num_samples 8"]
+                     for gamma in (0.2, 0.5))
+    units, = tried["budget"].values()
+    times = [fmean(run["cpu_seconds"] / units[seed]["cpu_seconds"] for seed, run in runs.items())
+             for runs in (dropped, kept)]
+    assert "took {:.3f} times the budget".format(times[0]) in page and f"which took {times[1]:.3f}" in page
+
+
 def test_curriculum_has_noise_in_its_labels():
     collected, _ = which.arms_of(ROOT / "results")
     gold = [{seed: run[data.GOLD] for seed, run in collected[title]["curriculum"].items()}
