@@ -12,6 +12,7 @@ and scores, rows are read from column 0 on (compact), so positions are right. Pr
 tokenised apart: a prompt has the same ids before every response. Log-probs are in nats, float32 at least.
 """
 import contextlib
+import pickle
 import sys
 from dataclasses import dataclass
 
@@ -19,12 +20,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, GenerationConfig)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
-BROKEN = OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError
+BROKEN = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, EOFError,
+          SafetensorError, pickle.UnpicklingError)
 FEW_LOGITS, ROOM = 2 ** 22, {"cpu": 2 ** 14, "cuda": 2 ** 16, "mps": 2 ** 14}  # see token_logps, generate
 CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}   # harmless on a terminal
 
@@ -304,7 +305,7 @@ def load(auto_class, path, device="auto", dtype="auto", **head):
 def load_tokenizer(path, max_length, needs_eos=True):
     """The tokenizer of a model. Prompt and response share max_length tokens. PAD is EOS if there is none."""
     with readable("a tokenizer", path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:
@@ -325,11 +326,10 @@ def load_reference(path, device="auto", dtype="auto"):
 class ValueModel(torch.nn.Module):
     """A base model with a head that starts at 0: one value per token, for every family of models."""
 
-    def __init__(self, base_model):
+    def __init__(self, base):
         super().__init__()
-        self.base_model, self.compute_dtype = base_model, base_model.compute_dtype
-        self.device = base_model.device
-        self.score = torch.nn.Linear(base_model.get_input_embeddings().embedding_dim, 1, device=self.device)
+        self.base_model, self.compute_dtype, self.device = base, base.compute_dtype, base.device
+        self.score = torch.nn.Linear(base.get_input_embeddings().embedding_dim, 1, device=self.device)
         self.score.load_state_dict({name: 0 * weight for name, weight in self.score.state_dict().items()})
 
 
@@ -419,7 +419,7 @@ def generate(model, tokenizer, prompts, n=1, temperature=1.0, greedy=False, max_
             waiting, new = todo, min(left, max(16, len(read[todo[0]])))
             how = {} if greedy else dict(temperature=temperature, top_k=0, top_p=1.0)
             # generate() takes what is not given from model.generation_config, where many models keep a top-k
-            model.generation_config = GenerationConfig(
+            model.generation_config = transformers.GenerationConfig(
                 max_new_tokens=new, do_sample=not greedy, eos_token_id=stops, pad_token_id=pad, **how)
             while waiting:
                 count = max(1, (budget or ROOM[model.device.type]) // (len(read[waiting[0]]) + new))

@@ -194,6 +194,7 @@ def calibration_metrics(run, levels, reward):
 def train(run):
     """Minimise the weighted negative log-likelihood of samples that were collected and scored once."""
     config, policy, conditioned = run.config, run.policy, run.config.objective == "dt"
+    harness.parse_request(config.steer, {"reward": config.bins - 1})               # before the minutes below
     reward = harness.candidate_reward(run, config.sources)      # None: the data's own scores are the rewards
     samples, held_out = offline_samples(run, reward)
     judge = reward or run.rewards.get("proxy")                         # scores what the policy answers later

@@ -190,12 +190,12 @@ def rare_skill(run):
 def train(run):
     """Rounds of equally many steps. Each round samples and selects, then fine-tunes on the pool."""
     config, policy, task = run.config, run.policy, run.task
+    known = isinstance(run.rewards.get("proxy"), common.RewardModel) and config.reward != "gold"
+    if config.refresh and not (known and task.annotate and config.reward_noise == "none"):
+        raise UserError("--refresh needs annotators, which only the embedded task has, and a reward model "
+                        "without noise")
     reward = harness.reward_to_maximise(run)
-    if config.refresh:
-        if not task.annotate or not isinstance(reward, common.RewardModel):
-            raise UserError("--refresh needs annotators, which only the embedded task has, and a reward "
-                            "model without noise")
-        reward = replace(reward, model=copy.deepcopy(reward.model))       # the evaluation keeps the old one
+    reward = replace(reward, model=copy.deepcopy(reward.model)) if config.refresh else reward     # to train
     reference = run.load_reference() if config.kl_coef else None                            # a frozen copy
     initial = harness.trained_weights(policy) if config.restart else None
     if config.rounds > 1 and not prompts_of_round(config, task, 1):

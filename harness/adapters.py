@@ -50,8 +50,11 @@ def add(model, rank, kind=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)                   # of peft's about transformers
             keep(model, peft.get_peft_model(model, settings, TRAINED))
-    except ValueError as error:                                              # Mamba's layers, for one
-        raise UserError(f"no LoRA for {type(model).__name__} ({error}): leave out --lora_rank") from None
+    except (ValueError, RuntimeError) as error:            # Mamba's layers, for one; a rank without end
+        if "memory" in str(error):
+            raise
+        raise UserError(f"no LoRA of rank {rank} for {type(model).__name__} ({error}): lower --lora_rank, or "
+                        "leave it out") from None
 
 
 def change_frozen(model, dtype):

@@ -12,6 +12,7 @@ from harness import directory
 from harness.conditioning import parse_request
 from harness.loading import check_vocabulary, load_policy, load_tokenizer, more_stop_ids
 from tasks import ROOT, chat
+from tasks.preferences import LONE_SURROGATE
 
 OF_RUN = "model", "data", "seed", "max_length", "max_new_tokens", "temperature"      # unless another is given
 
@@ -66,6 +67,8 @@ def ask(config, method, tags_of=None):
     The run is --policy or the method's latest; its options hold (OF_RUN). Of a conditioned
     method: tags_of(attributes.json of the run, the request of --steer) -> the tags to ask with.
     """
+    if LONE_SURROGATE.search(config.prompt):
+        raise UserError("--prompt is not in the encoding of this terminal, which should be UTF-8")
     path = Path(config.policy or latest_run(method, "attributes.json" if tags_of else "samples.txt"))
     attributes = load_attributes(path, method) if tags_of else {}
     tags = tags_of(attributes, parse_request(config.steer, attributes["levels"])) if tags_of else ""

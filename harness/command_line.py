@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -21,7 +21,11 @@ from harness.config import method_name
 from harness.evaluation import check_policy
 from harness.rewards import gold_of, load_rewards
 from harness.run import Run, Stop
+from harness.stages import Diverged
 from tasks import ROOT, chat
+
+
+FULL = "out of memory|not enough memory|can't allocate memory"            # what a RuntimeError says of memory
 
 
 def output_directory(config):
@@ -31,13 +35,15 @@ def output_directory(config):
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
         return directory.free_directory(ROOT / "runs" / method_name(config))
-    out = Path(config.out)
+    out = Path(config.out).expanduser()                         # of --out=~/run a shell leaves the ~
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a directory")
     if config.resume:
         if not any(out.glob("*.pt")):
             raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it")
         old = directory.read_args(out)
+        if old.get("method", method_name(config)) != method_name(config):
+            raise UserError(f"{out} is a run of {old['method']}.py, not of {method_name(config)}.py")
         changed = [k for k, v in settings.items() if old.get(k, v) != v]
         if changed:
             raise UserError(f"{out} was run with other options: give {', '.join('--' + k for k in changed)} "
@@ -70,6 +76,8 @@ def prepare(config, out):
     """A Run with everything loaded and checked."""
     if config.policy or config.model != "tiny":
         check_checkpoint(loading.policy_path(config))
+    if getattr(config, "value_model", ""):
+        check_checkpoint(config.value_model, policy=False)
     task = loading.load_task(config)
     if config.gold:
         task.gold = gold_of(config.gold)
@@ -125,7 +133,8 @@ def launch(train, config, known=None):
     finally:
         Stop.stepping, error = False, sys.exc_info()[1]
         alone = known is None                                     # an arm of the referee is not resumed
-        told = alone and ranks.first() and not isinstance(error, UserError)
+        told = alone and ranks.first() and not isinstance(error, Diverged)       # it would diverge again
+        told &= not isinstance(error, UserError) or any(run.out.glob("*.pt"))
         if error and told and (run.out / "args.json").exists():
             print(f"the run's files are in {directory.short(run.out)}", file=sys.stderr)
             if any(run.out.glob("*.pt")):
@@ -168,6 +177,7 @@ class Plain:
 
 def in_one_line(function):
     """Run a command line's function: what a user can cause is one line and exit status 2, not a traceback."""
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")                 # None: closed by 2>&-
     for stream in (sys.stdout, sys.stderr):                        # a terminal that cannot show every letter
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -183,8 +193,8 @@ def in_one_line(function):
     except (UserError, OSError) as error:
         print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:                  # OutOfMemoryError is one; those of MPS and CPU are bare
-        if not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
+    except (RuntimeError, MemoryError) as error:   # OutOfMemoryError is one; those of MPS and CPU are bare
+        if not (isinstance(error, MemoryError) or re.search(FULL, str(error))):
             raise
         print(f"error: the memory is full ({str(error).split('. ')[0][:200]}): give --lora_rank 16 or, "
               "with several GPUs, --shard True; --gradient_checkpointing True; a smaller --token_budget or "
@@ -199,6 +209,14 @@ def parser_of(config_class, about=None, prog=None):
     """The parser of all options; above its error stands one line, not the list of all flags."""
     usage = "%(prog)s [--flag value ...]    (all flags: %(prog)s --help)"
     return HfArgumentParser(config_class, prog=prog, usage=usage, description=about)
+
+
+def check_embedded(config):
+    """UserError for an option of the embedded task that has no effect on the user's model or data."""
+    for name in (f.name for f in fields(config) if f.metadata["help"].startswith("embedded task:")):
+        used = config.model == "tiny" if name == "layers" else config.data == "reviews"
+        if not used and getattr(config, name) != getattr(type(config), name):
+            raise UserError(f"--{name} is for the embedded task: it would change nothing here; leave it out")
 
 
 def main(config_class, train, answer=None):
@@ -218,6 +236,7 @@ def main(config_class, train, answer=None):
         elif config.prompt:
             answer(config) if answer else ask(config, method_name(config))
         else:
+            check_embedded(config)
             launch(train, config)
 
     in_one_line(command)

@@ -108,7 +108,7 @@ class Config:
         None, "tokens of prompt and response, 3/4 for the prompt (default: tiny 160, else 512)", "(0, inf)")
     max_new_tokens: Optional[int] = option(
         None, "tokens sampled at most per response (tiny 40, else 128)", "(0, inf)")
-    temperature: float = option(1.0, "sampling temperature of methods that sample", "(0, inf)")
+    temperature: float = option(1.0, "sampling temperature of methods that sample", "[1e-6, inf)")
     lr: Optional[float] = option(None, "peak learning rate; the default depends on the model", "(0, inf)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", "of the learning rate")
@@ -127,7 +127,7 @@ class Config:
     eval_prompts: int = option(128, "test prompts sampled for evaluation", "(0, inf)")
     eval_samples: int = option(4, "samples per test prompt", "(0, inf)")
     eval_temperature: Optional[float] = option(
-        None, "sampling temperature of the evaluation (default: --temperature)", "(0, inf)")
+        None, "sampling temperature of the evaluation (default: --temperature)", "[1e-6, inf)")
     eval_every: int = option(0, "evaluate every so many steps (0: only before and after)", "[0, inf)")
     save_every: int = option(
         0, "write a checkpoint for --resume every so many steps (0: every two minutes)", "[0, inf)")

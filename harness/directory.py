@@ -25,6 +25,7 @@ SLOW_SECONDS = 20                          # what took longer to make is kept fo
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, NotImplementedError,
               pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 CHECKPOINTS = "state.pt", "state-before.pt"
+MINE = set()                               # directories that this process has claimed
 
 
 def short(path):
@@ -57,15 +58,17 @@ def claim(out):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        pid = owner.read_text(encoding="utf-8") if owner.exists() else ""
-        if pid != str(os.getpid()):
+        if out.resolve() not in MINE:                    # two containers may have processes of one number
+            pid = owner.read_text(encoding="utf-8") if owner.exists() else ""
             raise UserError(f"process {pid or '?'} is writing {out}: wait, or give another --out") from None
+    MINE.add(out.resolve())
     owner.write_text(str(os.getpid()), encoding="utf-8")
     return lock
 
 
 def give_back(out, lock):
     """End the claim. A directory in which nothing was written goes too."""
+    MINE.discard(out.resolve())
     for name in (".process", ".lock"):
         with contextlib.suppress(PermissionError):       # Windows keeps an open file until release()
             (out / name).unlink(missing_ok=True)
@@ -86,10 +89,15 @@ def claimed(out):
 
 
 def check_room(out, megabytes):
-    """UserError where the disk has less room than the weights that will be saved."""
-    free = shutil.disk_usage(out).free / 1e6
+    """UserError where the disk has less room than the weights; a warning where checkpoints may not fit.
+
+    A checkpoint has the weights and two moments of each. At a time there are up to three: see save_state.
+    """
+    free, most = shutil.disk_usage(out).free / 1e6, 10 * megabytes
     if free < megabytes:
         raise UserError(f"{free:,.0f} MB are free where {out} lies; the weights take {megabytes:,.0f} MB")
+    if free < most:
+        warn(f"{free:,.0f} MB are free where {out} lies; weights and checkpoints take up to {most:,.0f} MB")
 
 
 def fingerprint_of_data(*paths):
@@ -128,7 +136,7 @@ def rows_until(file, step):
 def save_state(out, state):
     """Write state.pt; the one before stays as state-before.pt."""
     part, last, before = out / "state.pt.part", *(out / name for name in CHECKPOINTS)
-    with open(part, "wb") as file:
+    with tasks.saving(part), open(part, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
@@ -180,7 +188,8 @@ def kept(run, name, make):
     if time.time() - began > SLOW_SECONDS and ranks.first():
         if not run.resumes:                           # else its files are there, with the steps to go on from
             run.begin()
-        torch.save((value, run.counts), run.out / f"{name}.part")
+        with tasks.saving(run.out / f"{name}.part"):
+            torch.save((value, run.counts), run.out / f"{name}.part")
         tasks.put(run.out / f"{name}.part", run.out / f"{name}.pt")
     return value
 

@@ -1,9 +1,12 @@
 """Where things lie: the task of a run, its initial policy, reference and value model."""
+import contextlib
 import hashlib
 import math
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
                           AutoModelForSequenceClassification)
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +29,7 @@ def policy_path(config):
 
 
 def fingerprint(config):
-    """12 hex digits for the weights that this seed's runs begin from: its build. None for a model of the hub.
+    """12 hex digits for the weights that this seed's runs begin from: its build.
 
     For the embedded task they are the SFT policy's. Of a large file, size, first and last megabyte count.
     """
@@ -37,7 +40,11 @@ def fingerprint(config):
 
 
 def fingerprint_of(folder):
-    """The same for a directory of weights; None where there are none."""
+    """The same for a directory of weights; of a hub id its commit; None where there are none."""
+    if not Path(folder).exists():
+        with contextlib.suppress(HFValidationError):                  # module:function, for one
+            found = try_to_load_from_cache(str(folder), "config.json")
+            return Path(found).parent.name[:12] if isinstance(found, str) else None
     folder = Path(folder)
     files = sorted(folder.glob("[!.]*.safetensors")) or sorted(folder.glob("[!.]*.bin"))    # no ._ of macOS
     digest = hashlib.sha256()
@@ -203,6 +210,9 @@ def saved_dtype(config):
 def fit_positions(model, tokenizer, path):
     """Lower tokenizer.model_max_length to the positions that the model has, and say so."""
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    first = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    if first is not None:                         # RoBERTa and its kind count positions from behind PAD's
+        positions -= first + 1
     if positions < tokenizer.model_max_length:
         common.warn(f"{path} has {positions} positions: prompt and response share so many tokens, not "
                     f"{tokenizer.model_max_length}")

@@ -120,6 +120,8 @@ def draw(out, samples, title=""):
         import matplotlib.figure
     except ImportError:
         return "pip install matplotlib"
+    except (OSError, ValueError) as error:                         # MPLBACKEND, MPLCONFIGDIR, matplotlibrc
+        return " ".join(str(error).split())[:100]
     rows = [json.loads(line) for line in rows_until(out / "metrics.jsonl", math.inf)]
     scores = [name for name in SCORES if all(name in found for found in samples.values())]
     lines = panels_of(rows)[:MOST - bool(scores)]

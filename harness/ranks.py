@@ -22,6 +22,7 @@ from harness import progress
 ENDED = "another process of this run has ended: see its message; or the connection has failed ({}). A " \
         "checkpoint goes on with --resume, with any number of processes"
 
+NEEDED = "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"      # torchrun sets them
 PATIENCE = datetime.timedelta(days=1)        # the first may train a reward model while the others wait for it
 
 
@@ -44,6 +45,10 @@ def first():
 def start(device):
     """Join the processes that torchrun started, if it did; the others than the first print errors only."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not joined():
+        lost = [name for name in NEEDED if name not in os.environ]
+        if lost:
+            raise UserError(f"WORLD_SIZE is set, and {', '.join(lost)} is not: start several processes with "
+                            "torchrun, or unset WORLD_SIZE")
         cuda = common.pick_device(device).type == "cuda"
         if common.pick_device(device).type == "mps":
             raise UserError("several processes need GPUs of NVIDIA, or --device cpu")

@@ -1,13 +1,14 @@
 """Rewards: which models judge a run, and which function a method maximises."""
 import contextlib
-import functools
 import hashlib
 import json
+import math
 import numbers
 import os
 import pkgutil
 import random
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -22,6 +23,11 @@ from harness.loading import (fingerprint, fit_positions, frozen, load_scorer, po
                              without_scorer)
 from harness.stages import Recipe, check_finite, train_reward_model
 from tasks import chat
+
+
+# What a function of the user's may raise. SystemExit: a module may end with sys.exit(main()).
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError,
+            OSError, RuntimeError, StopIteration, SyntaxError, SystemExit, TypeError, ValueError)
 
 
 def load_rewards(config, task):
@@ -49,6 +55,10 @@ def load_rewards(config, task):
             reward.render = lambda prompts: chat.as_read_by(reward.tokenizer, prompts)
             if reward.tokenizer.chat_template:
                 chat.end_turns(reward.tokenizer)
+            try:
+                reward.render(sum(task.prompts.values(), []))          # a template may refuse a conversation
+            except UserError as error:
+                raise UserError(f"the reward model {path}: {error}") from None
         return reward
 
     if config.reward == "none":
@@ -121,6 +131,13 @@ class EncoderReward(common.RewardModel):
             yield rows, int(batch.attention_mask.sum()), self.model(**batch).logits
 
 
+def said(error):
+    """An exception of the user's own code in one line: its type, what it says, and where it was raised."""
+    own = [entry for entry in traceback.extract_tb(error.__traceback__) if entry.filename != __file__]
+    where = f", {os.path.basename(own[-1].filename)} line {own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
+
+
 def functions_of(text, flag="--reward"):
     """[(function, weight, how it was named)] of --reward "module:function*0.5,other:function"."""
     found = []
@@ -130,12 +147,14 @@ def functions_of(text, flag="--reward"):
         name, _, weight = part.strip().partition("*")
         try:
             found.append((pkgutil.resolve_name(name), float(weight or 1), name))
-        except (ImportError, SyntaxError, NameError, AttributeError, ValueError) as error:
-            raise UserError(f"{flag} {part!r} ({error}): write module:function, or module:function*0.5, a "
-                            "function of two lists, prompts and responses, that returns a list of numbers; "
-                            f"modules are looked for in {os.getcwd()}") from None
+        except MISTAKES as error:
+            raise UserError(f"{flag} {part!r} ({said(error)}): write module:function, or "
+                            "module:function*0.5, a function of two lists, prompts and responses, that "
+                            f"returns a list of numbers; modules are looked for in {os.getcwd()}") from None
         if not callable(found[-1][0]):
             raise UserError(f"{flag} {name} is no function")
+        if not math.isfinite(found[-1][1]):
+            raise UserError(f"{flag} {part!r}: the weight {weight} is not finite")
     return found
 
 
@@ -155,7 +174,12 @@ class UserReward:
         asked = [getattr(prompt, "messages", None) or str(prompt) for prompt in prompts]
         texts, total = [*map(str, responses)], torch.zeros(len(prompts))
         for function, weight, name in self.functions:
-            made = functools.partial(function, [*asked], [*texts])
+            def made():
+                try:
+                    return function([*asked], [*texts])
+                except MISTAKES as error:
+                    raise UserError(f"{self.flag} {name} failed ({said(error)})") from None
+
             values = ranks.from_first(made) if self.flag == "--reward" else made()        # it may cost money
             values = values.tolist() if hasattr(values, "tolist") else values
             if not isinstance(values, (list, tuple)) or len(values) != len(texts):
@@ -167,6 +191,8 @@ class UserReward:
                                     f"{len(texts)}: prompt {str(prompt)[:60]!r}, response "
                                     f"{texts[row][:60]!r}")
             total += weight * torch.tensor(values, dtype=torch.float32)
+        if not total.isfinite().all():
+            raise UserError(f"{self.flag}: the weighted sum is not finite, the weights are too large")
         return (total - self.mean) / self.std
 
 

@@ -20,10 +20,10 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import common
 from harness import adapters, directory, loading, picture, ranks, shards
-from harness.checkpoints import check_checkpoint
-from harness.config import Config
+from harness.config import Config, method_name
 from harness.evaluation import before_and_after, check_policy, evaluate, most_changed, texts_of
-from tasks import Task, save_model, write_json, write_text
+from harness.stages import check_finite
+from tasks import Task, save_model, saving, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
 OF_TRAINING = {"lr", "schedule", "warmup", "batch_size", "epochs", "max_grad_norm", "reward_noise",
@@ -91,7 +91,7 @@ class Run:
         others = loading.weights_path(self.config), *named
         return {"build": loading.fingerprint(self.config),
                 "other_models": [path and loading.fingerprint_of(path) for path in others],
-                "data_fingerprint": directory.fingerprint_of_data(self.config.data, self.config.test_data)}
+                "data_fingerprint": directory.fingerprint_of_data(*self.task.files)}
 
     @property
     def resumes(self):
@@ -258,6 +258,8 @@ class Run:
         metrics, samples = (self.known or {}).get(key) or evaluate(
             self.config, self.task, self.policy, self.tokenizer, self.rewards, self.samples.get("before"),
             *((self.ask, self.draw) if self.trace else ()))
+        for name in self.rewards:
+            check_finite(torch.tensor(samples[name]), self.step, samples["prompts"], "the reward")
         if key:
             self.known[key] = metrics, samples
         self.samples["after" if self.trace else "before"] = samples
@@ -287,8 +289,6 @@ class Run:
 
     def load_value_model(self, path=""):
         """A common.ValueModel that starts from the path or the initial policy (of an adapter, its base)."""
-        if path:
-            check_checkpoint(path, policy=False)
         path = path or loading.weights_path(self.config)
         model = shards.load(self.config, lambda *place: common.load_value_model(path, self.tokenizer, *place))
         if self.config.lora_rank:
@@ -302,7 +302,7 @@ class Run:
 
     def begin(self):
         """Make the directory and args.json; drop lines of metrics.jsonl from beyond the current step."""
-        own = {"conversations": self.task.chat} | self.origin
+        own = {"method": method_name(self.config), "conversations": self.task.chat} | self.origin
         file = self.out / "metrics.jsonl"
         if ranks.first():
             write_json(self.out / "args.json", asdict(self.config) | own)
@@ -389,9 +389,11 @@ class Run:
 def save_policy(policy, out, lora_rank):
     """save_pretrained, in the type that it came in; the adapter alone, if no token was added to the model."""
     if lora_rank and policy.embeddings_came == policy.get_input_embeddings().num_embeddings:
-        return adapters.save(policy, out)
+        with saving(out):
+            return adapters.save(policy, out)
     policy = adapters.merge(policy) if lora_rank else policy
-    policy.to(getattr(policy, "saved_dtype", torch.float32)).save_pretrained(out)
+    with saving(out):
+        policy.to(getattr(policy, "saved_dtype", torch.float32)).save_pretrained(out)
 
 
 def as_it_came(tokenizer):

@@ -30,7 +30,7 @@ def child(number, mistakes, make_work, arguments):
         work.seeds = work.seeds[first:] + work.seeds[:first]
         for _ in work.go():
             pass
-    except UserError as mistake:
+    except (UserError, OSError) as mistake:
         mistakes.put(str(mistake))
         sys.exit(2)
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 from filelock import FileLock, Timeout                # comes with huggingface_hub
+from safetensors import SafetensorError
+
+from common import CONTROL, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
@@ -36,8 +39,11 @@ def write_text(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="surrogateescape",    # names of files need not be UTF-8
-                    newline="\n")                                         # Windows would write \r\n
+    with open(part, "w", encoding="utf-8", errors="surrogateescape",     # names of files need not be UTF-8
+              newline="\n") as file:                                      # Windows would write \r\n
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())                                         # else a power cut may leave it empty
     put(part, path)
 
 
@@ -55,13 +61,38 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def saving(path):
+    """What torch and safetensors raise where a disk is full becomes an OSError with the path."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if "memory" in str(error):
+            raise
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0][:100]}): is the disk full?"
+                      ) from None
+
+
 def save_model(model, tokenizer, path):
     """save_pretrained of both, under a temporary name first."""
     part = path.with_name(path.name + ".part")
-    model.save_pretrained(part)
+    with saving(part):
+        model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(path, ignore_errors=True)
     put(part, path)
+
+
+def in_one_line(function):
+    """Run a command line of this folder: what a user can cause is one line, with status 2 (Ctrl-C: 130)."""
+    try:
+        function()
+    except (UserError, OSError, MemoryError) as error:
+        print(f"error: {error or 'the memory is full'}".translate(CONTROL), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def lock(path):
@@ -147,6 +178,7 @@ class Task:
     demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
     ratings: dict[str, list[Demonstration]] = field(default_factory=dict)
     pool: dict[str, Ranking] = field(default_factory=dict)
+    files: tuple = field(default=(), compare=False)                    # what was read, also of the hub
     chat: bool = False                      # are the prompts conversations in a chat template (chat.Prompt)?
     annotate: Callable[[str, str, str, random.Random], bool] | None = None
     opinion: Callable[[str, str], float] | None = None

@@ -24,8 +24,10 @@ from transformers import (AutoModelForSequenceClassification, LlamaConfig, Llama
 
 import common
 import tasks
+from common import UserError
 from harness.stages import Recipe, fit, reward_model_losses, shuffled_batches, train_reward_model, train_sft
-from tasks import Demonstration, Late, Pair, Ranking, Task, lock, lock_or_say, reviews, write_json
+from tasks import (Demonstration, Late, Pair, Ranking, Task, in_one_line, lock, lock_or_say, reviews,
+                   write_json)
 
 DEMONSTRATIONS = 46000        # reviews by the crowd writer, seen once each
 POOL = 512, 16               # train prompts, SFT samples of each: what RRHF, RSO, RAFT, best-of-n choose from
@@ -64,7 +66,7 @@ def tiny_model(tokenizer, layers=1):
 
 
 def home(config):
-    size = f"-{config.layers}layers" if config.layers > 1 else ""
+    size = f"-{config.layers}layers" if config.layers != 1 else ""
     return tasks.CACHE / "reviews" / code_hash() / f"seed{config.seed}{size}"
 
 
@@ -135,7 +137,7 @@ def rate(path, pairs, pool, config):
         return
     torch.manual_seed(config.seed)
     tokenizer = common.load_tokenizer(path.parent / "sft", LIMITS["max_length"])
-    model = common.load(AutoModelForSequenceClassification, path.parent / "sft", config.device, config.dtype,
+    model = common.load(AutoModelForSequenceClassification, path.parent / "sft", config.device, "float32",
                         num_labels=1)
     recipe = Recipe(lr=3e-3, batch_size=32, epochs=4, token_budget=TOKEN_BUDGET, seed=config.seed)
     train_reward_model(model, tokenizer, pairs, recipe)
@@ -157,13 +159,16 @@ def ranked(prompts, seed):
 
 
 def load_sft(path, config):
-    """The SFT policy in this seed's directory, and its tokenizer."""
-    return (common.load_policy(path / "sft", config.device, config.dtype),
+    """The SFT policy in this seed's directory, and its tokenizer. What is kept is made in float32 alone."""
+    return (common.load_policy(path / "sft", config.device, "float32"),
             common.load_tokenizer(path / "sft", LIMITS["max_length"]))
 
 
 def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete {path.parent}, and it is built anew") from None
 
 
 def samples(path, config):
@@ -318,7 +323,7 @@ def proxy(config):
 
 def score_pool(path, rows, config):
     """(proxy, gold), both [prompts, n]."""
-    reward = common.load_reward_model(path / "proxy", LIMITS["max_length"], config.device, config.dtype)
+    reward = common.load_reward_model(path / "proxy", LIMITS["max_length"], config.device, "float32")
     scores = reward(*texts(rows))
     return scores.view(len(rows), -1), torch.tensor([row["gold"] for row in rows])
 
@@ -369,10 +374,17 @@ def report(config):
     print(f"{'directory':32}{path}")
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(prog="python -m tasks.build", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    report(parser.parse_args())
+    given = parser.parse_args()
+    for name, least in (("seed", 0), ("layers", 1)):
+        if not least <= getattr(given, name) < 2 ** 62:
+            parser.error(f"--{name} must be at least {least}, and below 2 ** 62")
+    in_one_line(lambda: report(given))
+
+
+if __name__ == "__main__":
+    main()

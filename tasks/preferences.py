@@ -26,6 +26,7 @@ import tempfile
 import zlib
 from bisect import bisect_left
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -44,7 +45,7 @@ KNOWN = ('known: "prompt" alone or with chosen + rejected, responses + scores or
 HH_ANSWER, HH_HUMAN = "\n\nAssistant:", "\n\nHuman:"
 # JSON can hold one as an escape; UTF-8 cannot, and so no tokenizer can.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-TEST_SHARE = 0.1
+TEST_SHARE, LARGEST_SCORE = 0.1, 1e30                # of a score: float32 holds it, with some room
 TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}       # what `datasets` reads
 USED = {"pair": {"prompt", "chosen", "rejected"}, "prompt": {"prompt"},
         "ranking": {"prompt", "responses", "completions", "scores", "rewards", "systems"},
@@ -125,9 +126,17 @@ def read_table(path: Path, form: str):
         yield from enumerate(table, start=1)
 
 
+def once(entries: list[tuple]) -> dict:
+    """The object of these entries. ValueError for a name that comes twice: json would keep the last."""
+    twice = [name for name, times in Counter(name for name, _ in entries).items() if times > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} comes twice in it")
+    return dict(entries)
+
+
 def parse_line(where: str, line: bytes) -> dict:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:
@@ -150,7 +159,7 @@ def read_rows(path: Path):
             yield f"{path.name} row {number}", lambda row=row: row
     elif path.suffix == ".json" and first.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
             raise UserError(f"{path.name}: begins as a JSON array, but cannot be read as one ({error})"
                             ) from None
@@ -204,7 +213,8 @@ def read_text(where: str, field: str, value) -> str | list[dict]:
                         and isinstance(message.get("content"), str) for message in value),
                 where, f'"{field}" is neither a string nor a list of {{"role", "content"}} messages')
         value = [{"role": message["role"], "content": message["content"]} for message in value]
-    require(not LONE_SURROGATE.search(text_of(value)), where, f'"{field}" has half a surrogate pair')
+    roles = "" if isinstance(value, str) else "".join(message["role"] for message in value)
+    require(not LONE_SURROGATE.search(text_of(value) + roles), where, f'"{field}" has half a surrogate pair')
     return value
 
 
@@ -249,6 +259,8 @@ def find_faults(row: dict, kind: str, fields: list[str], prompt, answers: dict[s
         for i, score in enumerate(row[score_field]):
             if not abs(score) <= sys.float_info.max:  # also true for NaN and for an integer beyond any float
                 yield "score not finite", f'"{score_field}[{i}]" is not finite'
+            elif abs(score) > LARGEST_SCORE:
+                yield "score too large", f'"{score_field}[{i}]" is beyond {LARGEST_SCORE:g}'
     for field, (own_prompt, response) in answers.items():
         if own_prompt not in (None, prompt):
             origin = "prompt" if "prompt" in row else "chosen"
@@ -391,6 +403,7 @@ def use_for_test(task: Task, other: Task):
     require(task.chat == other.chat, other.name, "prompts are conversations in the one file and plain in the "
             "other: write both in one form, or give --chat True")
     test = {prompt for prompts in other.prompts.values() for prompt in prompts}
+    task.files += other.files
     for name in ("prompts", "pairs", "rankings", "demonstrations", "ratings"):
         own, rows = (sum(getattr(t, name).values(), []) for t in (task, other))
         own = [row for row in own if (row if name == "prompts" else row.prompt) not in test]
@@ -460,4 +473,4 @@ def load(source: str, tokenizer=None, limit: int = 0, chat: bool = False,
     if len(keys) < 2:
         raise UserError(f"{path.name}: all rows have the same prompt; at least two different prompts are "
                         "needed, one to train on and one to test on")
-    return build_task(name, file_kind, examples, choose_test_prompts(keys))
+    return replace(build_task(name, file_kind, examples, choose_test_prompts(keys)), files=(path,))

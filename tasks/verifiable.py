@@ -19,14 +19,13 @@ import math
 import random
 import re
 import statistics
-import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 
 import common
-from tasks import chat, preferences, write_text
+from tasks import chat, in_one_line, preferences, write_text
 
 NOUNS = ("river winter music garden window friend morning street story water mountain letter kitchen summer "
          "market bridge ocean forest picture evening").split()
@@ -174,9 +173,9 @@ def question_of(prompt):
 
 def write_files(given):
     """Make the three files in given.out and say what they hold."""
-    for name, least in (("train", 1), ("test", 1), ("samples", 2), ("max_new_tokens", 1)):
-        if getattr(given, name) < least:
-            raise common.UserError(f"--{name} must be at least {least}")
+    for name, least in (("train", 1), ("test", 1), ("samples", 2), ("max_new_tokens", 1), ("seed", 0)):
+        if not least <= getattr(given, name) < 2 ** 62:
+            raise common.UserError(f"--{name} must be at least {least}, and below 2 ** 62")
     (out := Path(given.out)).mkdir(parents=True, exist_ok=True)                  # before minutes of sampling
     task = preferences.load(given.prompts, common.load_tokenizer(given.model, 512), skip_bad_rows=True)
     short = [question for prompts in task.prompts.values() for question in map(question_of, prompts)
@@ -244,11 +243,8 @@ def main(arguments=None):
     parser.add_argument("--longest", type=int, default=20, help="prompts of more words are left out")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    try:
-        write_files(parser.parse_args(arguments))
-    except (common.UserError, OSError) as error:
-        print(f"error: {error}".translate(common.CONTROL), file=sys.stderr)
-        sys.exit(2)
+    given = parser.parse_args(arguments)
+    in_one_line(lambda: write_files(given))
 
 
 if __name__ == "__main__":

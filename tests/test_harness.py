@@ -40,8 +40,9 @@ MIXED = Ranking("d", ["a", "bb"], [1.0, 2.0], ["A", "B"], [True, False])
 
 @pytest.mark.parametrize("wrong, message", [
     *[({name: 0}, f"--{name} must be above 0") for name in
-      ("lr", "batch_size", "token_budget", "temperature", "eval_temperature", "max_new_tokens",
-       "eval_prompts", "eval_samples", "seeds")],
+      ("lr", "batch_size", "token_budget", "max_new_tokens", "eval_prompts", "eval_samples", "seeds")],
+    *[({name: value}, f"--{name} must be at least 1e-06") for name in ("temperature", "eval_temperature")
+      for value in (0, -1.0, 1e-38)],
     *[({name: -1}, f"--{name} must not be negative") for name in
       ("epochs", "limit", "seed", "eval_every", "save_every")],
     (dict(warmup=-1), r"--warmup must be in \[0, 1\]"),
@@ -101,12 +102,10 @@ def test_killed_write_leaves_half_a_file(tmp_path, monkeypatch):
         harness.write_json(path, {"b": [1, object()]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
 
-    def full_disk(self, text, encoding=None, errors=None, newline=None):
-        with open(self, "w", encoding=encoding, errors=errors) as file:
-            file.write(text[:3])
+    def full_disk(number):
         raise OSError("no space left")
 
-    monkeypatch.setattr(type(path), "write_text", full_disk)
+    monkeypatch.setattr(harness.run.os, "fsync", full_disk)
     with pytest.raises(OSError):
         harness.write_json(path, {"c": 1})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
@@ -894,5 +893,6 @@ def test_other_test_data_are_resumed_on(toy, tmp_path):
     found = []
     for text in ("a", "b"):
         (tmp_path / "test.jsonl").write_text(text, encoding="utf-8")
-        found.append(toy_run(toy, test_data=str(tmp_path / "test.jsonl")).origin["data_fingerprint"])
+        task = replace(pair_task(), files=(tmp_path / "test.jsonl",))
+        found.append(toy_run(toy, task).origin["data_fingerprint"])
     assert found[0] != found[1]
