@@ -369,10 +369,19 @@ def report(config):
     print(f"{'directory':32}{path}")
 
 
-if __name__ == "__main__":
+def options(words=None):
+    """The options of `python -m tasks.build`; auto never is MPS, on which the tiny model was not tried."""
     parser = argparse.ArgumentParser(prog="python -m tasks.build", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                        help="auto: CUDA, else the CPU")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    report(parser.parse_args())
+    found = parser.parse_args(words)
+    if found.device == "auto" and common.pick_device("auto").type == "mps":
+        found.device = "cpu"
+    return found
+
+
+if __name__ == "__main__":
+    report(options())
