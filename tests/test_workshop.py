@@ -249,8 +249,24 @@ def test_first_or_last_value_is_of_another_metric_or_rounded(tmp_path, script, m
         "loss: first 0.25 (step 1), last 0.3333333333333333 (step 2)",
         "loss/sft: first 2.0 (step 1), last 2.0 (step 1)", "x: no such metric"]
     assert show(tmp_path) == ["eval/loss", "loss", "loss/sft", "kl"]
+    assert show(tmp_path, "--all", "loss") == [
+        "eval/loss: 0.6931471 (step 0)", "loss: 0.25 (step 1)", "loss: 0.3333333333333333 (step 2)"]
     with pytest.raises(SystemExit, match="give the directory of a run"):
         show(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text, steps", [
+    ('{"step": 0}\n{"step": 1}\n', 2), ('{"step": 0}\n{"step": 1}', 2), ('{"step": 0}\n{"step": 1, "lo', 1),
+    ('{"step": 0}\n{"step": 1, "\udcff', 1), ('{"step": 0}\n{"st\n{"step": 2}\n', 0), ('{"step": 0, "l', 0),
+    ('{"st\n{"step": 1, "l', 0), ("", 0)])
+def test_torn_last_line_hides_the_others_or_a_torn_line_among_them_passes(text, steps, tmp_path, script):
+    show = script("show")
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    if steps:
+        assert show.rows_of(tmp_path) == [{"step": step} for step in range(steps)]
+    else:
+        with pytest.raises(SystemExit, match="no metrics.jsonl that can be read"):
+            show.rows_of(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- collecting on the wall
