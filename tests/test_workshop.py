@@ -162,7 +162,13 @@ def test_patch_does_not_apply_with_git_or_plant_py_does_something_else(tmp_path)
         assert plant().returncode == 1 and (homes[1] / name).read_bytes() == planted[1]           # not twice
         assert git("apply", "-R").returncode == 0 and plant("--undo").returncode == 0
         assert [(home / name).read_bytes() for home in homes] == [clean, clean]
-        assert plant("--undo").returncode == 1
+        undone = plant("--undo")
+        assert undone.returncode == 1
+        assert f"bug {bug} is not in the code: it was mended already" in undone.stderr
+        assert plant().returncode == 0
+        (homes[1] / name).write_bytes(planted[1].replace(b"\n", b"\n\n"))             # mended in another way
+        undone = plant("--undo")
+        assert undone.returncode == 1 and "changed in another way. To get the original back" in undone.stderr
 
 
 def test_planting_changes_ends_of_lines_or_takes_one_of_two_places(tmp_path, script):
@@ -443,6 +449,40 @@ def test_what_is_missing_on_a_laptop_passes_or_what_is_there_does_not(tmp_path, 
     with pytest.raises(SystemExit) as end:
         check.main()
     assert end.value.code == 0 and "TO DO" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [
+    OSError('[WinError 126] The module could not be found.\nError loading "c10.dll" or one that it needs.'),
+    ImportError("DLL load failed while importing _C: The specified module could not be found.")])
+def test_windows_lacks_a_library_and_is_told_to_install_packages(error, script, monkeypatch, capsys):
+    check = script("check")
+
+    class Broken:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "torch":
+                raise error
+
+    def said(windows):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "torch")
+            patch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+            patch.setattr(check, "WINDOWS", windows)
+            patch.setattr(sys, "argv", ["check.py"])
+            with pytest.raises(SystemExit) as end:
+                check.main()
+        line, = [line for line in capsys.readouterr().out.splitlines() if "forward and backward" in line]
+        return end.value.code, line
+
+    code, line = said(windows=True)
+    assert code == 1 and "install the Visual C++ Redistributable (vc_redist.x64.exe, on the stick)" in line
+    assert line.startswith("TO DO  forward and backward pass: ") and "odule could not be found." in line
+    assert "install the packages first" in said(windows=False)[1]
+    monkeypatch.setattr(check, "WINDOWS", True)
+    assert "Visual" not in check.cure(error)                                  # torch is there: something else
+    monkeypatch.delitem(sys.modules, "torch")
+    missing = ModuleNotFoundError("No module named 'torch'", name="torch")
+    assert check.cure(missing) == "install the packages first (torch is missing)"
 
 
 if __name__ == "__main__":
