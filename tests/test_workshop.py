@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,6 +392,79 @@ def test_prepared_folder_lacks_wheels_or_models_or_they_do_not_arrive(tmp_path, 
         main("use", stick)
     with pytest.raises(SystemExit, match="no cache"):
         main("use", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("fault, said, code", [
+    (KeyboardInterrupt(), "stopped: give the same command again\n", 130),
+    (OSError(5, "the stick is gone", "E:/x"), "[Errno 5] the stick is gone: 'E:/x'", 1),
+    (shutil.Error([("a", "b", "the stick is gone"), ("c", "d", "and more")]), "the stick is gone", 1)])
+@pytest.mark.parametrize("there", [False, True])
+def test_copy_that_is_cut_off_counts_as_a_build_or_is_a_traceback(there, fault, said, code, tmp_path, script,
+                                                                  monkeypatch, capsys):
+    prepare = script("prepare")
+    stick, target = tmp_path / "stick", tmp_path / "cache" / "reviews" / "0123" / "seed1"
+    for folder, text in ((stick / "cache" / "reviews" / "0123" / "seed1", "new"), (target, "old")):
+        if there or text == "new":
+            (folder / "sft").mkdir(parents=True)
+            (folder / "vitals.json").write_text(text, encoding="utf-8")
+            (folder / "sft" / f"{text}.bin").write_text(text, encoding="utf-8")
+
+    def main():
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "use", str(stick), "--no_wheels"])
+        prepare.main()
+
+    def files():
+        return sorted(path.relative_to(target.parent).as_posix() for path in target.parent.rglob("*")
+                      if path.is_file() and path.suffix != ".lock")
+
+    def cut(source, part):
+        with pytest.raises(filelock.Timeout):                     # nobody builds these models meanwhile
+            filelock.FileLock(f"{target}.lock").acquire(timeout=0)
+        (part / "sft").mkdir(parents=True)
+        shutil.copy(source / "vitals.json", part)
+        raise fault
+
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", cut)
+        with pytest.raises(SystemExit) as end:
+            main()
+    err = capsys.readouterr().err
+    assert (end.value.code, err) == (code, said) if code == 130 else end.value.code == f"error: {said}"
+    assert files() == ["seed1/sft/old.bin", "seed1/vitals.json"] * there
+    (target.parent / "seed1.part").mkdir()                                        # of one that was killed
+    (target.parent / "seed1.part" / "x").write_text("", encoding="utf-8")
+    main()
+    assert files() == ["seed1/sft/new.bin", "seed1/vitals.json"]
+    assert (target / "vitals.json").read_text(encoding="utf-8") == "new"
+
+
+def test_models_are_lost_where_the_new_ones_cannot_get_their_name(tmp_path, monkeypatch):
+    import tasks
+    real, homes = tasks.put, [tmp_path / "from", tmp_path / "to"]
+    for home in homes:
+        home.mkdir()
+        (home / "x").write_text(home.name, encoding="utf-8")
+
+    def put(part, path):
+        if part.suffix == ".part":
+            raise PermissionError("a virus scanner reads it")
+        return real(part, path)
+
+    monkeypatch.setattr(tasks, "put", put)
+    with pytest.raises(PermissionError):
+        tasks.copy_directory(*homes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "to"]
+    assert (homes[1] / "x").read_text(encoding="utf-8") == "to"
+
+
+def test_laptop_without_packages_gets_a_traceback_from_use(tmp_path, script, monkeypatch):
+    prepare = script("prepare")
+    (tmp_path / "cache" / "reviews" / "0123" / "seed0").mkdir(parents=True)
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "use", str(tmp_path), "--no_wheels"])
+    with pytest.raises(SystemExit, match="error: filelock not installed. First: python .*prepare.py use "):
+        prepare.main()
 
 
 def test_answers_lie_open_without_network(tmp_path, script, monkeypatch):
