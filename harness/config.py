@@ -68,7 +68,7 @@ def differences(config, then={}):
     An option whose default is None was perhaps filled in from the others (a learning rate that depends on the
     model). Another method fills it in otherwise, so it counts only if it was really given.
     """
-    values, now = vars(config), vars(type(config)())
+    values, now = vars(config), vars(type(config)()) | {"device": "auto"}      # Config may have filled it in
     plain = {f.name for f in fields(config) if f.default is not None}
     filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE}))
     usual = {k: then.get(k, now[k]) if k in plain or filled[k] == now[k] else filled[k] for k in now}
@@ -146,7 +146,8 @@ class Config:
         2.0, "embedded task: standard deviation of the raters' errors, in levels", "[0, inf)")
     seed: int = option(
         0, "draws everything: annotators, SFT policy, reward models, order, samples", "[0, inf)")
-    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes CUDA, then MPS, then the CPU")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option(
+        "auto", "auto takes CUDA, then MPS, then the CPU; for the tiny model CUDA, else the CPU, never MPS")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 on CUDA, else float32")
     out: str = option("", "where the run is written (default: the first free runs/<method>/<number>)")
     resume: bool = option(False, "go on with the run in --out")
@@ -166,6 +167,8 @@ class Config:
                 must = outside(getattr(self, f.name), interval_of(f) or "(-inf, inf)")
                 self.check(lambda value: not must, must, f.name)
         kind = "tiny" if self.model == "tiny" else "real"
+        if kind == "tiny" and self.device == "auto" and pick_device("auto").type == "mps":
+            self.device = "cpu"                                  # the tiny model was not tried on MPS
         if self.token_budget is None:                            # small: less padding, see common.batches
             self.token_budget = 2048 if kind == "tiny" or pick_device(self.device).type == "cpu" else 16384
         for name in ("lr", "epochs", "max_new_tokens", "max_length"):

@@ -95,6 +95,23 @@ def in_one_line(function):
         sys.exit(130)
 
 
+def copy_directory(source, target):
+    """Copy under another name, then rename: a copy that is cut off leaves what was there, never half."""
+    part, old = (target.with_name(target.name + end) for end in (".part", ".old"))
+    for left in (part, old):                                          # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        shutil.copytree(source, part)
+        if target.exists():
+            put(target, old)
+        put(part, target)
+    finally:
+        if old.exists() and not target.exists():
+            put(old, target)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def lock(path):
     """`with lock(path):` keeps other processes out that do the same. The file <path>.lock stays."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

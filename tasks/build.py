@@ -374,17 +374,22 @@ def report(config):
     print(f"{'directory':32}{path}")
 
 
-def main():
+def options(words=None):
+    """The options of `python -m tasks.build`; auto never is MPS, on which the tiny model was not tried."""
     parser = argparse.ArgumentParser(prog="python -m tasks.build", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    given = parser.parse_args()
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                        help="auto: CUDA, else the CPU")
+    found = parser.parse_args(words)
     for name, least in (("seed", 0), ("layers", 1)):
-        if not least <= getattr(given, name) < 2 ** 62:
+        if not least <= getattr(found, name) < 2 ** 62:
             parser.error(f"--{name} must be at least {least}, and below 2 ** 62")
-    in_one_line(lambda: report(given))
+    if found.device == "auto" and common.pick_device("auto").type == "mps":
+        found.device = "cpu"
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    given = options()
+    in_one_line(lambda: report(given))

@@ -2,9 +2,10 @@
 
 All of it happens in one folder, in which every name of the documents is a real thing: SMOLLM2, MODEL and
 HuggingFaceTB/SmolLM2-135M-Instruct are tiny models of letters, pairs.jsonl and ranked.jsonl are small files,
-results/ and docs/ are copies. So a command runs as it stands. Flags are only added (ON_TOP), and only such
-as the command does not have. The embedded task is small: its models are trained for seconds, on few prompts.
-Experiments (--reproduce, --tune) are planned and reported, and none of their runs is made.
+RUN is a run's directory, results/ and docs/ are copies. So a command runs as it stands. Flags are only added
+(ON_TOP), and only such as the command does not have. The embedded task is small: its models are trained for
+seconds, on few prompts. Experiments (--reproduce, --tune) are planned and reported, and none of their runs is
+made.
 
 Commands run in this process. Those that go on with another command's work come after it (AFTER).
 """
@@ -47,6 +48,7 @@ ON_TOP = {                                               # later entries count w
     r"python \w+\.py.* --model": "--max_length 64 --max_new_tokens 8",
     r"python \w+\.py$": "--quiet False",                                    # its tables and picture are made
     r"python raft\.py.* --pool all --refresh True": "--out OUT",                       # docs/raft.md's OUT
+    r"python decision_transformer\.py$": "--out runs/decision_transformer/default",    # its page's exercise 1
     r"python steerlm\.py": "--rated 200",
     r"python decision_transformer\.py": "--validation 0.02",               # each level is asked for on them
     r"python -m referee mine": "--model DIR --data pairs.jsonl --max_length 64 --max_new_tokens 8 "
@@ -58,6 +60,8 @@ AFTER = {
     r"python (\w+)\.py.* --prompt": r"python \1.py --seed 0",
     r"python dpo\.py --policy runs/dpo/strong":
         'python dpo.py --pairs "strong>weak" --loss sft --epochs 4 --out runs/dpo/strong',
+    r"python decision_transformer\.py --policy runs/decision_transformer/default":
+        "python decision_transformer.py",
     r"python ppo\.py --policy OUT":
         "python raft.py --restart True --pool all --refresh True --epochs 4 --lr 1e-3",
     r"python docs/workshop/prepare\.py use FOLDER":
@@ -151,6 +155,8 @@ def furnish(folder):
     labels = ["NEGATIVE", "POSITIVE"]
     save_toy(folder / "my_reward_model", LlamaForSequenceClassification, LETTERS,
              id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
+    (folder / "RUN").mkdir()
+    (folder / "RUN" / "metrics.jsonl").write_text('{"step": 0, "eval/kl": 0.0}\n', encoding="utf-8")
     for name, lines in rows().items():
         with (gzip.open if name.endswith(".gz") else open)(folder / name, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in lines)

@@ -13,6 +13,8 @@ import ppo
 from common import UserError
 from conftest import killed_after, pair_task, parameters, save_gpt2, save_toy, settings, started
 from harness import command_line, loading, prompts_once, ranks, rewards
+from harness.config import differences
+from tasks import build
 
 cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 devices = pytest.mark.parametrize("device", ["cpu", cuda])
@@ -162,6 +164,26 @@ def test_size_of_training_is_that_of_the_type_that_is_saved(tmp_path, toy):
                                                 out=str(tmp_path / name)))["state_mb"]
              for name, model in (("float32", toy), ("bfloat16", path))]
     assert sizes[0] == sizes[1]
+
+
+def test_auto_takes_mps_for_the_tiny_model_or_another_device_for_a_real_one(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for there, tiny, real in ((False, "cpu", "mps"), (True, "cuda", "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        for cls in (harness.Config, dpo.Config):
+            assert common.pick_device(cls().device).type == tiny
+            assert common.pick_device(cls(model="m", data="d").device).type == real
+        assert common.pick_device(build.options([]).device).type == tiny
+    assert harness.Config(device="mps").device == build.options(["--device", "mps"]).device == "mps"
+
+
+@pytest.mark.parametrize("mps", [False, True])
+def test_device_that_auto_stands_for_is_told_as_a_setting_of_a_real_model(mps, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    for device, told in (("auto", {}), ("cpu", {"device": "cpu"})):
+        assert differences(harness.Config(model="m", data="d", device=device)) == {
+            "model": "m", "data": "d"} | told
 
 
 def test_lack_of_memory_is_another_process_that_has_ended():

@@ -54,6 +54,21 @@ def number_faults(text, runs):
     return faults
 
 
+def seconds_faults(text, runs):
+    """The seconds of a card are those of its commands."""
+    told = re.search(r"(?s)\*\*Seconds\.\*\* (.+?)\n\n", text)[1]
+    measured = {round(run["cpu_seconds"][0]) for run in runs}
+    return [f"{n} seconds were not measured" for n in map(int, re.findall(r"\d+", told)) if n not in measured]
+
+
+def asked_faults(text, runs):
+    """What a text asks show.py for is in the metrics of each of its runs."""
+    words = [word for found in re.findall(r"`python docs/workshop/show\.py RUN ([^`]+)`", text)
+             for word in found.split() if not word.startswith("--")]
+    return [f"{word} is no metric" for word in words for run in runs
+            if not any(name == word or name.endswith(f"/{word}") for name in run)]
+
+
 def table_faults(text, run):
     """The table of a default run: its columns are metrics, its rows say what was before and after."""
     header = re.search(r"(?m)^\| \| (.+) \|$", text)
@@ -115,6 +130,20 @@ def test_number_of_a_card_was_not_measured():
         assert not number_faults(text, runs_of(text, *methods))
 
 
+def test_card_tells_other_seconds_or_asks_for_a_metric_that_is_not_there():
+    for text in cards():
+        methods = {words[0].removesuffix(".py") for words in pages.commands_of(text)}
+        runs = runs_of(text, *methods)
+        assert runs and not seconds_faults(text, runs) + asked_faults(text, runs_of(text)), text
+        wanted = re.search("the first `|the last `|all digits", text.partition("<details>")[0], re.I)
+        assert "show.py RUN" in text or not wanted, text
+
+
+@every_method
+def test_exercise_asks_for_a_metric_that_is_not_there(name):
+    assert not [fault for text in exercises(name) for fault in asked_faults(text, runs_of(text))]
+
+
 @every_method
 def test_docstring_tells_other_numbers(name):
     run = STORED[f"{name}.py"]
@@ -159,6 +188,15 @@ RUN = {"eval/gold": [0.1234, 0.5678, 0.1, 0.6], "eval/gold_se": [0.04, 0.05, 0.0
     ("it is 0.123", 1), ("KL 0.568", 1), ("judge 0.123", 1), ("`loss/sft` is 0.1", 1)])
 def test_number_check_cannot_fail(text, faults):
     assert len(number_faults(text, [RUN])) == faults
+
+
+def test_seconds_check_and_check_of_what_is_asked_cannot_fail():
+    run = RUN | {"cpu_seconds": [18.7]}
+    card = "**Seconds.** Two runs: 19, then {}.\n\n**Write down.** `python docs/workshop/show.py RUN {}`\n"
+    assert not seconds_faults(card.format(19, "gold"), [run])
+    assert seconds_faults(card.format(18, "gold"), [run]) == ["18 seconds were not measured"]
+    assert not asked_faults(card.format(19, "gold loss/rank rank --all"), [run])
+    assert asked_faults(card.format(19, "gold ank"), [run, run]) == ["ank is no metric"] * 2
 
 
 def test_table_check_cannot_fail():

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +163,13 @@ def test_patch_does_not_apply_with_git_or_plant_py_does_something_else(tmp_path)
         assert plant().returncode == 1 and (homes[1] / name).read_bytes() == planted[1]           # not twice
         assert git("apply", "-R").returncode == 0 and plant("--undo").returncode == 0
         assert [(home / name).read_bytes() for home in homes] == [clean, clean]
-        assert plant("--undo").returncode == 1
+        undone = plant("--undo")
+        assert undone.returncode == 1
+        assert f"bug {bug} is not in the code: it was mended already" in undone.stderr
+        assert plant().returncode == 0
+        (homes[1] / name).write_bytes(planted[1].replace(b"\n", b"\n\n"))             # mended in another way
+        undone = plant("--undo")
+        assert undone.returncode == 1 and "changed in another way. To get the original back" in undone.stderr
 
 
 def test_planting_changes_ends_of_lines_or_takes_one_of_two_places(tmp_path, script):
@@ -249,8 +256,24 @@ def test_first_or_last_value_is_of_another_metric_or_rounded(tmp_path, script, m
         "loss: first 0.25 (step 1), last 0.3333333333333333 (step 2)",
         "loss/sft: first 2.0 (step 1), last 2.0 (step 1)", "x: no such metric"]
     assert show(tmp_path) == ["eval/loss", "loss", "loss/sft", "kl"]
+    assert show(tmp_path, "--all", "loss") == [
+        "eval/loss: 0.6931471 (step 0)", "loss: 0.25 (step 1)", "loss: 0.3333333333333333 (step 2)"]
     with pytest.raises(SystemExit, match="give the directory of a run"):
         show(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text, steps", [
+    ('{"step": 0}\n{"step": 1}\n', 2), ('{"step": 0}\n{"step": 1}', 2), ('{"step": 0}\n{"step": 1, "lo', 1),
+    ('{"step": 0}\n{"step": 1, "\udcff', 1), ('{"step": 0}\n{"st\n{"step": 2}\n', 0), ('{"step": 0, "l', 0),
+    ('{"st\n{"step": 1, "l', 0), ("", 0)])
+def test_torn_last_line_hides_the_others_or_a_torn_line_among_them_passes(text, steps, tmp_path, script):
+    show = script("show")
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    if steps:
+        assert show.rows_of(tmp_path) == [{"step": step} for step in range(steps)]
+    else:
+        with pytest.raises(SystemExit, match="no metrics.jsonl that can be read"):
+            show.rows_of(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- collecting on the wall
@@ -371,6 +394,79 @@ def test_prepared_folder_lacks_wheels_or_models_or_they_do_not_arrive(tmp_path, 
         main("use", tmp_path / "empty")
 
 
+@pytest.mark.parametrize("fault, said, code", [
+    (KeyboardInterrupt(), "stopped: give the same command again\n", 130),
+    (OSError(5, "the stick is gone", "E:/x"), "[Errno 5] the stick is gone: 'E:/x'", 1),
+    (shutil.Error([("a", "b", "the stick is gone"), ("c", "d", "and more")]), "the stick is gone", 1)])
+@pytest.mark.parametrize("there", [False, True])
+def test_copy_that_is_cut_off_counts_as_a_build_or_is_a_traceback(there, fault, said, code, tmp_path, script,
+                                                                  monkeypatch, capsys):
+    prepare = script("prepare")
+    stick, target = tmp_path / "stick", tmp_path / "cache" / "reviews" / "0123" / "seed1"
+    for folder, text in ((stick / "cache" / "reviews" / "0123" / "seed1", "new"), (target, "old")):
+        if there or text == "new":
+            (folder / "sft").mkdir(parents=True)
+            (folder / "vitals.json").write_text(text, encoding="utf-8")
+            (folder / "sft" / f"{text}.bin").write_text(text, encoding="utf-8")
+
+    def main():
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "use", str(stick), "--no_wheels"])
+        prepare.main()
+
+    def files():
+        return sorted(path.relative_to(target.parent).as_posix() for path in target.parent.rglob("*")
+                      if path.is_file() and path.suffix != ".lock")
+
+    def cut(source, part):
+        with pytest.raises(filelock.Timeout):                     # nobody builds these models meanwhile
+            filelock.FileLock(f"{target}.lock").acquire(timeout=0)
+        (part / "sft").mkdir(parents=True)
+        shutil.copy(source / "vitals.json", part)
+        raise fault
+
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", cut)
+        with pytest.raises(SystemExit) as end:
+            main()
+    err = capsys.readouterr().err
+    assert (end.value.code, err) == (code, said) if code == 130 else end.value.code == f"error: {said}"
+    assert files() == ["seed1/sft/old.bin", "seed1/vitals.json"] * there
+    (target.parent / "seed1.part").mkdir()                                        # of one that was killed
+    (target.parent / "seed1.part" / "x").write_text("", encoding="utf-8")
+    main()
+    assert files() == ["seed1/sft/new.bin", "seed1/vitals.json"]
+    assert (target / "vitals.json").read_text(encoding="utf-8") == "new"
+
+
+def test_models_are_lost_where_the_new_ones_cannot_get_their_name(tmp_path, monkeypatch):
+    import tasks
+    real, homes = tasks.put, [tmp_path / "from", tmp_path / "to"]
+    for home in homes:
+        home.mkdir()
+        (home / "x").write_text(home.name, encoding="utf-8")
+
+    def put(part, path):
+        if part.suffix == ".part":
+            raise PermissionError("a virus scanner reads it")
+        return real(part, path)
+
+    monkeypatch.setattr(tasks, "put", put)
+    with pytest.raises(PermissionError):
+        tasks.copy_directory(*homes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "to"]
+    assert (homes[1] / "x").read_text(encoding="utf-8") == "to"
+
+
+def test_laptop_without_packages_gets_a_traceback_from_use(tmp_path, script, monkeypatch):
+    prepare = script("prepare")
+    (tmp_path / "cache" / "reviews" / "0123" / "seed0").mkdir(parents=True)
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "use", str(tmp_path), "--no_wheels"])
+    with pytest.raises(SystemExit, match="error: filelock not installed. First: python .*prepare.py use "):
+        prepare.main()
+
+
 def test_answers_lie_open_without_network(tmp_path, script, monkeypatch):
     pytest.importorskip("markdown")
     prepare = script("prepare")
@@ -427,6 +523,40 @@ def test_what_is_missing_on_a_laptop_passes_or_what_is_there_does_not(tmp_path, 
     with pytest.raises(SystemExit) as end:
         check.main()
     assert end.value.code == 0 and "TO DO" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [
+    OSError('[WinError 126] The module could not be found.\nError loading "c10.dll" or one that it needs.'),
+    ImportError("DLL load failed while importing _C: The specified module could not be found.")])
+def test_windows_lacks_a_library_and_is_told_to_install_packages(error, script, monkeypatch, capsys):
+    check = script("check")
+
+    class Broken:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "torch":
+                raise error
+
+    def said(windows):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "torch")
+            patch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+            patch.setattr(check, "WINDOWS", windows)
+            patch.setattr(sys, "argv", ["check.py"])
+            with pytest.raises(SystemExit) as end:
+                check.main()
+        line, = [line for line in capsys.readouterr().out.splitlines() if "forward and backward" in line]
+        return end.value.code, line
+
+    code, line = said(windows=True)
+    assert code == 1 and "install the Visual C++ Redistributable (vc_redist.x64.exe, on the stick)" in line
+    assert line.startswith("TO DO  forward and backward pass: ") and "odule could not be found." in line
+    assert "install the packages first" in said(windows=False)[1]
+    monkeypatch.setattr(check, "WINDOWS", True)
+    assert "Visual" not in check.cure(error)                                  # torch is there: something else
+    monkeypatch.delitem(sys.modules, "torch")
+    missing = ModuleNotFoundError("No module named 'torch'", name="torch")
+    assert check.cure(missing) == "install the packages first (torch is missing)"
 
 
 if __name__ == "__main__":

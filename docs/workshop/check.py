@@ -16,6 +16,7 @@ from prepare import ROOT, requirements
 sys.path.insert(0, str(ROOT))
 
 NAMES = {"one_step": "forward and backward pass", "cache": "built models"}
+WINDOWS = sys.platform == "win32"
 TEXT = "ä ö ü ß é  中文  ±"
 
 
@@ -79,6 +80,15 @@ def terminal(encoding=None):
         "set the environment variable PYTHONUTF8 to 1, and open the terminal anew")
 
 
+def cure(error):
+    """What to do about an error of an import: a package is missing, or on Windows a library of torch's."""
+    if WINDOWS and "torch" not in sys.modules and (isinstance(error, OSError) or "DLL" in str(error)):
+        return ("install the Visual C++ Redistributable (vc_redist.x64.exe, on the stick), and open the "
+                f"terminal anew ({' '.join(str(error).split())[:200]})")
+    why = f"{error.name} is missing" if isinstance(error, ImportError) else error
+    return f"install the packages first ({why})"
+
+
 def main():
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     if hasattr(sys.stdout, "reconfigure"):
@@ -88,9 +98,8 @@ def main():
     for check in (python_version, *packages, disk, one_step, cache, terminal):
         try:
             found, fix = check()
-        except (ImportError, OSError) as error:               # said above, or a library of Windows is missing
-            why = f"{error.name} is missing" if isinstance(error, ImportError) else error
-            found, fix = NAMES[check.__name__], f"install the packages first ({why})"
+        except (ImportError, OSError) as error:
+            found, fix = NAMES[check.__name__], cure(error)
         to_do += bool(fix)
         print(f"TO DO  {found}: {fix}" if fix else f"OK     {found}", flush=True)
     sys.exit(min(to_do, 1))

@@ -35,6 +35,16 @@ def exchange(path, old, new):
     return True
 
 
+def why_not(number, undo, text, clean):
+    """What to say where the bug cannot be planted in this text, or taken out of it."""
+    if not undo:
+        return f"bug {number} does not fit: it is planted already, or the code was edited. Undo that first"
+    if clean in text:
+        return f"bug {number} is not in the code: it was mended already, and its lines are the original ones"
+    return (f"bug {number} is not in the code: its lines were changed in another way. To get the original "
+            "back, take the .py files from the project's zip file again (with git: git checkout -- *.py)")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bug", help="01 to 10")
@@ -47,8 +57,8 @@ def main():
     name, clean, planted = read_patch(patch.read_text(encoding="utf-8"))
     old, new = (planted, clean) if options.undo else (clean, planted)
     if not exchange(ROOT / name, old, new):
-        sys.exit(f"bug {number} is not in the code" if options.undo else
-                 f"bug {number} does not fit: it is planted already, or the code was edited. Undo that first")
+        text = (ROOT / name).read_text(encoding="utf-8")
+        sys.exit(why_not(number, options.undo, text, clean))
     print(f"bug {number} is {'out of' if options.undo else 'in'} the code")
 
 

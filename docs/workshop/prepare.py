@@ -21,14 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
 EXTRAS = "plot", "test"                              # what the workshop needs beside the dependencies
 INSTALL = 'python -m pip install -e ".[plot,test]"'
 NEEDED = "torch", "transformers", "filelock", "markdown"                            # to make a folder
 PAGES = "README", "cards", "bugs"
-HEAD = ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><style>'
-        'body {max-width: 48em; margin: 2em auto; font: 18px/1.5 sans-serif} summary {cursor: pointer} '
-        'td, th {border: 1px solid silver; padding: .3em} pre {overflow: auto} '
-        '@media print {h2 {break-before: page}}</style>\n')
+HEAD = ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><style>body {max-width: 48em; margin: 2em '
+        'auto; font: 18px/1.5 sans-serif} summary {cursor: pointer} td, th {border: 1px solid silver; '
+        'padding: .3em} pre {overflow: auto} @media print {h2 {break-before: page}}</style>\n')
 
 
 def requirements():
@@ -60,31 +60,39 @@ def write_pages(folder):
         (folder / f"{name}.html").write_text(HEAD + body, encoding="utf-8")
 
 
-def make(folder, seeds, wheels):
+def make(folder, wheels, seeds):
     """Write FOLDER/pages, FOLDER/cache and FOLDER/wheels."""
     missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
     if missing:
         sys.exit(f"error: {', '.join(missing)} not installed. First: {INSTALL}")
+    import tasks
     write_pages(folder / "pages")
     for seed in seeds:
         print(f"models of seed {seed}: about two minutes, if they are not built yet", flush=True)
         built = run("-m", "tasks.build", "--seed", seed, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                     env=os.environ | {"PYTHONIOENCODING": "utf-8"})            # the path may have any letters
         source = Path(re.search(r"(?m)^directory +(.+)$", built.stdout).group(1))
-        shutil.copytree(source, folder / "cache" / Path(*source.parts[-3:]), dirs_exist_ok=True)
+        tasks.copy_directory(source, folder / "cache" / Path(*source.parts[-3:]))
     if wheels:
         run("-m", "pip", "download", "-d", folder / "wheels", *requirements())
     print(f"{folder} is ready: copy it, and the project, to each laptop")
 
 
-def use(folder, wheels):
+def use(folder, wheels, _):
     """Install FOLDER/wheels and copy FOLDER/cache to where the scripts look for it."""
-    if not (folder / "cache").is_dir():
+    found = [path for path in sorted(folder.glob("cache/*/*/*")) if path.is_dir() and not path.suffix]
+    if not found:
         sys.exit(f"{folder} has no cache: is it what `make` wrote?")
     if wheels:
         run("-m", "pip", "install", "--no-index", "--find-links", folder / "wheels", *requirements())
-    cache = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
-    shutil.copytree(folder / "cache", cache, dirs_exist_ok=True)
+    importlib.invalidate_caches()                                      # what pip has just installed is new
+    if not importlib.util.find_spec("filelock"):
+        sys.exit(f"error: filelock not installed. First: python docs/workshop/prepare.py use {folder}")
+    import tasks
+    for source in found:
+        target = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"), *source.parts[-3:])
+        with tasks.lock_or_say(target, f"waiting for another process that builds {target}"):
+            tasks.copy_directory(source, target)
     if (folder / "pages").is_dir():
         shutil.copytree(folder / "pages", KIT / "pages", dirs_exist_ok=True)
         print(f"Open in a browser: {KIT / 'pages' / 'README.html'}")
@@ -98,10 +106,13 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="whose models are built (make)")
     parser.add_argument("--no_wheels", action="store_true", help="no packages: models and pages only")
     options = parser.parse_args()
-    if options.what == "make":
-        make(options.folder, options.seeds, not options.no_wheels)
-    else:
-        use(options.folder, not options.no_wheels)
+    try:
+        {"make": make, "use": use}[options.what](options.folder, not options.no_wheels, options.seeds)
+    except OSError as error:                                       # shutil.Error: [(from, to, what), ...]
+        sys.exit(f"error: {error.args[0][0][2] if isinstance(error, shutil.Error) else error}")
+    except KeyboardInterrupt:
+        print("stopped: give the same command again", file=sys.stderr)
+        sys.exit(130)                                                                  # as all scripts do
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
 """Numbers of a run, with all their digits: the first and the last value of metrics.
 
     python docs/workshop/show.py RUN loss kl          # RUN: the run's directory, such as runs/dpo/001
+    python docs/workshop/show.py RUN kl --all         # the value at every step, not only at both ends
 
 NAME finds the metric NAME and every metric that ends in /NAME: `loss` finds `loss`, which is of the training
 steps, and `eval/loss`, which is of the evaluations. Without names it lists all metrics.
 """
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 
 def rows_of(folder):
-    """The objects of metrics.jsonl."""
-    try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError):
-        sys.exit(f"error: {folder} has no metrics.jsonl that can be read: give the directory of a run")
+    """The objects of metrics.jsonl. A last line that a cut run has torn is left out."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        rows = [json.loads(line) for line in lines[:-1]]
+        with contextlib.suppress(ValueError):
+            rows += map(json.loads, lines[-1:])
+        if rows:
+            return rows
+    sys.exit(f"error: {folder} has no metrics.jsonl that can be read: give the directory of a run")
 
 
-def lines_of(rows, names):
-    """A line for each metric that one of the names stands for, in the order of the file."""
+def lines_of(rows, names, every=False):
+    """A line for each metric that one of the names stands for, in the order of the file; or one a value."""
     known = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
     if not names:
         return known
@@ -31,8 +36,9 @@ def lines_of(rows, names):
         lines += [] if found else [f"{asked}: no such metric"]
         for name in found:
             having = [row for row in rows if name in row]
-            ends = [f"{row[name]} (step {row['step']})" for row in (having[0], having[-1])]
-            lines.append(f"{name}: first {ends[0]}, last {ends[1]}")
+            values = [f"{row[name]} (step {row['step']})" for row in having]
+            lines += [f"{name}: {value}" for value in values] if every else [
+                f"{name}: first {values[0]}, last {values[-1]}"]
     return lines
 
 
@@ -40,8 +46,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("names", nargs="*")
-    options = parser.parse_args()
-    print("\n".join(lines_of(rows_of(options.run), options.names)))
+    parser.add_argument("--all", action="store_true", help="the value at every step")
+    options = parser.parse_intermixed_args()                       # --all may stand anywhere
+    print("\n".join(lines_of(rows_of(options.run), options.names, options.all)))
 
 
 if __name__ == "__main__":
