@@ -9,7 +9,8 @@ import itertools
 import re
 from pathlib import Path
 
-from harness import CONTROL, UserError, write_text
+from harness import CONTROL as CHARACTERS
+from harness import UserError, write_text
 from referee import choosing, figures, real_text, side_by_side, survey, which
 from referee.arms import default_arm, experiments_of, method_names
 from referee.store import shown
@@ -138,7 +139,7 @@ def block(path, kind="results", results_dir="results"):
         raise UserError(f"{path} is not the page of a method: it may not have the line {MARKS[kind][0]}")
     else:
         text = method_block(name, results_dir) if kind == "results" else tuning_block(name, results_dir)
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text).translate(CONTROL)
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text).translate(CHARACTERS)
 
 
 def split(path, kind="results"):

@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 from filelock import FileLock, Timeout                # comes with huggingface_hub
-from safetensors import SafetensorError
-
-from common import CONTROL, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("ALIGNMENT_CACHE", ROOT / "cache"))
@@ -64,6 +61,7 @@ def write_json(path, value):
 @contextlib.contextmanager
 def saving(path):
     """What torch and safetensors raise where a disk is full becomes an OSError with the path."""
+    from safetensors import SafetensorError                # here: the workshop's kit imports this file alone
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -85,10 +83,11 @@ def save_model(model, tokenizer, path):
 
 def in_one_line(function):
     """Run a command line of this folder: what a user can cause is one line, with status 2 (Ctrl-C: 130)."""
+    from common import CONTROL, UserError
     try:
         function()
     except (UserError, OSError, MemoryError) as error:
-        print(f"error: {error or 'the memory is full'}".translate(CONTROL), file=sys.stderr)
+        print(f"error: {str(error) or 'the memory is full'}".translate(CONTROL), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

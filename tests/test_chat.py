@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 import common
 import harness
 from common import Sampled, UserError
-from conftest import llama_config, settings
+from conftest import llama_config, save_toy, settings
 from harness import loading, stages
 from harness.rewards import load_rewards
 from tasks import Pair, Ranking, Task, chat, shapes
@@ -89,6 +89,23 @@ def test_a_reward_model_reads_the_dialect_of_the_policy():
                       "{% if add_generation_prompt %}>{% endif %}")
     assert chat.as_read_by(other, prompts) == ["[Be brief][Hi]>", "plain"]
     assert chat.as_read_by(tokenizer(None), prompts) == ["Be brief\nHi\n", "plain"]
+
+
+def test_reward_model_whose_template_refuses_a_prompt_is_found_at_the_first_score(toy, tmp_path):
+    """Its template may have no system role. That can be known before minutes of sampling."""
+    path = save_toy(tmp_path / "reward", LlamaForSequenceClassification, num_labels=1)
+    (path / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+    prompts = [chat.Prompt("ab"), chat.Prompt("cd")]
+    for prompt, role in zip(prompts, ("user", "system")):
+        prompt.messages = ({"role": role, "content": "ab"}, {"role": "user", "content": "c"})
+    task = Task("toy", {"train": prompts, "test": []}, chat=True)
+    config = settings(toy, reward=str(path))
+    with pytest.raises(UserError, match="the reward model .*reward: .*no system role"):
+        load_rewards(config, task)
+    task.prompts["train"] = prompts[:1]
+    assert "proxy" in load_rewards(config, task)
 
 
 def test_a_prompt_loses_its_messages_on_the_way():

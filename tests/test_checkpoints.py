@@ -1,10 +1,14 @@
 """What is wrong with a checkpoint is said in one line, before anything is trained."""
 import json
+import pickle
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (BertConfig, BertForSequenceClassification, BertLMHeadModel, GPT2Config,
-                          GPT2LMHeadModel, LlamaForSequenceClassification)
+                          GPT2LMHeadModel, LlamaForSequenceClassification, RobertaConfig,
+                          RobertaForSequenceClassification)
 
 import common
 import harness
@@ -247,3 +251,40 @@ def test_reward_model_is_trained_on_more_tokens_than_it_has_positions(tmp_path, 
     run = started(toy, tmp_path / "run", model=str(path), data=str(data), reward="", reward_lr=0.01,
                   max_new_tokens=4)
     assert run.rewards["proxy"](["cd"], ["a" * 60]).isfinite().all()
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><title>404</title>", pickle.dumps({"a": print})],
+                         ids=["empty", "page", "pickle of something else"])
+def test_file_of_weights_that_is_none_is_a_traceback(toy, tmp_path, content):
+    path = tmp_path / "model"
+    shutil.copytree(toy, path)
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(content)
+    for load in (common.load_policy, lambda path: common.load_reward_model(path, 64)):
+        with pytest.raises(UserError, match="cannot load a model from"):
+            load(path)
+
+
+def test_other_commit_of_a_hub_model_is_not_noticed(monkeypatch, tmp_path):
+    """A hub id has no files of its own here: what is in the cache tells which commit was loaded."""
+    folder = tmp_path / "snapshots" / ("0123456789abcdef" * 2)
+    known = {"org/model": str(folder / "config.json")}
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda name, file: known.get(name))
+    assert loading.fingerprint_of("org/model") == "0123456789ab"
+    assert loading.fingerprint_of("org/other") is None
+    monkeypatch.undo()
+    assert loading.fingerprint_of("my_rewards:letters*0.5") is None                  # no name of the hub
+    assert loading.fingerprint_of("no/such/folder") is None
+
+
+def test_positions_of_roberta_are_those_behind_pad(capsys):
+    """Its positions begin at PAD's id plus one, so a text has that many fewer."""
+    config = RobertaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                           intermediate_size=8, max_position_embeddings=34, pad_token_id=1, num_labels=1)
+    model = RobertaForSequenceClassification(config).eval()
+    tokenizer = SimpleNamespace(model_max_length=64)
+    loading.fit_positions(model, tokenizer, "x")
+    assert tokenizer.model_max_length == 32 and "x has 32 positions" in capsys.readouterr().err
+    model(torch.full((1, 32), 5), attention_mask=torch.ones(1, 32))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 33), 5), attention_mask=torch.ones(1, 33))

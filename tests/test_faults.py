@@ -3,29 +3,34 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForSequenceClassification
 
+import decision_transformer
 import dpo
 import harness
 import ppo
 import pro
+import raft
 import tasks
 from common import UserError
-from conftest import ROOT, killed_after, method_names, save_toy, settings, started
+from conftest import ROOT, killed_after, method_names, save_toy, settings, started, toy_run
 from harness import asking, command_line, directory
 from harness.config import interval_of, is_number, outside
-from harness.command_line import command_that_resumes, in_one_line
+from harness.command_line import check_embedded, command_that_resumes, in_one_line
 from harness.run import Stop
 from referee import docs, tables
-from tasks import Ranking
+from tasks import Ranking, build
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -148,6 +153,18 @@ def test_second_writer_is_let_in_or_a_dead_one_still_holds(toy, tmp_path):
     run = started(toy, tmp_path / "run")                         # what the dead process left does not hold
     directory.give_back(run.out, run.lock)
     assert not (tmp_path / "run").exists()
+
+
+def test_second_writer_with_an_equal_process_number_is_let_in(toy, tmp_path):
+    """As in two containers that share a disk: both are process 1."""
+    other = held(tmp_path / "run")
+    try:
+        (tmp_path / "run" / ".process").write_text(str(os.getpid()), encoding="utf-8")
+        with pytest.raises(UserError, match=f"process {os.getpid()} is writing"):
+            directory.claim(tmp_path / "run")
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_failed_start_leaves_a_directory(toy, tmp_path):
@@ -503,6 +520,8 @@ def test_marks_in_stored_names_reach_a_page(monkeypatch):
     text = "| <script>x</script> | <!-- results:end --> a < b |"
     monkeypatch.setattr(docs, "method_block", lambda *args: text)
     assert docs.block("docs/dpo.md") == "| &lt;script>x&lt;/script> | &lt;!-- results:end --> a < b |"
+    monkeypatch.setattr(docs, "method_block", lambda *args: "| cpu \x1b]0;x\x07 |\n\n± \r")
+    assert docs.block("docs/dpo.md") == "| cpu \\x1b]0;x\\x07 |\n\n± \\x0d"
 
 
 def test_learning_rate_of_another_model_is_blamed(toy, tmp_path, no_traces):
@@ -568,6 +587,165 @@ def test_what_a_user_causes_is_a_traceback(tmp_path, capsys):
     assert left(raising(KeyboardInterrupt())) == 130 and capsys.readouterr().err == "stopped\n"
     with pytest.raises(ZeroDivisionError):                         # a mistake of ours stays one
         in_one_line(lambda: 1 / 0)
+
+
+def test_full_disk_is_a_traceback_or_damages_the_last_checkpoint(toy, tmp_path, monkeypatch):
+    """torch and safetensors raise errors of their own where a disk is full."""
+    state = {"step": 1, "trained": {"w": torch.zeros(3)}, "optimizer": {}, "schedule": {}}
+    directory.save_state(tmp_path, state)
+
+    def no_room(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 832 vs 726")
+
+    monkeypatch.setattr(directory.torch, "save", no_room)
+    with pytest.raises(OSError, match=r"state.pt.part cannot be written .*is the disk full"):
+        directory.save_state(tmp_path, state | {"step": 2})
+    monkeypatch.undo()
+    assert directory.load_state(tmp_path)["step"] == 1
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    run = started(toy, tmp_path / "run")
+    monkeypatch.setattr(type(run.policy), "save_pretrained", full)
+    with pytest.raises(OSError, match="run cannot be written .*No space left"):
+        harness.run.save_policy(run.policy, run.out, 0)
+    with pytest.raises(OSError, match="model.part cannot be written"):
+        tasks.save_model(run.policy, run.tokenizer, tmp_path / "model")
+    directory.give_back(run.out, run.lock)
+    with pytest.raises(RuntimeError, match="out of memory"), tasks.saving(tmp_path):
+        raise RuntimeError("CUDA out of memory")
+
+
+def test_room_for_checkpoints_is_not_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: SimpleNamespace(free=50e6))
+    with pytest.raises(UserError, match="50 MB are free where .*; the weights take 51 MB"):
+        directory.check_room(tmp_path, 51)
+    directory.check_room(tmp_path, 6)
+    assert "weights and checkpoints take up to 60 MB" in capsys.readouterr().err
+    directory.check_room(tmp_path, 5)
+    assert not capsys.readouterr().err
+
+
+def test_run_of_another_method_is_resumed(toy, tmp_path):
+    config = config_of(toy, tmp_path / "run", save_every=1)
+    with killed_after(2):
+        harness.launch(dpo.train, config)
+    flags = {**vars(config), "resume": True}
+    known = {field.name for field in dataclasses.fields(pro.Config)}
+    other = pro.Config(**{k: v for k, v in flags.items() if k in known})
+    with pytest.raises(UserError, match=r"run is a run of dpo\.py, not of pro\.py"):
+        harness.start(other)
+    harness.launch(dpo.train, dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("flags, name", [
+    ({"label_noise": 0.3}, "label_noise"), ({"pair_labels": "gold"}, "pair_labels"),
+    ({"layers": 3}, "layers"),
+    ({"proxy_pairs": "off_policy"}, "proxy_pairs"), ({"rating_noise": 1.0}, "rating_noise")])
+def test_option_of_the_embedded_task_is_taken_with_the_users_data(toy, flags, name):
+    with pytest.raises(UserError, match=f"--{name} is for the embedded task"):
+        check_embedded(settings(toy, **flags))
+    check_embedded(settings(toy))
+    check_embedded(harness.Config(**flags))
+    check_embedded(harness.Config(data="x.jsonl", layers=2))           # the tiny model on the user's prompts
+
+
+def test_prompt_in_another_encoding_is_a_traceback(toy, tmp_path):
+    with pytest.raises(UserError, match="--prompt is not in the encoding of this terminal"):
+        asking.ask(settings(toy, prompt="caf\udce9"), "dpo")
+
+
+def test_late_mistake_is_found_after_the_minutes(toy, tmp_path, monkeypatch):
+    """Wrong values that can be seen at the start: no reward model is trained and nothing is sampled first."""
+    def early(*_, **__):
+        raise AssertionError("too late")
+
+    for name in ("harness.command_line.load_rewards", "harness.candidate_reward",
+                 "harness.reward_to_maximise"):
+        monkeypatch.setattr(name, early)
+    with pytest.raises(UserError, match="there is no directory ./typo"):
+        harness.start(settings(toy, ppo.Config, out=str(tmp_path / "ppo"), value_model="./typo"))
+    run = SimpleNamespace(config=settings(toy, decision_transformer.Config, steer="rewrad=3"), policy=None)
+    with pytest.raises(UserError, match="rewrad"):
+        decision_transformer.train(run)
+    run = toy_run(toy)
+    run.config = settings(toy, raft.Config, refresh=True)
+    with pytest.raises(UserError, match="--refresh needs annotators"):
+        raft.train(run)
+
+
+def test_environment_of_half_a_torchrun_is_a_traceback(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in harness.ranks.NEEDED:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is set, and RANK, LOCAL_RANK, .* is not: .*torchrun"):
+        harness.ranks.start("cpu")
+
+
+def test_closed_stderr_or_a_full_memory_is_a_traceback(monkeypatch, capsys):
+    assert left(raising(MemoryError())) == 2 and "the memory is full" in capsys.readouterr().err
+    code = "from harness.command_line import in_one_line; in_one_line(lambda: print('done'))"
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" 2>&-'], cwd=ROOT, timeout=120,
+                          stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_mistake_of_the_user_on_the_way_hides_how_to_go_on(toy, tmp_path, monkeypatch, capsys):
+    """A reward function that fails after an hour: what was saved is named, as after Ctrl-C."""
+    def train(run):
+        run.begin()
+        directory.save_state(run.out, {"step": 1})
+        raise UserError("the judge is gone")
+
+    with pytest.raises(UserError):
+        harness.launch(train, config_of(toy, tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert "the run's files are in" in said and "to go on:" in said
+    with pytest.raises(UserError):
+        harness.launch(lambda run: raising(UserError("at once"))(), config_of(toy, tmp_path / "other"))
+    assert not capsys.readouterr().err                                    # nothing is there to go on with
+
+
+def test_damaged_cache_or_a_wrong_size_is_a_traceback_or_poisons_seed_0(tmp_path, capsys):
+    (tmp_path / "samples.json").write_text('{"pool": [', encoding="utf-8")
+    with pytest.raises(UserError, match=f"samples.json is damaged .*: delete {re.escape(str(tmp_path))}"):
+        build.read(tmp_path / "samples.json")
+    for words in (["--layers", "0"], ["--seed", "-1"], ["--seed", "9" * 20]):
+        assert left(lambda: build.options(words)) == 2 and f"{words[0]} must be" in capsys.readouterr().err
+    homes = {build.home(SimpleNamespace(seed=0, layers=layers)) for layers in (-1, 0, 1, 2)}
+    assert len(homes) == 4
+
+
+def test_what_the_cache_keeps_depends_on_the_type_that_a_user_asks_for(monkeypatch, tmp_path):
+    """The directory does not name the type, so a run in bfloat16 may not leave other samples or proxies."""
+    asked = []
+    monkeypatch.setattr(build.common, "load_policy", lambda path, device, dtype: asked.append(dtype))
+    monkeypatch.setattr(build.common, "load_tokenizer", lambda *_: None)
+    build.load_sft(tmp_path, SimpleNamespace(device="cpu", dtype="bfloat16"))
+
+    def load(*arguments, **_):
+        asked.append(arguments[3])
+        raise KeyboardInterrupt
+
+    for name in ("load", "load_reward_model"):
+        monkeypatch.setattr(build.common, name, load)
+    config = SimpleNamespace(device="cpu", dtype="bfloat16", seed=0)
+    for call in (lambda: build.rate(tmp_path / "proxy", [], [], config),
+                 lambda: build.score_pool(tmp_path, [], config)):
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    assert asked == ["float32"] * 3
+
+
+def test_command_line_of_the_tasks_has_tracebacks(capsys):
+    assert left(lambda: tasks.in_one_line(raising(UserError("no\x1b[2J")))) == 2
+    assert capsys.readouterr().err == "error: no\\x1b[2J\n"
+    assert left(lambda: tasks.in_one_line(raising(OSError("full")))) == 2
+    assert left(lambda: tasks.in_one_line(raising(MemoryError()))) == 2
+    assert "the memory is full" in capsys.readouterr().err
+    assert left(lambda: tasks.in_one_line(raising(KeyboardInterrupt()))) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_mistake_of_ours_hides_where_the_files_are(toy, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ import common
 import dpo
 import harness
 import harness.run
-from conftest import count_a, settings, started
+from conftest import ROOT, count_a, settings, started
 from harness import picture
 from harness.evaluation import most_changed, texts_of
 from harness.rewards import TrueReward
@@ -197,6 +199,14 @@ def test_run_without_matplotlib_or_room_for_the_picture_fails(toy, tmp_path, mon
         assert dpo_run(toy, tmp_path / "without", quiet=False)["eval/kl"] > 0
     assert "\nno run.png: pip install matplotlib\n" in (printed := capsys.readouterr().out)
     assert re.search(r"^kl +0\.000", printed, re.M) and not (tmp_path / "without" / "run.png").exists()
+
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    code = ("import pathlib, sys; from harness import picture; "
+            "print(picture.draw(pathlib.Path(sys.argv[1]), {'before': {}}))")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, encoding="utf-8",
+                          stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0 and "nonsense" in done.stdout
+    monkeypatch.undo()
 
     def full_disk(*args, **kwargs):
         out = tmp_path / "full"

@@ -271,6 +271,8 @@ FAULTS = {
         ("score not finite", '"rewards[0]" is not finite'),
     '{"prompt": "p", "responses": ["a", "b"], "scores": [1' + "0" * 400 + ", 1]}":
         ("score not finite", '"scores[0]" is not finite'),
+    '{"prompt": "p", "responses": ["a", "b"], "scores": [1e31, 1]}':
+        ("score too large", '"scores[0]" is beyond 1e+30'),
 }
 
 
@@ -583,3 +585,27 @@ def test_real_rankings():
     assert len(clear) > 4000
     assert all(scores[prompt][chosen] > scores[prompt][rejected] for prompt, chosen, rejected in clear)
     assert all(chosen != rejected for _, chosen, rejected in rows_of(task.pairs))
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_field_that_comes_twice_is_read_as_its_last(tmp_path, array):
+    twice = '{"prompt": "p", "chosen": "a", "chosen": "b", "rejected": "c"}'
+    path = tmp_path / ("rows.json" if array else "rows.jsonl")
+    path.write_text(f"[{twice}]" if array else twice, encoding="utf-8")
+    with pytest.raises(UserError, match="'chosen' comes twice"):
+        load(str(path))
+
+
+def test_half_a_surrogate_pair_in_a_role_reaches_the_template(tmp_path):
+    row = {"prompt": [{"role": "\ud800", "content": "p"}], "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match='line 1: "prompt" has half a surrogate pair'):
+        load(write(tmp_path / "rows.jsonl", [json.dumps(row)]))
+
+
+def test_files_that_were_read_are_not_known(tmp_path, tokenizer):
+    """--resume compares their contents; those of the hub too."""
+    paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}"} for i in range(3)]) for name in "ab"]
+    one, two = (load(path, tokenizer) for path in paths)
+    assert [*map(str, one.files)] == paths[:1]
+    use_for_test(one, two)
+    assert [*map(str, one.files)] == paths

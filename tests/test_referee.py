@@ -668,6 +668,8 @@ def train(config):
     time.sleep(float(os.environ.get("TOY_SLEEP", 0.3)))
     if Path("mistake").exists() and config.beta == 3:
         raise UserError("three is too much")
+    if Path("disk").exists() and config.beta == 3:
+        raise OSError("the disk is full")
     if Path("crash").exists() and config.beta == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     gold = start + config.beta
@@ -772,7 +774,7 @@ def test_two_processes_at_once_share_the_work_and_lose_nothing(jobtoy):
 
 
 @pytest.mark.parametrize("kind, said", [
-    ("mistake", "error: three is too much\n"),
+    ("mistake", "error: three is too much\n"), ("disk", "error: the disk is full\n"),
     ("crash", "error: a process of --jobs ended with exit code -9. What is stored is safe, and the same "
               "command goes on\n")])
 def test_mistake_or_crash_of_a_child_is_one_line_and_ends_all(jobtoy, kind, said):

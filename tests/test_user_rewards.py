@@ -38,6 +38,12 @@ def singles(prompts, responses):
     return [numpy.float32(len(text)) for text in responses]
 def huge(prompts, responses):
     return [10 ** 400] * len(responses)
+def broken(prompts, responses):
+    return [prompt["text"] for prompt in prompts]
+def leaves(prompts, responses):
+    raise SystemExit(0)
+def hangs_up(prompts, responses):
+    raise BrokenPipeError("the judge is gone")
 value = 3
 '''
 
@@ -48,6 +54,9 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(MODULE, encoding="utf-8")
     (tmp_path / "broken_rewards.py").write_text("def f(:", encoding="utf-8")
     (tmp_path / "lost_rewards.py").write_text("from math import nothing", encoding="utf-8")
+    for name, line in (("script", "import sys; sys.exit(0)"), ("keyless", "import os; os.environ['NO_KEY_']"),
+                       ("unsure", "assert False, 'not here'")):
+        (tmp_path / f"{name}_rewards.py").write_text(line, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rewards.sys, "path", [*rewards.sys.path])
     yield tmp_path
@@ -121,6 +130,15 @@ def test_function_gets_other_texts_than_the_data_has(mine):
     ("my_rewards:huge", "huge returned 1000000+ for row 1 of 3"),
     ("broken_rewards:f", "broken_rewards:f'.*write module:function"),
     ("lost_rewards:f", "lost_rewards:f'.*cannot import name"),
+    ("script_rewards:f", "script_rewards:f' .SystemExit: 0, script_rewards.py line 1"),
+    ("keyless_rewards:f", "keyless_rewards:f' .KeyError: 'NO_KEY_'"),
+    ("unsure_rewards:f", "unsure_rewards:f' .AssertionError: not here"),
+    ("my_rewards:broken", "my_rewards:broken failed .TypeError: string indices.*, my_rewards.py line 2[0-9]"),
+    ("my_rewards:leaves", "my_rewards:leaves failed .SystemExit: 0, my_rewards.py line"),
+    ("my_rewards:hangs_up", "my_rewards:hangs_up failed .BrokenPipeError: the judge is gone"),
+    ("my_rewards:letters*nan", "letters.nan': the weight nan is not finite"),
+    ("my_rewards:letters*inf", "the weight inf is not finite"),
+    ("my_rewards:short*3e38,my_rewards:short*3e38", "the weighted sum is not finite"),
     ("my_rewards:value", "my_rewards:value is no function")])
 def test_bad_function_is_a_traceback_or_its_row_is_not_named(text, message, mine):
     with pytest.raises(UserError, match=message):

@@ -285,8 +285,8 @@ def write_run(folder, seed, gold, method="dpo", finished=True, rows=None, **opti
     from referee.arms import config_class
     folder.mkdir(parents=True)
     config = config_class(method)(seed=seed, out=str(folder), **options)
-    args = asdict(config) | {"conversations": False, "build": str(seed), "data_fingerprint": "",
-                             "other_models": []}
+    args = asdict(config) | {"method": method, "conversations": False, "build": str(seed),
+                             "data_fingerprint": "", "other_models": []}
     (folder / "args.json").write_text(json.dumps(args), encoding="utf-8")
     numbers = {"eval/proxy": 1.0, "eval/kl": 2.0, "eval/fluency": 0.9}
     rows = rows or [{"step": 0, "eval/gold": 0.125} | dict.fromkeys(numbers, 0.0), {"step": 1, "loss": 0.6},

@@ -23,7 +23,7 @@ try:
 except (ImportError, UserError):
     sys.exit("error: collect.py needs two more packages: python -m pip install matplotlib scipy")
 
-NOT_OPTIONS = {"conversations", "build", "data_fingerprint", "other_models"}    # beside them in args.json
+NOT_OPTIONS = {"method", "conversations", "build", "data_fingerprint", "other_models"}     # of args.json
 METRICS = {"gold": "eval/gold", "proxy": "eval/proxy", "KL, nats": "eval/kl", "fluency": "eval/fluency"}
 
 
