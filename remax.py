@@ -146,7 +146,7 @@ def measured_variance(run, reward):
             both = [torch.autograd.grad(logp, weights, retain_graph=True) for logp in logps]
             yield torch.stack([torch.cat([g.flatten() for g in grads]) for grads in both])         # [2, P]
 
-    with torch.random.fork_rng():
+    with harness.ranks.fork_rng():
         torch.manual_seed(config.seed)
         (batch, rewards), (_, greedy_rewards) = sampled(2), sampled(1, greedy=True)
     variances = gradient_variance(gradients(), rewards.view(-1, 2), greedy_rewards)
