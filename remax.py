@@ -64,7 +64,7 @@ class Config(harness.Config):
     reward_clip: Optional[float] = option(
         None, "cut reward less baseline at +- this (official code: 5)", "(0, inf)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
-        "cosine", "of the learning rate; cosine ends at 0")
+        "cosine", "how the learning rate goes on after the warm-up; cosine ends at 0")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
     variance_prompts: int = option(
         0, "measure the gradient's variance on so many prompts at every evaluation", "[0, inf)")
