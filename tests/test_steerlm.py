@@ -16,7 +16,7 @@ import harness
 import steerlm
 import tasks
 from common import UserError
-from conftest import parameters, sgd, tensor
+from conftest import killed_after, parameters, sgd, tensor
 from harness import asking, conditioning
 from harness.conditioning import rated_rows, rating_error
 from harness.evaluation import extend_vocabulary
@@ -833,23 +833,15 @@ def test_errors_of_ratings_are_not_measured_against_the_truth_and_held_out_peopl
 
 
 @pytest.mark.parametrize("predictor", ["regression", "lm"])
-def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predictor):
+def test_AF_resumed_run_differs_from_a_straight_one(whole, predictor):
     options = dict(predictor=predictor, predictor_epochs=40.0 if predictor == "lm" else 1.0, attributes="as",
                    rounds=2,
                    save_every=4, eval_every=5, max_new_tokens=3, predict=None, data=task(48), epochs=0.5)
-    straight, log = whole("straight", **options), harness.Run.log
+    straight = whole("straight", **options)
     last = len(steps_of(whole))
     assert 9 <= last <= 12                                          # 3 to 6, and 3 a round
-
-    def kill(run, step, row):
-        log(run, step, row)
-        if step == last - 2:                                # in round 2; the checkpoint is after 4 or 8 steps
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            whole("killed", **options)
+    with killed_after(last - 2):                           # in round 2; the checkpoint is after 4 or 8 steps
+        whole("killed", **options)
     torch.manual_seed(999)
     resumed = whole("killed", resume=True, **options)
     assert len(steps_of(whole)) == last - (last - 2) // 4 * 4
