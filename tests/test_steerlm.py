@@ -688,7 +688,7 @@ def test_AB_level_that_comes_does_not_follow_the_level_asked_for(whole, monkeypa
 def test_slope_or_cross_talk_by_hand_differ():
     rows = [{"asked": asked, "x": x} for asked, x in ((0, 1.0), (3, 2.0), (6, 4.0), (9, 9.0))]
     # (4.5 * 3 + 1.5 * 2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
-    assert harness.slope(rows, "x") == pytest.approx(39 / 45)
+    assert conditioning.slope(rows, "x") == pytest.approx(39 / 45)
     assert harness.steering_metrics({"p": {"p": 1.0, "q": -0.5}, "q": {"p": 0.25, "q": 0.5}}) == {
         "eval/slope": 0.75, "eval/slope_min": 0.5, "eval/cross_talk": 0.375, "eval/slope_p": 1.0,
         "eval/slope_q": 0.5}
