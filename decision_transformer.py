@@ -54,9 +54,11 @@ class Config(harness.Config):
     LR: ClassVar = {"tiny": 4e-3, "real": 5e-6}      # tiny: tuned on seeds 100 to 102; real: OpenRLHF's
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}    # tiny: likewise; real: OpenRLHF's
     batch_size: int = option(64, "samples per optimizer step (OpenRLHF: 128)")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("cosine", "of the learning rate")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
+        "cosine", "how the learning rate goes on after the warm-up")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
-    objective: Literal["dt", "filter", "rwr", "sft"] = option("dt", "what to make of the samples, see above")
+    objective: Literal["dt", "filter", "rwr", "sft"] = option(
+        "dt", "dt: reward in the prompt; filter: SFT on the best; rwr: SFT weighted by reward; sft: on all")
     sources: Optional[Literal["S", "P", "D", "DP"]] = option(
         None, "S demonstrations for SFT (tiny), P the data's ranked answers, D the policy's samples, DP both")
     demonstrations: int = option(23000, "how many demonstrations count, with --sources S", "(0, inf)")

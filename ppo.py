@@ -69,13 +69,13 @@ class Config(harness.Config):
     gamma: float = option(1.0, "discount of GAE", "[0, 1]")
     lam: float = option(0.95, "lambda of GAE", "[0, 1]")
     clip: float = option(0.2, "epsilon of L^CLIP: a ratio further from 1 wins nothing more", "(0, inf)")
-    value_clip: float = option(0.2, "how far a value may move from the old one, likewise", "(0, inf)")
+    value_clip: float = option(0.2, "how far a value may move from its value at the rollout", "(0, inf)")
     vf_coef: float = option(0.1, "weight of the value loss", "[0, inf)")
-    missing_eos_penalty: float = option(
-        1.0, "taken from the score of a response that did not stop", "[0, inf)")
+    missing_eos_penalty: float = option(1.0, "taken from the score if the response did not stop", "[0, inf)")
     whiten_rewards: bool = option(False, "scale token rewards to deviation 1 (Ziegler et al.: yes)")
     value_model: str = option("", "what the value model starts from (directory, hub id; default: the policy)")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("linear", "of the learning rate")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
+        "linear", "how the learning rate goes on after the warm-up")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
 
     def __post_init__(self):

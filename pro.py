@@ -67,7 +67,7 @@ class Config(harness.Config):
     dynamic_temperature: bool = option(True, "scale each score by its reward gap (Eq. 7 to 9)")
     terms: int = option(0, "how many of the ranking's terms count, from the top (0: all)", "[0, inf)")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
-    eval_pairs: int = option(512, "held-out pairs scored at each evaluation", "(0, inf)")
+    eval_pairs: int = option(512, "held-out pairs scored at each evaluation", "[0, inf)")
 
     def __post_init__(self):
         super().__post_init__()

@@ -64,7 +64,7 @@ class Config(harness.Config):
     reward_clip: Optional[float] = option(
         None, "cut reward less baseline at +- this (official code: 5)", "(0, inf)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
-        "cosine", "of the learning rate; cosine ends at 0")
+        "cosine", "how the learning rate goes on after the warm-up; cosine ends at 0")
     warmup: float = option(0.0, "share of the steps over which the learning rate rises linearly")
     variance_prompts: int = option(
         0, "measure the gradient's variance on so many prompts at every evaluation", "[0, inf)")
@@ -146,7 +146,7 @@ def measured_variance(run, reward):
             both = [torch.autograd.grad(logp, weights, retain_graph=True) for logp in logps]
             yield torch.stack([torch.cat([g.flatten() for g in grads]) for grads in both])         # [2, P]
 
-    with torch.random.fork_rng():
+    with harness.ranks.fork_rng():
         torch.manual_seed(config.seed)
         (batch, rewards), (_, greedy_rewards) = sampled(2), sampled(1, greedy=True)
     variances = gradient_variance(gradients(), rewards.view(-1, 2), greedy_rewards)

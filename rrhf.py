@@ -71,10 +71,10 @@ class Config(harness.Config):
     length_penalty: float = option(
         1.0, "exponent of the length in Eq. 1 (above 1: favours long responses)", "[0, inf)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
-        "linear", "of the learning rate (paper: linear; official scripts: cosine)")
+        "linear", "how the learning rate goes on after the warm-up (paper: linear; official scripts: cosine)")
     warmup: float = option(
         0.03, "share of the steps over which the learning rate rises linearly from 0 (official code: 0.03)")
-    eval_pairs: int = option(512, "held-out pairs scored at each evaluation", "(0, inf)")
+    eval_pairs: int = option(512, "held-out pairs scored at each evaluation", "[0, inf)")
 
     def __post_init__(self):
         super().__post_init__()

@@ -58,7 +58,8 @@ from harness import Ranking, UserError, option
 class Config(harness.Config):
     LR: ClassVar = {"tiny": 1e-3, "real": 1e-5}      # tiny: tuned on seeds 100 to 102; real: the paper's
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 1.0}    # tiny: fixed while lr was tuned
-    loss: Literal["sigmoid_norm", "hinge", "hinge_norm"] = option("sigmoid_norm", "Eq. 8, 9 or 10")
+    loss: Literal["sigmoid_norm", "hinge", "hinge_norm"] = option(
+        "sigmoid_norm", "sigmoid_norm: as DPO; hinge: SLiC, no reference; hinge_norm: hinge on log-ratios")
     GAMMA: ClassVar = {"tiny": 0.2, "real": 0.05}    # tiny: tuned with lr; real: the paper's
     gamma: Optional[float] = option(None, "scale of the loss's margin (tiny 0.2, else 0.05)", "(0, inf)")
     source: Literal["rso", "sft", "direct"] = option(

@@ -51,15 +51,15 @@ class Config(harness.Config):
     LR: ClassVar = {"tiny": 8e-3, "real": 5e-6}       # tiny: tuned on seeds 100 to 102; real: the paper's
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 5.0}     # tiny: likewise; real: the paper's
     batch_size: int = option(64, "responses per optimizer step (paper: 128)")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option("cosine", "of the learning rate")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
+        "cosine", "how the learning rate goes on after the warm-up")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
     start: Optional[Literal["base", "policy"]] = option(
         None, "step 3 trains --model (base) or --policy (default: base for tiny without --policy)")
-    demonstrations: int = option(
-        23000, "how many of the demonstrations count (0: rated responses alone)", "[0, inf)")
+    demonstrations: int = option(23000, "how many of them count (0: rated responses alone)", "[0, inf)")
     rated: int = option(4096, "embedded task: how many of the demonstrations people have rated", "[0, inf)")
     labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
-    attributes: Optional[str] = option(None, "'A,B': those to use (default: three, see below; of a file all)")
+    attributes: Optional[str] = option(None, "'A,B' (default: sentiment,topicality,verbosity; of a file all)")
     quality: str = option("", "'A,B': these are quality (default: quality, helpfulness, or score)")
     share: float = option(1.0, "train on this part of the responses, those of the highest quality", "(0, 1]")
     predictor: Literal["lm", "regression"] = option("regression", "step 1: an LM, or a regression head")

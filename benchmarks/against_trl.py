@@ -88,7 +88,7 @@ def ours(kind, options):
             yield step
             report(began, clock(), sum(losses) / PAIRS)
 
-    check, stages.tqdm = stages.check_finite, in_turn
+    check, stages.progress.steps = stages.check_finite, in_turn
     stages.check_finite = lambda values, *args: losses.append(values.detach().sum()) or check(values, *args)
     recipe = harness.Recipe(LR, batch_size=PAIRS, schedule="linear", warmup=0.0, max_grad_norm=CLIP,
                             seed=SEED, token_budget=config.token_budget)

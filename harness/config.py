@@ -111,7 +111,7 @@ class Config:
     temperature: float = option(1.0, "sampling temperature of methods that sample", "[1e-6, inf)")
     lr: Optional[float] = option(None, "peak learning rate; the default depends on the model", "(0, inf)")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
-        "constant_with_warmup", "of the learning rate")
+        "constant_with_warmup", "how the learning rate goes on after the warm-up")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly", "[0, 1]")
     batch_size: int = option(64, "prompts per optimizer step", "(0, inf)")
     epochs: Optional[float] = option(

@@ -6,9 +6,10 @@ import torch
 import common
 from harness import progress, ranks
 from harness.loading import load_reference
-from harness.picture import SCORES
 from harness.stages import check_finite
 from tasks import words
+
+SCORES = "gold", "proxy"                                              # of each sample
 
 
 def check_policy(policy, tokenizer, task, step):
@@ -39,7 +40,7 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str, draw
 
     Args: rewards: {name: RewardModel}. start: what this function returned as samples before training. ask:
         what the policy is asked in place of a prompt; the reference and the rewards see the prompt itself.
-        draw: how it answers, in place of common.generate (see best_of).
+        draw: how it answers, in place of ranks.generate (see best_of).
     Returns: metrics: {"eval/<name>": mean, "eval/<name>_se": standard error over prompts, if there are
             several}. gold, fluency if the task has them; proxy, judge; kl = KL(policy || initial policy) in
             nats per sequence: on the policy's own samples, the sum over tokens of the exact KL of the
@@ -83,7 +84,7 @@ def evaluate(config, task, policy, tokenizer, rewards, start=None, ask=str, draw
 
 
 def best_of(n, reward):
-    """In place of common.generate: each answer is the one of n samples that has the highest reward."""
+    """In place of ranks.generate: each answer is the one of n samples that has the highest reward."""
     def draw(policy, tokenizer, prompts, answers, temperature, max_new_tokens):
         batch = ranks.generate(policy, tokenizer, prompts, answers * n, temperature,
                                max_new_tokens=max_new_tokens)

@@ -1,4 +1,4 @@
-"""Where things lie: the task of a run, its initial policy, reference and value model."""
+"""Where things lie: the task of a run, its initial policy and reference, and what a scorer begins from."""
 import contextlib
 import hashlib
 import math

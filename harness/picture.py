@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.config import SET_HERE, differences, method_name
 from harness.directory import rows_until
+from harness.evaluation import SCORES
 
 FILE = "run.png"
 MOST = 6                                                              # panels
@@ -21,7 +22,6 @@ STYLE = {"font.size": 13, "axes.titlesize": 14, "axes.titleweight": "bold", "leg
 # Safe for colour-blind people. A label that is not named takes the next of OTHERS.
 COLOURS = {"gold": "#D55E00", "proxy": "#0072B2", "training samples": "#009E73", "training": "#009E73"}
 OTHERS = "black", "#CC79A7", "#E69F00", "#0072B2"
-SCORES = "gold", "proxy"                                              # of each sample
 DETAILS = "eval", "objective", "logps", "policy", "val"               # metrics that get no panel of their own
 # Title, unit, {metric: label}. A panel is drawn if metrics.jsonl has one of its metrics.
 PANELS = [

@@ -4,13 +4,13 @@ It has the form of a method, so that the referee runs it as it runs the nine. It
 upper bound that is exact where all samples differ in reward. That of the evaluation, sample by sample, would
 say 0, because the policy itself stays as it was.
 """
-import math
 from dataclasses import dataclass
 
 import torch
 
 import harness
 from harness import option
+from raft import kl_best_of_n
 
 
 @dataclass
@@ -29,4 +29,4 @@ def train(run):
         run.log(step, {})
     run.draw = harness.best_of(n, reward)
     run.evaluate()
-    run.amend(**{"eval/kl": math.log(n) - (n - 1) / n, "eval/kl_se": 0.0})
+    run.amend(**{"eval/kl": kl_best_of_n(n), "eval/kl_se": 0.0})

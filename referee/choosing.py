@@ -8,6 +8,7 @@ from statistics import fmean, median
 
 from experiments.comparison import ARMS, LABELS
 from referee.comparison import BUDGET, NAME, affordable, tuned
+from referee.statistics import mean_of
 from referee.store import results_path
 from referee.tables import markdown_table
 from referee.tuning import FLUENCY_LOST, in_words
@@ -16,13 +17,9 @@ HEADER = ["arm", "by the judge, if fluent (as chosen)", "by the proxy, if fluent
           "median of the settings"]
 
 
-def mean(runs, metric):
-    return fmean(run[metric] for run in runs.values())
-
-
 def gold_of(fit, chosen, least):
     """Gold of the settings that four rules choose. fit: {setting: {seed: run}}; chosen: the name of one."""
-    gold, proxy, fluency = ({name: mean(runs, metric) for name, runs in fit.items()}
+    gold, proxy, fluency = ({name: mean_of(runs, metric) for name, runs in fit.items()}
                             for metric in ("eval/gold", "eval/proxy", "eval/fluency"))
     fluent = [name for name in fit if fluency[name] >= least - 1e-9] or [max(fit, key=fluency.get)]
     return [gold[chosen], gold[max(fluent, key=proxy.get)], gold[max(fit, key=proxy.get)],

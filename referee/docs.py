@@ -18,14 +18,9 @@ from referee.tables import (COLUMNS, COSTS, COSTS_ARE, RULES, arm_rows, claim_ro
                             markdown_table, provenance, stored)
 from referee.tuning import tuning_block
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-MARKS = {"results": (BEGIN, END), "tuning": ("<!-- tuning:begin -->", "<!-- tuning:end -->"),
-         "survey": ("<!-- survey:begin -->", "<!-- survey:end -->"),
-         "comparison": ("<!-- comparison:begin -->", "<!-- comparison:end -->"),
-         "choosing": ("<!-- choosing:begin -->", "<!-- choosing:end -->"),
-         "surprises": ("<!-- surprises:begin -->", "<!-- surprises:end -->"),
-         "which": ("<!-- which:begin -->", "<!-- which:end -->"),
-         "real text": ("<!-- real text:begin -->", "<!-- real text:end -->")}
+MARKS = {kind: (f"<!-- {kind}:begin -->", f"<!-- {kind}:end -->") for kind in (
+    "results", "tuning", "survey", "comparison", "choosing", "surprises", "which", "real text")}
+BEGIN, END = MARKS["results"]
 SFT, CONTROL = "SFT", "SFT, temperature 0.5"      # the policy that all start from; what sampling alone gains
 FIGURE = Path("results/methods.png")
 OVERVIEW = {"eval/gold": "gold", "eval/proxy": "proxy", "eval/kl": "KL, nats", "eval/fluency": "fluency",

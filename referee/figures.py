@@ -2,7 +2,6 @@
 
 12 inches are 1600 pixels, no type is below 13 points. Whiskers are 95% intervals. Black: not trained.
 """
-import importlib
 import math
 import re
 import textwrap
@@ -10,6 +9,7 @@ from itertools import cycle, product
 
 import numpy as np
 
+from referee.arms import experiments_of
 from referee.statistics import plus_minus, t_interval, value
 
 STYLE = {"font.size": 13, "axes.titlesize": 14, "errorbar.capsize": 4, "axes.formatter.min_exponent": 7,
@@ -107,36 +107,29 @@ def draw_lines(ax, panel, arms, palette, curves):
     for point, text, colour in labels:
         ax.annotate(text, point, (6, 6), textcoords="offset points", va="bottom", gid="label", color=colour,
                     in_layout=False, arrowprops=dict(arrowstyle="-", color=colour, shrinkA=1, shrinkB=3))
-    if panel.get("root"):
-        ax.set_xscale("function", functions=(lambda v: np.sign(v) * abs(v) ** 0.5, lambda v: v * abs(v)))
     if hues:
         ax.legend(handles=[ax.plot([], [], "o", color=hue, label=name)[0] for name, hue in hues.items()],
                   **ABOVE | {"ncols": 3, "handlelength": 1})
     ax.margins(0.12)
-    ax.set(xlabel=panel.get("over", name_of(x, unit=True)),
-           ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
+    ax.set(xlabel=panel.get("over", name_of(x, unit=True)), ylabel=name_of(*panel["y"], unit=True))
 
 
 def draw_bars(ax, panel, arms, *_):
     """The final value of each metric in y for each arm: a bar, its interval, the number beside it."""
-    (low, high), n, log = panel.get("limit", (-math.inf, math.inf)), len(panel["y"]), panel.get("log")
+    n, log = len(panel["y"]), panel.get("log")
     for j, (y, colour) in enumerate(zip(panel["y"], cycle(COLOURS))):
         bars = [(i + 0.8 * (j + 0.5) / n - 0.4, *final(arms, name, y)) for i, name in enumerate(arms)]
         bars = [bar for bar in bars if bar[1] > (0 if log else -math.inf)]                        # never nan
         places, means, halves = zip(*bars) if bars else ((), (), ())
         ax.barh(places, means, 0.72 / n, xerr=halves, color=colour, label=name_of(y))
         for place, mean, half in bars:
-            over, under, number = mean > high, mean < low, plus_minus(mean, math.inf, size=1)
-            text = f"{number} →" if over else f"← {number}" if under else number
-            at = low if under else min(max(mean + half, 0, low), high)
-            ax.annotate(text, (at, place), (0 if over or under else 6, 0), textcoords="offset points",
-                        ha="right" if over else "left", va="center", annotation_clip=False,
-                        bbox=dict(fc="white", ec="none", pad=1) if over or under else None)
+            ax.annotate(plus_minus(mean, math.inf, size=1), (max(mean + half, 0), place), (6, 0),
+                        textcoords="offset points", va="center", annotation_clip=False)
     ax.axvline(0, color="black", linewidth=0.8)
     start = min((bar.get_width() for bar in ax.patches), default=0) / 4 if log else None    # whiskers reach 0
-    ax.set(xscale="log" if start else "linear", xlim=panel.get("limit", (start, None)),
+    ax.set(xscale="log" if start else "linear", xlim=(start, None),
            yticks=range(len(arms)), yticklabels=[textwrap.fill(name, 28) for name in arms],
-           ylim=(len(arms) - 0.5, -0.5), xlabel=panel.get("label", name_of(y, unit=True) if n == 1 else ""))
+           ylim=(len(arms) - 0.5, -0.5), xlabel=name_of(y, unit=True) if n == 1 else "")
     if n > 1:
         ax.legend(**ABOVE)
 
@@ -152,8 +145,7 @@ def draw_line(ax, panel, arms, *_):
         for y, hue in zip(panel["y"], COLOURS if len(panel["y"]) > 1 else ["black"]):
             ax.axhline(final(arms, arm, y)[0], ls=dash, color=hue, zorder=1, label=name + said[y])
     ax.set(xscale="log" if panel.get("log") else "linear", xticks=numbers, xlabel=panel["x"],
-           xticklabels=[f"{number:,g}" for number in numbers],
-           ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
+           xticklabels=[f"{number:,g}" for number in numbers], ylabel=name_of(*panel["y"], unit=True))
     ax.minorticks_off()
     ax.legend(**ABOVE)
 
@@ -170,25 +162,16 @@ def draw_curve(ax, panel, arms, palette, *_):
                 ax.errorbar(*zip(*points), color=palette[name] if len(arms) > 1 else hue, ls=dash, marker="o",
                             lw=2.5, elinewidth=1.5, label=": ".join(words))
     ax.axline((0, 0), slope=1, color="black", linewidth=1, linestyle="--", zorder=0)
-    ax.set(xlabel="asked for", ylabel=panel.get("label", name_of(*panel["y"], unit=True)))
+    ax.set(xlabel="asked for", ylabel=name_of(*panel["y"], unit=True))
     ax.legend(handles=ax.containers, frameon=bool(ax.containers))
 
 
-def draw_matrix(ax, panel, arms, *_):
-    """Means over seeds in a table: run[panel["matrix"]], {row: {column: number}}, or final values of arms."""
-    if "matrix" in panel:
-        found = [m for runs in arms.values() for run in runs.values() if (m := run.get(panel["matrix"]))]
-        if not found:
-            return ax.set_axis_off()
-        rows = columns = list(found[0])
-        cells = np.array([[interval(m[row][column] for m in found) for column in columns] for row in rows])
-        ax.set(xlabel="levels more in the responses", ylabel="asked for one level more")
-    else:
-        rows, columns = panel["rows"], panel["columns"]
-        cells = np.array([[final(arms, panel["name"].format(row=row, column=column), panel["y"][0])
-                           for column in columns] for row in rows])
-    low, high, cmap = (-1, 1, "PuOr") if "matrix" in panel else (*panel.get("limit", (None, None)), "Blues")
-    image = ax.imshow(cells[..., 0], cmap, aspect="auto", vmin=low, vmax=high)
+def draw_grid(ax, panel, arms, *_):
+    """Final values in a table: each cell is an arm's, mean over seeds and half interval."""
+    rows, columns = panel["rows"], panel["columns"]
+    cells = np.array([[final(arms, panel["name"].format(row=row, column=column), panel["y"][0])
+                       for column in columns] for row in rows])
+    image = ax.imshow(cells[..., 0], "Blues", aspect="auto")
     for (i, j), mean in np.ndenumerate(cells[..., 0]):
         if math.isfinite(mean):
             text = plus_minus(mean, cells[i, j, 1] or math.inf, size=1).replace(" ", "\n")
@@ -198,7 +181,7 @@ def draw_matrix(ax, panel, arms, *_):
 
 
 def height(panel, arms):                                                                          # in inches
-    kind, n, long = panel.get("kind"), len(panel.get("y", ())), any(len(name) > 28 for name in arms)
+    kind, n, long = panel.get("kind"), len(panel["y"]), any(len(name) > 28 for name in arms)
     bars = max(2.4, 1.2 + 0.24 * (n + len(arms) * max(1.5, 1.1 * n, 2.2 * long)))
     return bars if kind == "bars" else 1.2 + 0.75 * len(panel["rows"]) if kind == "grid" else (
         6.4 if "families" in panel else 4.8)
@@ -208,7 +191,7 @@ def draw_rows(rows, curves, path):
     """A figure of rows: (title, panels, {arm: runs})."""
     import matplotlib.figure
     kinds = {"lines": draw_lines, "points": draw_lines, "bars": draw_bars, "line": draw_line,
-             "curve": draw_curve, "grid": draw_matrix, "matrix": draw_matrix}
+             "curve": draw_curve, "grid": draw_grid}
     heights = [0.5 + max(height(p, p.get("arms") or arms) for p in panels) for _, panels, arms in rows]
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure((12, sum(heights)), 1600 / 12, layout="constrained")
@@ -235,8 +218,7 @@ def draw_overview(arms, path):                                                  
 
 
 def draw(method_name, results, collected, path):
-    experiments = importlib.import_module(f"experiments.{method_name}").EXPERIMENTS
     rows = [(f"{title}: {e['question']}", e["panels"], collected[title])
-            for title, e in experiments.items() if e.get("panels")]
+            for title, e in experiments_of(method_name).items() if e.get("panels")]
     if rows:
         draw_rows(rows, results["best_of_n"], path)

@@ -24,6 +24,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from harness import UserError
+from raft import kl_best_of_n
 
 try:
     from scipy.stats import beta, nct, norm, t as student_t
@@ -213,7 +214,7 @@ def best_of_n(proxy, gold, n):
         _, group = np.unique(row_proxy, return_inverse=True)
         shared = np.bincount(group, row_gold) / np.bincount(group)
         best_gold.append(weights @ shared[np.sort(group)])
-    return float(np.mean(best_gold)), float(np.mean(np.sort(proxy) @ weights)), math.log(n) - (n - 1) / n
+    return float(np.mean(best_gold)), float(np.mean(np.sort(proxy) @ weights)), kl_best_of_n(n)
 
 
 def best_of_n_curve(proxy, gold):

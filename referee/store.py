@@ -52,6 +52,11 @@ def machines_of(stored):
     return stored.get("machines", old)
 
 
+def once(machines):
+    """Each of the machines once, in the order in which they come first."""
+    return [machine for i, machine in enumerate(machines) if machine not in machines[:i]]
+
+
 def in_order(runs):
     return sorted(runs, key=lambda r: (r["arm"], r["seed"], r["key"], str(r.get("build"))))
 
@@ -128,5 +133,5 @@ def shown(method_name, results, experiments=None):
     machines = [machines[str(build)] for build in builds.values() if str(build) in machines]
     return results | {
         "runs": runs, "seeds": list(builds), "best_of_n": curves,
-        "machines": [machine for i, machine in enumerate(machines) if machine not in machines[:i]],
+        "machines": once(machines),
         "kept": {"other arms": len(results["runs"]) - len(ours), "other builds": len(ours) - len(runs)}}

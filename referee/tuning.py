@@ -19,7 +19,7 @@ from harness import UserError
 from referee.arms import given_flags
 from referee.runs import complete
 from referee.statistics import seeds_needed
-from referee.store import results_path, run_id, shown
+from referee.store import results_path, run_id, shown, once
 from referee.tables import (arm_rows, collect, markdown_table, provenance, said_of_file, seeds_in_words,
                             stored, text_table)
 
@@ -151,7 +151,7 @@ def view_of(method_name, results):
     machines = [machine for view in views for machine in view["machines"]]
     others = shown(method_name, results, experiments)["kept"]["other arms"]
     return results | {"runs": [*runs.values()], "seeds": sorted({run["seed"] for run in runs.values()}),
-                      "machines": [m for i, m in enumerate(machines) if m not in machines[:i]],
+                      "machines": once(machines),
                       "kept": {"other arms": others,
                                "other builds": len(results["runs"]) - len(runs) - others}}
 

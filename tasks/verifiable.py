@@ -148,10 +148,10 @@ def judged(prompts, answers, seed):
     return pairs, rated
 
 
-def sampled(model, prompts, n, max_new_tokens, seed, device="auto"):
+def sampled(model, prompts, n, max_new_tokens, seed):
     """n complete answers of a chat model to each prompt [N][<=n]; those that were cut off are left out."""
     torch.manual_seed(seed)
-    policy, tokenizer = common.load_policy(model, device), common.load_tokenizer(model, 512)
+    policy, tokenizer = common.load_policy(model), common.load_tokenizer(model, 512)
     asked = prompts
     ends = policy.generation_config.eos_token_id
     tokenizer.more_stop_ids = [ends] if isinstance(ends, int) else list(ends or [])

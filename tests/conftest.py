@@ -3,8 +3,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ import harness.command_line
 import harness.run
 import harness.samples
 import tasks
+from referee.arms import method_names                              # tests import it from here
 from tasks import Pair, Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,11 +45,6 @@ def cases(name):
     found = json.loads((ROOT / "tests" / "fixtures" / f"{name}.json").read_text(encoding="utf-8"))
     assert found
     return found
-
-
-def method_names():
-    """The methods: every experiments/<name>.py that has a <name>.py beside the package."""
-    return sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if (ROOT / path.name).exists())
 
 
 def sgd(model, lr, steps, schedule="constant", warmup=0.0):
@@ -232,13 +226,3 @@ def convert(source, target):
             delattr(holder, attribute)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
-
-
-@pytest.fixture
-def run_script(tmp_path):
-    """Run a script of the project as a user would; returns the finished process (text output)."""
-    def run(*arguments, **environment):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True,
-                              text=True, encoding="utf-8", timeout=300,
-                              env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
-    return run

@@ -19,7 +19,7 @@ import common
 import decision_transformer as dt
 import harness
 from common import UserError
-from conftest import Counting, cases, close, parameters, rand, sgd, tensor
+from conftest import Counting, cases, close, killed_after, parameters, rand, sgd, tensor
 from decision_transformer import Sample, assign_bins, effective_share, reward_bins, rwr_weights, tag
 from harness import asking, conditioning
 from harness.conditioning import spearman
@@ -826,21 +826,13 @@ def test_defaults_of_a_file_are_those_of_the_embedded_task_or_not_those_of_sft(t
 
 
 @pytest.mark.parametrize("options", [{}, dict(objective="rwr"), dict(control="text"), dict(sources="S")])
-def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options):
+def test_AF_resumed_run_differs_from_a_straight_one(whole, options):
     options = dict(options, save_every=2, eval_every=3, epochs=2.0)
-    options["data"], log = task(demonstrations={"train": DEMONSTRATIONS}), harness.Run.log
+    options["data"] = task(demonstrations={"train": DEMONSTRATIONS})
     straight, metrics, weights = whole("straight", **options)
     attributes, steps = whole.out / "attributes.json", len(whole.steps)
-
-    def kill(run, step, row):
-        log(run, step, row)
-        if step == 4:                                               # one behind the checkpoint
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            whole("killed", **options)
+    with killed_after(4):                                                         # one behind the checkpoint
+        whole("killed", **options)
     torch.manual_seed(999)
     resumed = whole("killed", resume=True, **options)
     assert steps > 6 and len(whole.steps) == steps - 4

@@ -167,22 +167,6 @@ def test_title_lies_on_the_legend(draw):
         assert ax.title.get_window_extent().y0 >= ax.get_legend().get_window_extent().y1 - 2
 
 
-def test_limit_does_not_cut_the_axis_or_the_number_of_a_cut_bar_is_lost(draw):
-    arms = dict(small=arm(0.5), wide=arm(0.95), far=arm(43.0), deep=arm(-7.0))
-    ax, = draw(bars(GOLD, limit=(-1, 1)), **arms)
-    assert ax.get_xlim() == (-1, 1)
-    found = {text.get_text(): text for text in ax.texts}
-    assert {name: text.xy[0] for name, text in found.items()} == {
-        "0.50": pytest.approx(0.5 + HALF), "0.95": 1, "43.0 →": 1, "← -7.00": -1}
-    frame = ax.get_window_extent()
-    right, left = (found[name].get_window_extent() for name in ("43.0 →", "← -7.00"))
-    assert right.x1 <= frame.x1 + 1 and right.x0 > frame.x0 + frame.width / 2           # inside, at the edge
-    assert left.x0 >= frame.x0 - 1 and left.x1 < frame.x0 + frame.width / 2
-    assert found["0.95"].get_window_extent().x0 > frame.x1 - 1                 # its whisker ends at the edge
-    ax, = draw(bars(GOLD), **arms)
-    assert ax.get_xlim()[1] > 43 and "43.0" in texts(ax)
-
-
 def test_log_axis_is_linear_or_draws_what_has_no_logarithm(draw):
     just_above_0 = arm(30.0, spread=(-12.06, 0.0, 12.06))
     ax, = draw(bars(GOLD, log=True), large=arm(1000.0), noisy=just_above_0, zero=arm(0.0), negative=arm(-5.0))
@@ -263,13 +247,6 @@ def test_best_of_n_is_not_the_mean_of_the_curves_that_there_are(draw, kind):
         assert list(texts(ax)) == ["a"]
 
 
-def test_root_does_not_give_each_square_the_same_room(draw):
-    ax, = draw(dict(x=KL, y=[GOLD], root=True), a=arm(1.0, kl=40.0), b=arm(1.0, kl=2.0))
-    at = [ax.transData.transform((kl, 0))[0] for kl in (0, 1, 4, 9, 16)]
-    assert np.diff(at) == pytest.approx(np.full(4, at[1] - at[0])) and at[1] > at[0]
-    assert ax.get_xlim()[0] < 0                                                # the start is not at the edge
-
-
 def test_points_have_other_places_intervals_or_names(draw):
     ax, = draw(dict(kind="points", x=KL, y=[GOLD], arms=["a", "SFT"]), a=arm(1.0, kl=3.0), b=arm(9.0),
                SFT=untrained())
@@ -334,11 +311,11 @@ def test_grid_is_transposed_or_a_cell_is_not_mean_and_half_interval(draw):
 def test_grid_of_missing_arms_crashes_or_invents_them(draw):
     arms = cells(one_x=0.5, two_x=0.7) | {"two, x": {0: run(**{"eval/win_rate": 0.7})}, "two, y": {},
                                           "one, y": {0: run(), 1: run(**{"eval/win_rate": NAN})}}
-    ax, = draw(GRID | {"limit": (0, 1), "title": "wins"}, arms=arms)
+    ax, = draw(GRID | {"title": "wins"}, arms=arms)
     shown = ax.images[0].get_array()
     assert np.isfinite(shown.filled(np.nan)).tolist() == [[True, False], [True, False]]
     assert texts(ax) == {f"0.50\n±{HALF:.2f}": (0, 0), "0.70": (0, 1)}           # one seed has no interval
-    assert ax.images[0].get_clim() == (0, 1) and ax.get_title() == "wins"
+    assert ax.images[0].get_clim() == pytest.approx((0.5, 0.7)) and ax.get_title() == "wins"
     assert texts(draw(GRID, other=arm(1.0))[0]) == {}
 
 
@@ -411,23 +388,19 @@ def followed(*values):
     return [{"asked": i, "a": value, "b": value} for i, value in enumerate(values)]
 
 
-MATRIX = {"a": {"a": 0.9, "b": 0.1}, "b": {"a": -0.5, "b": 0.4}}
 KINDS = {"lines": dict(x="step", y=[GOLD, KL], best_of_n=False), "ends": dict(x="step", y=[GOLD], ends=4),
-         "root": dict(x=KL, y=[GOLD], root=True, best_of_n=True),
          "points": dict(kind="points", x=KL, y=[GOLD], best_of_n=True), "bars": bars(GOLD),
          "bars of several": bars(GOLD, KL, "eval/fluency"), "log": bars(GOLD, log=True),
-         "limit": bars(GOLD, limit=(0, 0.4)),
          "grid": dict(kind="grid", y=[GOLD], rows=["a", "z"], columns=["1", "2"], name="{row}{column}"),
          "line": dict(kind="line", x="n", y=[GOLD], series={"s": {1: "a1", 2: "a2"}, "t": {1: "b1"}},
                       levels={"b": "b1"}),
-         "curve": dict(kind="curve", curve="followed", x="asked", y=["a", "b"]),
-         "matrix": dict(kind="matrix", matrix="matrix")}
+         "curve": dict(kind="curve", curve="followed", x="asked", y=["a", "b"])}
 BAD = {"no run": {}, "one seed": {"a1": {0: run()}, "b1": {3: run(0.5)}},
        "None": {"a1": {s: run(1.0) | {GOLD: None, KL: None} for s in range(3)}, "a2": arm(1.0)},
        "nan": {"a1": {s: run(NAN, NAN) for s in range(2)} | {2: run(1.0)}, "a2": {0: run(NAN, NAN)}},
        "None in the trace": {"a1": {0: run(), 1: run() | {"trace": [{"step": 0, GOLD: None}, {"step": 8}]}}},
-       "empty curve and matrix": {"a1": {0: run(followed=[], matrix={}), 1: run()}}}
-GOOD = {"a1": arm(1.0, followed=followed(0.1, 0.5), matrix=MATRIX), "a2": arm(2.0, kl=4.0), "b1": untrained()}
+       "empty curve": {"a1": {0: run(followed=[]), 1: run()}}}
+GOOD = {"a1": arm(1.0, followed=followed(0.1, 0.5)), "a2": arm(2.0, kl=4.0), "b1": untrained()}
 
 
 @pytest.mark.filterwarnings("error")
@@ -505,12 +478,6 @@ def test_long_titles_of_two_panels_cover_each_other(draw):
     assert axes[0].title.get_text().replace("\n", " ") == long
 
 
-def test_label_does_not_name_the_axis_of_values(draw):
-    for kind in ("lines", "points", "bars", "line", "curve"):
-        ax, = draw(KINDS[kind] | {"label": "my own name"}, arms=GOOD)
-        assert (ax.get_xlabel() if kind == "bars" else ax.get_ylabel()) == "my own name"
-
-
 def test_curve_stands_at_other_places_than_asked_for(draw):
     values = (0.1, 0.5, None), (0.3, NAN, NAN)
     runs = {seed: run(followed=followed(*values[seed])) for seed in (0, 1)}
@@ -518,6 +485,7 @@ def test_curve_stands_at_other_places_than_asked_for(draw):
     found = {container.get_label(): container.lines[0].get_xydata() for container in ax.containers}
     assert found == {name: pytest.approx(np.array([[0, 0.2], [1, 0.5]])) for name in ("a", "b")}
     assert set(labels(ax.get_legend().get_texts())) == set(found) and len(colours_of(ax)) == 2
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("asked for", "a, b")
     ax, = draw(KINDS["curve"], arms={"not known": {0: run(followed=followed(NAN, None))}})
     assert not ax.containers
 
@@ -567,16 +535,16 @@ def test_overview_has_no_points_or_no_bars(tmp_path, kept):
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 10
 
 
-OPTIONS = {"lines": {"x", "y", "best_of_n", "ends", "root"}, "points": {"x", "y", "best_of_n", "root"},
-           "bars": {"y", "log", "limit"}, "grid": {"y", "rows", "columns", "name", "limit"},
-           "line": {"x", "y", "series", "levels", "log"}, "curve": {"x", "y", "curve"}, "matrix": {"matrix"}}
+OPTIONS = {"lines": {"x", "y", "best_of_n", "ends"}, "points": {"x", "y", "best_of_n"},
+           "bars": {"y", "log"}, "grid": {"y", "rows", "columns", "name"},
+           "line": {"x", "y", "series", "levels", "log"}, "curve": {"x", "y", "curve"}}
 
 
 @pytest.mark.parametrize("method", method_names())
 def test_panel_of_an_experiment_has_an_unknown_option_or_names_an_arm_that_is_none(method):
     for experiment in importlib.import_module(f"experiments.{method}").EXPERIMENTS.values():
         for panel in experiment.get("panels", []):
-            assert set(panel) <= OPTIONS[panel.get("kind", "lines")] | {"kind", "arms", "title", "label"}
+            assert set(panel) <= OPTIONS[panel.get("kind", "lines")] | {"kind", "arms", "title"}
             named = {*(panel.get("arms") or ()), *panel.get("levels", {}).values()}
             named |= {name for series in panel.get("series", {}).values() for name in series.values()}
             assert named <= set(experiment["arms"])
@@ -605,7 +573,7 @@ def test_panels_of_an_experiment_cannot_be_drawn(method, monkeypatch):
     def runs(i):
         return {seed: Anything(trace=[Anything({"step": s, KL: s / 10 * i, GOLD: i * s + seed})
                                       for s in (0, 16, 32)],
-                               calibration=asked, followed=asked, matrix=MATRIX) for seed in range(2)}
+                               calibration=asked, followed=asked) for seed in range(2)}
 
     arms = {title: {name: runs(i) for i, name in enumerate(e["arms"], 1)} for title, e in experiments.items()}
     figures.draw(method, {"best_of_n": CURVES}, arms, "figure.png")

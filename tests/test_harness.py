@@ -22,7 +22,8 @@ import harness.evaluation
 import harness.loading
 import harness.run
 import tasks
-from conftest import PAIRS, count_a, method_names, pair_task, parameters, settings, slow, started, toy_run
+from conftest import (PAIRS, count_a, killed_after, method_names, pair_task, parameters, settings, slow,
+                      started, toy_run)
 from harness import Config, Pair, Ranking, UserError
 from harness.evaluation import evaluate, kl_to_reference, mean_and_error, sequence_kl
 from harness.rewards import TrueReward
@@ -427,20 +428,11 @@ def metrics_of(out):
     return (out / "metrics.jsonl").read_text(encoding="utf-8")
 
 
-def test_AF_resumed_run_differs_from_a_straight_one(toy, tmp_path, monkeypatch):
+def test_AF_resumed_run_differs_from_a_straight_one(toy, tmp_path):
     common_settings = dict(save_every=3, eval_every=2)
     dpo_run(toy, tmp_path / "straight", **common_settings)
-    log = harness.Run.log
-
-    def kill(run, step, metrics):
-        log(run, step, metrics)
-        if step == 4:                              # two steps past the checkpoint, with an evaluation between
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            dpo_run(toy, tmp_path / "killed", **common_settings)
+    with killed_after(4):                         # two steps past the checkpoint, with an evaluation between
+        dpo_run(toy, tmp_path / "killed", **common_settings)
     assert json.loads(metrics_of(tmp_path / "killed").splitlines()[-1])["step"] == 5
     state = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)
     assert state["step"] == 3 and [row["step"] for row in state["trace"]] == [0, 2]

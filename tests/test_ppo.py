@@ -20,7 +20,7 @@ import common
 import harness
 import ppo
 from common import UserError, pack
-from conftest import Counting, cases, close, parameters, tensor
+from conftest import Counting, cases, close, killed_after, parameters, tensor
 from harness import loading
 from ppo import (adapted_kl_coef, gae, kl_penalised_rewards, masked_mean, masked_whiten, policy_loss,
                  value_loss)
@@ -660,20 +660,11 @@ def test_value_model_starts_from_something_else_than_the_policy_or_value_model(
     assert [str(path) for path in paths] == [str(toy), str(other)]
 
 
-def test_AF_resumed_run_differs_from_a_straight_one(tmp_path, monkeypatch, whole):
+def test_AF_resumed_run_differs_from_a_straight_one(tmp_path, whole):
     options = dict(epochs=3.0, save_every=3, eval_every=2, kl_target=0.1, kl_horizon=30)
     straight, weights = whole("straight", **options)
-    log = harness.Run.log
-
-    def kill(run, step, metrics):
-        log(run, step, metrics)
-        if step == 4:                              # two steps past the checkpoint, with an evaluation between
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            whole("killed", **options)
+    with killed_after(4):                         # two steps past the checkpoint, with an evaluation between
+        whole("killed", **options)
     state = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)
     assert state["step"] == 3 and state["state"]["kl_coef"] != 0.05
     torch.manual_seed(999)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import common
 import harness
 import pro
-from conftest import cases, close, parameters, rand, sgd, tensor
+from conftest import cases, close, killed_after, parameters, rand, sgd, tensor
 from harness import UserError
 from pro import pro_loss, sft_coefficient
 from tasks import Pair, Ranking, Task
@@ -153,13 +153,13 @@ def test_Q_wrong_shapes_are_broadcast(shapes):
     (dict(sft_weight=-0.1), "--sft_weight"), (dict(sft_weight=math.nan), "--sft_weight"),
     (dict(terms=-1), "--terms"),
     (dict(candidates=0), "--candidates"), (dict(candidates=1), "--candidates"),
-    (dict(eval_pairs=0), "--eval_pairs"),
+    (dict(eval_pairs=-1), "--eval_pairs"),
     (dict(sources="DD"), "--sources"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         pro.Config(**wrong)
     pro.Config(candidates=1, sources="DP"), pro.Config(candidates=2, sources="D")
-    pro.Config(sft_weight=0.0, terms=0)
+    pro.Config(sft_weight=0.0, terms=0), pro.Config(eval_pairs=0)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -386,6 +386,9 @@ def test_more_held_out_pairs_are_scored_than_eval_pairs_allows(trained, monkeypa
         scores = [plain_score(run.policy, pair.prompt, pair.responses[0], True) for pair in pairs]
         want = -sum(logp.item() for logp, _ in scores) / sum(length for _, length in scores)
         assert run.trace[-1]["eval/nll"] == pytest.approx(want, abs=1e-5)
+    run, _ = trained("0", eval_pairs=0)
+    assert "eval/nll" not in run.trace[-1] and "eval/score_accuracy" not in run.trace[-1]
+    assert len(run.trace) == 2 and "eval/kl" in run.trace[-1]
 
 
 def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
@@ -394,19 +397,11 @@ def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
     assert first == again != other and torch.equal(parameters(runs[0].policy), parameters(runs[1].policy))
 
 
-def test_AF_resumed_run_differs_or_takes_its_candidates_from_the_trained_policy(trained, monkeypatch):
-    options, log = dict(sources="D", epochs=2.0, save_every=2), harness.Run.log
+def test_AF_resumed_run_differs_or_takes_its_candidates_from_the_trained_policy(trained):
+    options = dict(sources="D", epochs=2.0, save_every=2)
     straight, rankings = trained("straight", **options)
-
-    def kill(run, step, metrics):
-        log(run, step, metrics)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            trained("killed", **options)
+    with killed_after(2):
+        trained("killed", **options)
     torch.manual_seed(999)
     resumed, again = trained("killed", resume=True, **options)
     assert again == rankings and torch.equal(parameters(resumed.policy), parameters(straight.policy))

@@ -14,7 +14,7 @@ import common
 import harness
 import raft
 from common import UserError
-from conftest import cases, close, parameters, sgd, tensor
+from conftest import cases, close, killed_after, parameters, sgd, tensor
 from harness import loading
 from harness.rewards import NoisyReward
 from raft import best_of_k, kl_best_of_n, select
@@ -472,18 +472,10 @@ def test_evaluation_is_compared_with_another_rounds_rewards_or_with_older_sample
         assert row == {name: kept[name] for name in row} and row["eval/rare_gold"] > 0
 
 
-def test_saved_reward_model_is_not_that_of_the_last_round(whole, tmp_path, monkeypatch):
-    straight, log = whole("straight", refresh=True, rounds=3, save_every=5), harness.Run.log
-
-    def kill(run, step, row):
-        log(run, step, row)
-        if step == 5:                                   # after the last round's labels, and a checkpoint
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            whole("killed", refresh=True, rounds=3, save_every=5)
+def test_saved_reward_model_is_not_that_of_the_last_round(whole, tmp_path):
+    straight = whole("straight", refresh=True, rounds=3, save_every=5)
+    with killed_after(5):                                   # after the last round's labels, and a checkpoint
+        whole("killed", refresh=True, rounds=3, save_every=5)
     assert whole("killed", refresh=True, rounds=3, save_every=5, resume=True)[1] == straight[1]
     found = [AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "reward_model")
              for name in ("straight", "killed")]
@@ -505,19 +497,11 @@ def test_refresh_without_annotators_or_with_noise_passes(whole):
 
 
 @pytest.mark.parametrize("options", [{}, dict(refresh=True, restart=True, pool="all")])
-def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, options):
-    options, log = dict(options, rounds=3, save_every=3, eval_every=4), harness.Run.log
+def test_AF_resumed_run_differs_from_a_straight_one(whole, options):
+    options = dict(options, rounds=3, save_every=3, eval_every=4)
     straight, metrics, weights = whole("straight", **options)
-
-    def kill(run, step, row):
-        log(run, step, row)
-        if step == 4:                                  # in round 3; the checkpoint is in the midst of round 2
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            whole("killed", **options)
+    with killed_after(4):                             # in round 3; the checkpoint is in the midst of round 2
+        whole("killed", **options)
     torch.manual_seed(999)
     resumed = whole("killed", resume=True, **options)
     assert resumed[1] == metrics and '"step": 6' in metrics and torch.equal(resumed[2], weights)

@@ -10,15 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 import common
 import harness
 import remax
 import tasks
 from common import UserError
-from conftest import Counting, cases, close, parameters, sgd, tensor
+from conftest import Counting, cases, close, killed_after, parameters, sgd, tensor
 from harness import loading
 from remax import gradient_variance, remax_loss, remax_returns
 from tasks import Pair, Task
@@ -285,25 +284,6 @@ def gold(prompts, texts):
     return tensor([TASK.gold(*row, True) for row in zip(prompts, texts)])
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A directory with a random Llama over eight letters, EOS = PAD = 0."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", *"abcdefgh"])},
-                                      unk_token="a"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    path = tmp_path_factory.mktemp("toy")
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>",
-                            model_max_length=64).save_pretrained(path)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        eos_token_id=0,
-        max_position_embeddings=96, initializer_range=0.3, pad_token_id=0,
-        bos_token_id=None)).save_pretrained(path)
-    return path
-
-
 def settings(toy, **kwargs):
     return remax.Config(**{**dict(
         model=str(toy), data="toy.jsonl", reward="gold", max_length=64, max_new_tokens=5, lr=1e-2,
@@ -490,19 +470,11 @@ def whole(toy, tmp_path, monkeypatch):
     return run
 
 
-def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch):
-    options, log = dict(save_every=2, eval_every=1, variance_prompts=2), harness.Run.log
+def test_AF_resumed_run_differs_from_a_straight_one(whole):
+    options = dict(save_every=2, eval_every=1, variance_prompts=2)
     straight, metrics, weights = whole("straight", **options)
-
-    def kill(run, step, row):
-        log(run, step, row)
-        if step == 2:                                       # one step past the checkpoint
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            whole("killed", **options)
+    with killed_after(2):                                                      # one step past the checkpoint
+        whole("killed", **options)
     torch.manual_seed(999)
     resumed = whole("killed", resume=True, **options)
     assert resumed[1] == metrics and '"step": 4' in metrics and torch.equal(resumed[2], weights)

@@ -155,13 +155,14 @@ def test_P_inputs_are_changed_in_place():
     (dict(sft_weight=math.nan), "--sft"),
     (dict(length_penalty=-1.0), "--length_penalty"), (dict(rounds=0), "--rounds"),
     (dict(candidates=0), "--candidates"),
-    (dict(candidates=1, sources="D"), "--candidates"), (dict(eval_pairs=0), "--eval_pairs"),
+    (dict(candidates=1, sources="D"), "--candidates"), (dict(eval_pairs=-1), "--eval_pairs"),
     (dict(sources="PD"), "--sources"),
     (dict(schedule="none"), "--schedule"), (dict(batch_size=0), "--batch_size")])
 def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     with pytest.raises(UserError, match=flag):
         rrhf.Config(**wrong)
     rrhf.Config(candidates=1, sources="DP"), rrhf.Config(rank_weight=0.0, sft_weight=0.0, length_penalty=0.0)
+    rrhf.Config(eval_pairs=0)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -424,6 +425,9 @@ def test_more_held_out_pairs_are_scored_than_eval_pairs_allows(trained, monkeypa
         scores = [plain_score(run.policy, pair.prompt, pair.responses[0], True) for pair in PAIRS[:number]]
         want = -sum(logp.item() for logp, _ in scores) / sum(length for _, length in scores)
         assert run.trace[-1]["eval/nll"] == pytest.approx(want, abs=1e-5)
+    run = trained("0", eval_pairs=0)
+    assert "eval/nll" not in run.trace[-1] and "eval/score_accuracy" not in run.trace[-1]
+    assert len(run.trace) == 2 and "eval/kl" in run.trace[-1]
 
 
 def test_AE_runs_are_not_reproducible_or_ignore_the_seed(trained):
@@ -446,19 +450,11 @@ def test_AF_resumed_round_takes_the_candidates_of_the_round_before(trained, tmp_
 
 
 @pytest.mark.parametrize("last", [4, 6])      # killed in round 2: with a checkpoint of round 1, or of round 2
-def test_AF_resumed_run_differs_from_a_straight_one(trained, tmp_path, monkeypatch, last):
-    options, log = dict(sources="DP", rounds=2, epochs=2.0, save_every=3, eval_every=2), harness.Run.log
+def test_AF_resumed_run_differs_from_a_straight_one(trained, tmp_path, last):
+    options = dict(sources="DP", rounds=2, epochs=2.0, save_every=3, eval_every=2)
     straight = trained("straight", **options)
-
-    def kill(run, step, metrics):
-        log(run, step, metrics)
-        if step == last:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            trained("killed", **options)
+    with killed_after(last):
+        trained("killed", **options)
     torch.manual_seed(999)
     resumed = trained("killed", resume=True, **options)
     first, second = ((tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ import tasks
 from conftest import PAIRS, count_a, pair_task, parameters, save_toy, settings, sgd, slow, started, toy_run
 from harness import Config, Demonstration, Pair, Ranking, Recipe, UserError, shuffled_batches
 from harness.rewards import NoisyReward, People, TrueReward, load_rewards
+from harness.stages import fit
 from tasks import Task, build, reviews
 from tasks.chat import Prompt
 
@@ -96,8 +97,8 @@ def test_O_token_budget_changes_the_gradient_of_fit(toy, monkeypatch):
         model, tokenizer = harness.load_policy(config).double(), harness.load_tokenizer(config)
         start = parameters(model).clone()
         calls.clear()
-        harness.fit(model, tokenizer, [(d.prompt, [d.response]) for d in rows], spy,
-                    recipe(token_budget=budget, batch_size=3, max_grad_norm=1e9), "")
+        fit(model, tokenizer, [(d.prompt, [d.response]) for d in rows], spy,
+            recipe(token_budget=budget, batch_size=3, max_grad_norm=1e9), "")
         results.append(parameters(model))
         assert sum(calls) == 5 and (budget != 1 or calls == [1] * 5) and (budget != 100000 or calls == [3, 2])
     assert (results[0] - start).abs().max() > 1e-3
@@ -127,8 +128,8 @@ def test_O_fit_adds_the_losses_of_a_batch_up(toy, monkeypatch):
     (-common.sequence_logps(model, batch).mean()).backward()
     want = start - 0.01 * torch.cat([weight.grad.flatten() for weight in model.parameters()])
     model.zero_grad()
-    harness.fit(model, tokenizer, rows, lambda model, batch, _: -common.sequence_logps(model, batch),
-                recipe(batch_size=3, max_grad_norm=1e9), "")
+    fit(model, tokenizer, rows, lambda model, batch, _: -common.sequence_logps(model, batch),
+        recipe(batch_size=3, max_grad_norm=1e9), "")
     assert (want - start).abs().max() > 1e-3
     torch.testing.assert_close(parameters(model), want, rtol=1e-9, atol=1e-9)
 
@@ -151,7 +152,7 @@ def test_O_fit_clips_each_tensor_or_keeps_gradients_or_the_learning_rate(toy, mo
         return (torch.cat([weight.flatten() for weight in weights]) @ ones)[None]
 
     how = recipe(lr=0.5, batch_size=1, epochs=2.0, schedule="linear", warmup=0.25, max_grad_norm=3.0)
-    harness.fit(model, tokenizer, [("ab", ["c"])], losses_of, how, "")
+    fit(model, tokenizer, [("ab", ["c"])], losses_of, how, "")
     seen.append(parameters(model))
     for length, before, after in zip((0.5, 0.25), seen[1:-1], seen[2:], strict=True):
         torch.testing.assert_close(after - before, -length * 3 * ones / ones.norm(), rtol=1e-5, atol=1e-9)
@@ -172,8 +173,8 @@ def test_AD_fit_steps_on_a_loss_that_is_not_finite(toy):
     model, tokenizer = harness.load_policy(config), harness.load_tokenizer(config)
     before = parameters(model).clone()
     with pytest.raises(UserError, match="step 1: loss is nan for the prompt 'ab'"):
-        harness.fit(model, tokenizer, [("ab", ["c"])],
-                    lambda model, batch, _: common.sequence_logps(model, batch) * math.nan, recipe(), "")
+        fit(model, tokenizer, [("ab", ["c"])],
+            lambda model, batch, _: common.sequence_logps(model, batch) * math.nan, recipe(), "")
     assert torch.equal(parameters(model), before)
 
 
@@ -586,7 +587,7 @@ def test_samples_are_not_the_policys_own_or_are_not_counted(toy):
     (Ranking("p", ["a", "a"], [], (), [False, True]), Ranking("p", ["a"], [], [], [False])),
     (Ranking("p", ["b", "a"], [0.0, 0.0]), Ranking("p", ["b", "a"], [0.0, 0.0], [], []))])
 def test_equal_responses_lose_the_firsts_own_score_or_ended(ranking, want):
-    assert harness.distinct(ranking) == want
+    assert harness.samples.distinct(ranking) == want
 
 
 def letters(prompts, texts):

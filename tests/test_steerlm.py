@@ -16,7 +16,7 @@ import harness
 import steerlm
 import tasks
 from common import UserError
-from conftest import parameters, sgd, tensor
+from conftest import killed_after, parameters, sgd, tensor
 from harness import asking, conditioning
 from harness.conditioning import rated_rows, rating_error
 from harness.evaluation import extend_vocabulary
@@ -688,7 +688,7 @@ def test_AB_level_that_comes_does_not_follow_the_level_asked_for(whole, monkeypa
 def test_slope_or_cross_talk_by_hand_differ():
     rows = [{"asked": asked, "x": x} for asked, x in ((0, 1.0), (3, 2.0), (6, 4.0), (9, 9.0))]
     # (4.5 * 3 + 1.5 * 2 + 0 + 4.5 * 5) / (2 * (4.5**2 + 1.5**2))
-    assert harness.slope(rows, "x") == pytest.approx(39 / 45)
+    assert conditioning.slope(rows, "x") == pytest.approx(39 / 45)
     assert harness.steering_metrics({"p": {"p": 1.0, "q": -0.5}, "q": {"p": 0.25, "q": 0.5}}) == {
         "eval/slope": 0.75, "eval/slope_min": 0.5, "eval/cross_talk": 0.375, "eval/slope_p": 1.0,
         "eval/slope_q": 0.5}
@@ -833,23 +833,15 @@ def test_errors_of_ratings_are_not_measured_against_the_truth_and_held_out_peopl
 
 
 @pytest.mark.parametrize("predictor", ["regression", "lm"])
-def test_AF_resumed_run_differs_from_a_straight_one(whole, monkeypatch, predictor):
+def test_AF_resumed_run_differs_from_a_straight_one(whole, predictor):
     options = dict(predictor=predictor, predictor_epochs=40.0 if predictor == "lm" else 1.0, attributes="as",
                    rounds=2,
                    save_every=4, eval_every=5, max_new_tokens=3, predict=None, data=task(48), epochs=0.5)
-    straight, log = whole("straight", **options), harness.Run.log
+    straight = whole("straight", **options)
     last = len(steps_of(whole))
     assert 9 <= last <= 12                                          # 3 to 6, and 3 a round
-
-    def kill(run, step, row):
-        log(run, step, row)
-        if step == last - 2:                                # in round 2; the checkpoint is after 4 or 8 steps
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "log", kill)
-        with pytest.raises(KeyboardInterrupt):
-            whole("killed", **options)
+    with killed_after(last - 2):                           # in round 2; the checkpoint is after 4 or 8 steps
+        whole("killed", **options)
     torch.manual_seed(999)
     resumed = whole("killed", resume=True, **options)
     assert len(steps_of(whole)) == last - (last - 2) // 4 * 4
