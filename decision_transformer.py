@@ -12,8 +12,9 @@ them? Four objectives, each a weighted likelihood, L = -mean over samples of w l
     dt        x' = x<r>      w = 1                                imitate all, with r in the prompt
 
 The first paper calls the last three filtering alignment, reward-weighted regression and conditional
-alignment; in the second, filter is %BC. With dt the policy learns p(y | x, r) from good and bad samples, and
-is then asked for a high r. A response is one action, so the return-to-go is the reward itself. There is no
+alignment; in the second, filter is %BC. With dt the policy learns p(y | x, r) from good and bad samples. Then
+it is asked for the level whose answers the proxy scores best, on an eighth of the prompts that is kept apart
+(--validation). A response is one action, so the return-to-go is the reward itself, standardised. There is no
 reference model. Rewards fall into ten levels of equally many samples, tokens <reward:0> to <reward:9>.
 
     python decision_transformer.py    # 78 s (at first two minutes more): gold 0.16 to 0.83, KL 1.7
@@ -24,15 +25,14 @@ reference model. Rewards fall into ten levels of equally many samples, tokens <r
 What to look at: the table of the reward asked for and the reward found. Compared with raft.py: no new
 samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes. Version 2 of the
 first paper, cited here, calls conditional alignment comparable to PPO (version 1: better). Its equations
-could not be checked. OpenRLHF's conditional_sft_processor cites it and shares its first author. Its script
-takes 128,000 demonstrations scored by a reward model, one epoch, from the SFT policy; here 23,000 of those
-that SFT saw. It writes the standardised reward as text (--control text: <reward:1.3>).
-Left out: rows without a tag among the others.
+could not be checked. OpenRLHF's conditional_sft_processor cites it. Its script takes 128,000 demonstrations
+scored by a reward model, one epoch, from the SFT policy; here 23,000 that SFT saw, less an eighth. It writes
+the standardised reward as text (--control text: <reward:1.3>). Left out: rows without a tag.
 
 Elsewhere:
     log-probs in float32, dropout off, EOS counted (none after a cut response): common.py; AdamW (0.9, 0.95,
     no decay), lr from 0 up for 5% of the steps, then down to 0: common.adamw; clip norm 1: harness/config.py
-    the demonstrations: tasks/build.py, or a file's rows of one response; --control tokens: harness.add_tags
+    demonstrations, true reward (gold): tasks/build.py, reviews.py; or a file's rows. Tags: harness.add_tags
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     --sources D: samples at temperature 1, from the task's pool if it has enough: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py

@@ -26,9 +26,10 @@ and the rejected one from a weaker, and moves from easy pairs (far apart) to har
 
 Official code (eric-mitchell/direct-preference-optimization): the same sums over response tokens, EOS
 included, no length normalisation; RMSprop where this file has AdamW. There the reference runs beside the
-policy at every step; here its log-probs are taken once, before the first step, and only one model is held in
-training. Left out: IPO and the reference-free loss. The curriculum's schedule could not be checked against
-its paper.
+policy at every step; here its log-probs are taken once, before the first step, and training holds no
+reference. For the evaluation alone a reward model is loaded, which is first trained from the pairs of --data;
+--reward none leaves it out. Left out: IPO and the reference-free loss. The curriculum's schedule could not be
+checked against its paper.
 
 Elsewhere:
     log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
@@ -36,6 +37,7 @@ Elsewhere:
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; 64 pairs a step, lr constant after a linear
         warm-up from 0 over the first tenth (the first step changes nothing): harness/config.py
     the default pairs: SFT samples at temperature 1, labelled by annotators who err: tasks/build.py
+    the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import random

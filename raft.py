@@ -37,8 +37,8 @@ Elsewhere:
     log-probs in float32, dropout off, EOS counted, no EOS after a response that was cut off: common.py
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; constant lr, norm 1: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
-    samples: at --temperature (1), without top-k or top-p; in round 1 the embedded task's pool of SFT samples
-        (only at temperature 1, without --policy): harness/samples.py
+    samples: without top-k or top-p; round 1: the task's pool (temperature 1, no --policy): harness/samples.py
+    the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import copy
@@ -61,8 +61,8 @@ class Config(harness.Config):
     epochs: Optional[float] = option(
         None, "passes over the kept samples in every round; the default depends on the model")
     batch_size: int = option(32, "responses per optimizer step")
-    rounds: int = option(5, "how often to sample, keep the best and fine-tune", "(0, inf)")
-    prompts: int = option(256, "prompts of each round (0: all)", "[0, inf)")
+    rounds: int = option(5, "how often to sample, keep and fine-tune (paper: 10 to 18)", "(0, inf)")
+    prompts: int = option(256, "prompts of each round (0: all; paper: 2,048)", "[0, inf)")
     candidates: int = option(8, "K, the samples for each prompt (paper: 8 to 32)", "(0, inf)")
     ranking: Literal["local", "global"] = option(
         "local", "keep the best of each prompt, or the best of all samples")
@@ -122,9 +122,9 @@ def prompts_of_round(config, task, turn):
 
 
 def refresh(run, reward, prompts, turn):
-    """Annotators compare two new samples a prompt; one epoch of the reward model on these and older pairs."""
+    """Annotators compare two samples a prompt; the reward model learns from these and as many older pairs."""
     rng, older, new = random.Random(f"labels {run.config.seed} {turn}"), run.state["labels"], []
-    for row in harness.sample_rankings(run, prompts, 2):
+    for row in harness.sample_rankings(run, prompts, 2):         # new ones; in round 1 two of the pool's K
         a, b = row.responses
         if a != b:
             prefers_a = run.task.annotate(row.prompt, a, b, rng)

@@ -39,6 +39,7 @@ Elsewhere:
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: samples at temperature 1 (in round 1 from the task's pool, where it has enough), then
         given answers; equal texts once, scored: harness/samples.py
+    the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 from dataclasses import dataclass
@@ -146,12 +147,14 @@ def train(run):
     held_out = run.task.pairs.get("test", [])[:config.eval_pairs]
 
     # A step is one batch of config.batch_size prompts with all their candidates. A round is config.epochs
-    # passes over the prompts, each in a new random order. The last batch of a round may be smaller.
+    # passes over the prompts, each in another random order; all rounds have the same orders. The last batch
+    # of a round may be smaller.
     n = len(given) or len(run.task.prompts["train"])
     one_round = harness.shuffled_batches(n, config.epochs, config.batch_size, config.seed)
     plan = [(i == 0, indices) for _ in range(config.rounds) for i, indices in enumerate(one_round)]
 
-    # One schedule for all rounds. Warm-up starts at a learning rate of 0: the first step changes nothing.
+    # One schedule for all rounds. Warm-up starts at a learning rate of 0: the first step changes nothing, if
+    # --warmup gives one step at least.
     optimizer, schedule = common.adamw(policy, config.lr, len(plan), config.schedule, config.warmup)
     run.evaluate()                                                                          # before training
     run.amend(**harness.score_metrics(run, held_out))

@@ -30,7 +30,8 @@ No official code. TRL's loss_type="hinge" is hinge-norm here. The printed algori
 are fewer than the samples asked for; here all are kept, and counted. Candidates are shuffled first, as with a
 large beta the algorithm stops before the end of the list. It draws without replacement, so later picks are
 worse than samples of pi_r. The paper samples at temperature 0.7 with top-k 40 and keeps 8 of 64; here it is
-temperature 1 without top-k, and 4 of 16 (--candidates 64 --num_samples 8 samples more).
+temperature 1 without top-k, and 4 of 16 (--candidates 64 --num_samples 8 samples more). It trains with
+Adafactor on 32 pairs a step; here it is AdamW and 64.
 Left out: a reward model that reads both responses (here a difference of two scores), SLiC's regulariser.
 
 Elsewhere:
@@ -39,6 +40,7 @@ Elsewhere:
     constant learning rate after the warm-up, clip norm 1, 64 pairs a step: harness/config.py
     the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: the task's pool of SFT samples, or new ones; equal texts once, scored: harness/samples.py
+    the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
 import math

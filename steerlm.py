@@ -8,24 +8,24 @@ responses. At inference the user says which levels are wanted. There is no refer
     1. An attribute prediction model learns the ratings:        L = -sum_t log P(v_t | x, y, v_<t)     (Eq. 1)
     2. It rates a larger set of demonstrations, and the first ones anew: v' = argmax P(v | x, y)       (Eq. 2)
     3. Attribute-conditioned SFT of the base model:             L = -sum_t log pi(y_t | x, v', y_<t)
-    4. Bootstrapping: for combinations v that were seen with the highest quality, sample y' from pi(y | x, v)
-       (Eq. 3), rate it as in step 2: v'' (Eq. 4), and train on (x, v'', y') as in step 3.
+    4. Bootstrapping (--rounds 1; off by default): for combinations v of the best hundredth of the responses,
+       sample y' from pi(y | x, v) (Eq. 3), rate it as in step 2: v'' (Eq. 4), train on (x, v'', y') as in 3.
 
     python steerlm.py                # 96 s of one core (at first two minutes more): gold 0.16 to 1.09, KL 3.1
     python steerlm.py --steer sentiment=9,verbosity=0 --prompt "you saw this old fantasy. how was the score?"
     python steerlm.py --reproduce    # the paper's ladder, steering, noise; against PPO
     python steerlm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data rated.jsonl
 
-What to look at: the steering matrix. Its diagonal says how far each attribute follows its request. Compared
-with decision_transformer.py: several attributes, and people, not a reward model. Step 3 is the SFT itself
-(--start base). On the tiny model KL and "before" are those of the SFT policy, which saw twice as many of the
-same demonstrations, without tags. Official code (NeMo-Aligner): step 1 is a regression head with the squared
-error (default here; paper: --predictor lm), levels 0 to 4, no bootstrapping. The squared error draws scores
-to the middle: here they become levels by rank, as frequent as the ratings. Left out: top-k, best checkpoint.
+What to look at: the steering matrix. Its diagonal says how far each attribute follows its request (on your
+data: as step 1 sees it). Without --steer the policy is asked for the commonest levels of the best hundredth;
+the paper asks for quality 9. Step 3 is the SFT itself (--start base). KL and "before" are those of the tiny
+SFT policy, which saw twice as many of these demonstrations, without tags. Official code (NeMo-Aligner): step
+1 is a regression head with the squared error (default; paper: --predictor lm), levels 0 to 4. It draws scores
+to the middle: here they become levels by rank, in the rated rows as frequent as the ratings. Left out: top-k.
 
 Elsewhere:
-    float32 log-probs, dropout off, EOS counted (none if cut), AdamW (0.9, 0.95, no decay): common.py
-    clip norm 1: harness/config.py; demonstrations, ratings: tasks/build.py; --predictor lm: harness/stages.py
+    float32 log-probs, dropout off, EOS counted (none if cut), AdamW (no decay; paper: 0.01): common.py
+    clip norm 1: harness/config.py; demonstrations, ratings, the true reward gold: tasks/build.py, reviews.py
     tags as tokens, requests, levels by rank, the steering matrix: harness/conditioning.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """
@@ -60,7 +60,7 @@ class Config(harness.Config):
     rated: int = option(4096, "embedded task: how many of the demonstrations people have rated", "[0, inf)")
     labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
     attributes: Optional[str] = option(None, "'A,B' (default: sentiment,topicality,verbosity; of a file all)")
-    quality: str = option("", "'A,B': these are quality (default: quality, helpfulness, or score)")
+    quality: str = option("", "'A,B': what is quality (default: quality, helpfulness or score; tiny: two)")
     share: float = option(1.0, "train on this part of the responses, those of the highest quality", "(0, 1]")
     predictor: Literal["lm", "regression"] = option("regression", "step 1: an LM, or a regression head")
     predictor_lr: Optional[float] = option(None, "learning rate of step 1 (default: by model)", "(0, inf)")
