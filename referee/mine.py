@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Optional
 
+import torch
+
 import harness
 from harness import UserError, directory, option
 from harness.command_line import parser_of
@@ -145,6 +147,7 @@ def measure(config, run, minutes, n_methods):
     sized, (metrics, samples), seconds = evaluated(
         min(prompts, possible), max(1, min(config.eval_samples, possible // prompts)))
     scores = samples["proxy"]
+    harness.check_finite(torch.tensor(scores), 0, samples["prompts"], "the reward")
     if max(scores) == min(scores):
         raise UserError(f"the reward is {scores[0]:.3g} for each of {len(scores)} answers of your model: "
                         "nothing to compare by")

@@ -16,7 +16,7 @@ import harness
 import harness.rewards
 import harness.run
 import raft
-from conftest import PAIRS, ROOT, killed_after, pair_task
+from conftest import PAIRS, ROOT, killed_after, pair_task, settings, toy_run
 from harness import UserError
 from referee import advice, budget, mine, page
 from referee.__main__ import main
@@ -199,6 +199,15 @@ def test_no_room_for_the_least_run(evening, monkeypatch):
     assert minutes >= 2
     evening("--methods", "dpo,raft", "--minutes", minutes, "--reward", "letters_of_mine:a",
             "--options", "raft.candidates=2")
+
+
+def test_reward_that_is_no_number_is_compared_by(toy, monkeypatch):
+    scores = [0.5, math.nan, 1.0]
+    monkeypatch.setattr(harness, "evaluate", lambda *_: (
+        {}, {"proxy": scores, "prompts": ["p", "q", "r"]}))
+    run = toy_run(toy, pair_task(), rewards={"proxy": None})
+    with pytest.raises(UserError, match="the reward is nan for the prompt 'q'"):
+        mine.measure(settings(toy, mine.Config), run, 10.0, 2)
 
 
 def test_method_that_needs_pairs(evening, tmp_path):
