@@ -68,7 +68,7 @@ def differences(config, then={}):
     An option whose default is None was perhaps filled in from the others (a learning rate that depends on the
     model). Another method fills it in otherwise, so it counts only if it was really given.
     """
-    values, now = vars(config), vars(type(config)()) | {"device": "auto"}      # Config may have filled it in
+    values, now = vars(config), vars(type(config)()) | {"device": type(config).device}       # as it was given
     plain = {f.name for f in fields(config) if f.default is not None}
     filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE}))
     usual = {k: then.get(k, now[k]) if k in plain or filled[k] == now[k] else filled[k] for k in now}

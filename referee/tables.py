@@ -19,9 +19,10 @@ COSTS = {"cpu_seconds": "CPU s", "tokens_generated": "tokens generated", "tokens
 COSTS_ARE = "Costs of a run: CPU seconds on one thread and tokens of training, evaluation excluded."
 RULES = ("± is half a 95% t-interval over seeds. Claims are judged on differences paired within a seed: "
          "reproduced if every interval lies in the claimed range; not reproduced if one lies wholly out of "
-         "it (at level 1 - 0.05/k for k comparisons); else inconclusive. So many seeds would settle a claim "
-         "with 80% power, if mean and deviation stay as they are. Arm tables are not paired, so their "
-         "intervals are wider. KL is to the policy that the arm started from.")
+         "it (at level 1 - 0.05/k for k comparisons); else inconclusive. Of several comparisons the weakest "
+         "is shown: its mean lies least far inside the claimed range, in half-widths of its interval. So "
+         "many seeds would settle a claim with 80% power, if mean and deviation stay as they are. Arm tables "
+         "are not paired, so their intervals are wider. KL is to the policy that the arm started from.")
 
 
 def stored(method_name, results_dir="results", given={}, flag="--seeds 10"):
