@@ -68,14 +68,15 @@ class Config(harness.Config):
     control: Optional[Literal["tokens", "text"]] = option(None, "a token a level (tiny), or reward as text")
     share: float = option(0.1, "part of the samples that filter keeps", "(0, 1]")
     beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned: 1)", "(0, inf)")
-    validation: float = option(
-        0.125, "share of the train prompts kept apart, to choose what to ask for", "[0, 1)")
+    validation: float = option(0.125, "share of the prompts kept apart, to choose what to ask for", "[0, 1)")
     steer: str = option("", "'reward=9': the level to ask for (default: the best on the validation prompts)")
 
     def __post_init__(self):
         super().__post_init__()
         kind = ("S", "tokens") if self.model == "tiny" else ("P", "text")
         self.sources, self.control = self.sources or kind[0], self.control or kind[1]
+        if harness.parse_request(self.steer, {"reward": self.bins - 1}) and self.objective != "dt":
+            raise UserError("--steer is for --objective dt: the other objectives have no tags")
 
 
 def rwr_weights(rewards, beta):
@@ -196,7 +197,6 @@ def calibration_metrics(run, levels, reward):
 def train(run):
     """Minimise the weighted negative log-likelihood of samples that were collected and scored once."""
     config, policy, conditioned = run.config, run.policy, run.config.objective == "dt"
-    harness.parse_request(config.steer, {"reward": config.bins - 1})               # before the minutes below
     reward = harness.candidate_reward(run, config.sources)      # None: the data's own scores are the rewards
     samples, held_out = offline_samples(run, reward)
     judge = reward or run.rewards.get("proxy")                         # scores what the policy answers later

@@ -75,6 +75,9 @@ class Config(harness.Config):
         if self.hard_pairs and not self.pairs:
             raise UserError("--hard_pairs needs --pairs: the easy kind to start from")
 
+    def check_task(self, task):
+        training_plan(self, task)                          # its mistakes are said before a model is trained
+
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
              label_smoothing=0.0):

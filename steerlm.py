@@ -54,8 +54,7 @@ class Config(harness.Config):
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
         "cosine", "how the learning rate goes on after the warm-up")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
-    start: Optional[Literal["base", "policy"]] = option(
-        None, "step 3 trains --model (base) or --policy (default: base for tiny without --policy)")
+    start: Optional[Literal["base", "policy"]] = option(None, "what step 3 trains (tiny: base; else policy)")
     demonstrations: int = option(23000, "how many of them count (0: rated responses alone)", "[0, inf)")
     rated: int = option(4096, "embedded task: how many of the demonstrations people have rated", "[0, inf)")
     labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
@@ -73,14 +72,15 @@ class Config(harness.Config):
         super().__post_init__()
         self.start = self.start or (
             "policy" if self.model != "tiny" or self.lora_rank or self.policy else "base")
-        if self.predictor_lr is None:
-            self.predictor_lr = 4e-3 if self.model == "tiny" else 5e-6
+        self.predictor_lr = self.predictor_lr or (4e-3 if self.model == "tiny" else 5e-6)
         if self.attributes is None:
             self.attributes = "sentiment,topicality,verbosity" if self.data == "reviews" else ""
         if self.start == "base" and self.lora_rank:
             raise UserError("--start base trains all weights of the base model: leave out --lora_rank")
         if self.labels != "predicted" and self.rounds:
             raise UserError("--rounds: bootstrapping needs predicted labels; give --rounds 0")
+        if self.labels == "none" and self.steer:
+            raise UserError("--steer: with --labels none the policy has no tags; leave one of them out")
 
 
 def format_attributes(levels):

@@ -1,5 +1,6 @@
 """The command line of a script: a run is loaded and checked, trained, saved; every fault is one line."""
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -13,14 +14,15 @@ import torch
 from transformers import HfArgumentParser
 
 import common
-from common import UserError
-from harness import adapters, directory, loading, progress, ranks, shards
+from common import UserError, warn
+from harness import adapters, conditioning, directory, loading, progress, ranks, shards
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
 from harness.config import method_name
 from harness.evaluation import check_policy
 from harness.rewards import gold_of, load_rewards
 from harness.run import Run, Stop
+from harness.samples import given_answers
 from harness.stages import Diverged
 from tasks import ROOT, chat
 
@@ -30,12 +32,12 @@ FULL = "out of memory|not enough memory|can't allocate memory"            # what
 
 def output_directory(config):
     """--out, or the first free number under runs/<method>. UserError for a directory of another run."""
-    bookkeeping = ("resume", "quiet", "device", "out", "save_every", "seeds", "jobs", "shard",
+    bookkeeping = ("resume", "quiet", "prompt", "device", "out", "save_every", "seeds", "jobs", "shard",
                    "token_budget")                  # its default depends on the device; it changes no result
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
         return directory.free_directory(ROOT / "runs" / method_name(config))
-    out = Path(config.out).expanduser()                         # of --out=~/run a shell leaves the ~
+    out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a directory")
     if config.resume:
@@ -82,6 +84,8 @@ def prepare(config, out):
     if config.gold:
         task.gold = gold_of(config.gold)
         task.gold(task.prompts["train"][0], "Yes.")             # what is wrong with it is said now, not later
+    if config.data != "reviews":
+        check_options(config, task)
     began = time.time()
     rewards = load_rewards(config, task)
     torch.manual_seed(config.seed)                  # adapters begin alike, was a reward model trained or not
@@ -111,8 +115,28 @@ def prepare(config, out):
                            ("other_models", "base, reward or value model is")):
             if old.get(name, new[name]) != new[name]:
                 raise UserError(f"the {what} not what {out} was begun with: give another --out")
+        for name, what in (("commits", "the hub has another commit of a model than when this run was begun"),
+                           ("processes", "another number of processes: what is sampled anew, and the scale "
+                            "of a reward, will differ from those of the first part")):
+            if old.get(name, new[name]) != new[name]:
+                warn(what)
     torch.manual_seed(config.seed)                  # whatever was trained or loaded from the cache until here
     return run
+
+
+def check_options(config, task):
+    """UserError for options that do not fit the user's data: said before a reward model is trained on it."""
+    if "P" in (getattr(config, "sources", None) or ""):
+        given_answers(task, config.sources, config.systems)
+    if hasattr(config, "attributes"):
+        with contextlib.redirect_stderr(io.StringIO()):                       # its warnings come with the run
+            rows = conditioning.rated_rows(task, "train", config.attributes)
+        conditioning.quality_of(config, [*rows[0].attributes])
+        conditioning.parse_request(config.steer, dict.fromkeys(rows[0].attributes, 9))
+    if getattr(config, "refresh", False) and not task.annotate:
+        raise UserError("--refresh needs annotators, which only the embedded task has")
+    if hasattr(config, "check_task"):
+        config.check_task(task)
 
 
 def launch(train, config, known=None):
@@ -134,7 +158,8 @@ def launch(train, config, known=None):
         Stop.stepping, error = False, sys.exc_info()[1]
         alone = known is None                                     # an arm of the referee is not resumed
         told = alone and ranks.first() and not isinstance(error, Diverged)       # it would diverge again
-        told &= not isinstance(error, UserError) or any(run.out.glob("*.pt"))
+        saved = any((run.out / name).exists() for name in directory.CHECKPOINTS)
+        told &= not isinstance(error, UserError) or saved and run.bar is not None      # None: no step began
         if error and told and (run.out / "args.json").exists():
             print(f"the run's files are in {directory.short(run.out)}", file=sys.stderr)
             if any(run.out.glob("*.pt")):
@@ -208,7 +233,7 @@ def in_one_line(function):
 def parser_of(config_class, about=None, prog=None):
     """The parser of all options; above its error stands one line, not the list of all flags."""
     usage = "%(prog)s [--flag value ...]    (all flags: %(prog)s --help)"
-    return HfArgumentParser(config_class, prog=prog, usage=usage, description=about)
+    return HfArgumentParser(config_class, prog=prog, usage=usage, description=about, allow_abbrev=False)
 
 
 def check_embedded(config):

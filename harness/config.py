@@ -1,6 +1,7 @@
 """Options of every script. A method's Config adds its own and may change these defaults."""
 import inspect
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -70,7 +71,7 @@ def differences(config, then={}):
     """
     values, now = vars(config), vars(type(config)()) | {"device": type(config).device}       # as it was given
     plain = {f.name for f in fields(config) if f.default is not None}
-    filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE}))
+    filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE - {"device"}}))     # maybe not here
     usual = {k: then.get(k, now[k]) if k in plain or filled[k] == now[k] else filled[k] for k in now}
     return {k: v for k, v in values.items() if v != usual[k]}
 
@@ -87,7 +88,8 @@ class Config:
     policy: str = option("", "start from this saved policy, which is then the reference too")
     lora_rank: int = option(
         0, "train LoRA adapters of this rank, by default with ten times the lr (0: all weights)", "[0, inf)")
-    prompt: str = option("", "no training: what --policy, or the last run, answers to this, before and after")
+    prompt: Optional[str] = option(
+        None, "no training: what --policy, or the last run, answers to this, before and after")
     data: str = option("reviews", "'reviews' (built in), a .jsonl or .jsonl.gz file, or a hub data set id")
     test_data: str = option(
         "", "file or hub id: all its rows are the test split, all other rows of --data are trained on")
@@ -166,6 +168,7 @@ class Config:
             if is_number(f.type) and getattr(self, f.name) is not None:
                 must = outside(getattr(self, f.name), interval_of(f) or "(-inf, inf)")
                 self.check(lambda value: not must, must, f.name)
+        self.out = os.path.expanduser(self.out)                  # of --out=~/run a shell leaves the ~
         kind = "tiny" if self.model == "tiny" else "real"
         if kind == "tiny" and self.device == "auto" and pick_device("auto").type == "mps":
             self.device = "cpu"                                  # the tiny model was not tried on MPS
@@ -183,6 +186,8 @@ class Config:
         if self.max_new_tokens > self.max_length // 4:
             raise UserError(f"--max_new_tokens {self.max_new_tokens} is more than a quarter of --max_length "
                             f"{self.max_length}; prompts may take the other three: raise --max_length")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("--prompt is empty: write what to ask, or leave it out to train")
         if self.resume and not self.out:
             raise UserError("--resume needs --out: the directory of the run to go on with")
         if self.shard and self.lora_rank:

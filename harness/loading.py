@@ -29,7 +29,7 @@ def policy_path(config):
 
 
 def fingerprint(config):
-    """12 hex digits for the weights that this seed's runs begin from: its build.
+    """12 hex digits for the weights that this seed's runs begin from: its build. None for a model of the hub.
 
     For the embedded task they are the SFT policy's. Of a large file, size, first and last megabyte count.
     """
@@ -40,11 +40,7 @@ def fingerprint(config):
 
 
 def fingerprint_of(folder):
-    """The same for a directory of weights; of a hub id its commit; None where there are none."""
-    if not Path(folder).exists():
-        with contextlib.suppress(HFValidationError):                  # module:function, for one
-            found = try_to_load_from_cache(str(folder), "config.json")
-            return Path(found).parent.name[:12] if isinstance(found, str) else None
+    """The same for a directory of weights; None where there are none."""
     folder = Path(folder)
     files = sorted(folder.glob("[!.]*.safetensors")) or sorted(folder.glob("[!.]*.bin"))    # no ._ of macOS
     digest = hashlib.sha256()
@@ -56,6 +52,15 @@ def fingerprint_of(folder):
                 file.seek(-MEGABYTE, 2)
             digest.update(file.read())
     return digest.hexdigest()[:12] if files else None
+
+
+def commit_of(name):
+    """The commit of a model of the hub that the cache has; None for a directory, or where it has none."""
+    if Path(name).exists():
+        return None
+    with contextlib.suppress(HFValidationError):                          # module:function, for one
+        found = try_to_load_from_cache(str(name), "config.json")
+        return Path(found).parent.name if isinstance(found, str) else None
 
 
 def load_task(config):

@@ -39,7 +39,7 @@ ACCURACY = ("Pairs in the right order", "share",
 
 def title_of(config):
     """Method, seed, and the options that are not the default; of a path its last part."""
-    changed = {k: v for k, v in differences(config).items() if k not in SET_HERE}
+    changed = {k: v for k, v in differences(config).items() if k not in SET_HERE | {"device"}}
     options = [f"{k} {Path(v).name if isinstance(v, str) else v}" for k, v in changed.items()]
     return textwrap.shorten(", ".join([method_name(config), f"seed {config.seed}", *options]), 100)
 

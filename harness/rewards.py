@@ -138,6 +138,16 @@ def said(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
 
 
+@contextlib.contextmanager
+def same_directory():
+    """The user's code may change the current directory; afterwards it is what it was."""
+    here = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
 def functions_of(text, flag="--reward"):
     """[(function, weight, how it was named)] of --reward "module:function*0.5,other:function"."""
     found = []
@@ -146,7 +156,8 @@ def functions_of(text, flag="--reward"):
     for part in text.split(","):
         name, _, weight = part.strip().partition("*")
         try:
-            found.append((pkgutil.resolve_name(name), float(weight or 1), name))
+            with same_directory():
+                found.append((pkgutil.resolve_name(name), float(weight or 1), name))
         except MISTAKES as error:
             raise UserError(f"{flag} {part!r} ({said(error)}): write module:function, or "
                             "module:function*0.5, a function of two lists, prompts and responses, that "
@@ -171,14 +182,15 @@ class UserReward:
 
     def __call__(self, prompts, responses):
         """Scores [N]. UserError, with the row, where a function returns anything else than finite numbers."""
-        asked = [getattr(prompt, "messages", None) or str(prompt) for prompt in prompts]
         texts, total = [*map(str, responses)], torch.zeros(len(prompts))
         for function, weight, name in self.functions:
             def made():
-                try:
-                    return function([*asked], [*texts])
-                except MISTAKES as error:
-                    raise UserError(f"{self.flag} {name} failed ({said(error)})") from None
+                asked = [[*map(dict, getattr(prompt, "messages", ()))] or str(prompt) for prompt in prompts]
+                with ranks.fork_rng(), same_directory():
+                    try:
+                        return function(asked, [*texts])
+                    except MISTAKES as error:
+                        raise UserError(f"{self.flag} {name} failed ({said(error)})") from None
 
             values = ranks.from_first(made) if self.flag == "--reward" else made()        # it may cost money
             values = values.tolist() if hasattr(values, "tolist") else values

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -91,6 +92,8 @@ class Run:
         others = loading.weights_path(self.config), *named
         return {"build": loading.fingerprint(self.config),
                 "other_models": [path and loading.fingerprint_of(path) for path in others],
+                "commits": [path and loading.commit_of(path) for path in (self.config.model, *others)],
+                "processes": ranks.count(),
                 "data_fingerprint": directory.fingerprint_of_data(*self.task.files)}
 
     @property
@@ -291,6 +294,9 @@ class Run:
         """A common.ValueModel that starts from the path or the initial policy (of an adapter, its base)."""
         path = path or loading.weights_path(self.config)
         model = shards.load(self.config, lambda *place: common.load_value_model(path, self.tokenizer, *place))
+        positions = getattr(model.base_model.config, "max_position_embeddings", None) or math.inf
+        if positions < self.tokenizer.model_max_length:
+            raise common.UserError(f"the value model {path} has {positions} positions: lower --max_length")
         if self.config.lora_rank:
             adapters.add(model.base_model, self.config.lora_rank)
         loading.lightened(self.config, model.base_model)

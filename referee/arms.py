@@ -36,7 +36,7 @@ class Arm(NamedTuple):
 def method_names():
     """The methods: every experiments/<name>.py that has a <name>.py beside the package."""
     root = Path(__file__).resolve().parents[1]
-    return sorted(path.stem for path in root.glob("experiments/*.py") if (root / path.name).exists())
+    return sorted(path.stem for path in root.glob("experiments/[!.]*.py") if (root / path.name).exists())
 
 
 def config_class(name):

@@ -91,7 +91,12 @@ def finish(name, plan, options, state, out, known):
     options = options | {"out": str(folder), "resume": resume, "batch_size": plan["batch_size"]}
     options |= {"rounds": plan["rounds"]} if plan["asked"] > 1 else {}
     print(f"\n{name}")
-    result, before, samples = train(name, options, plan["prompts"], state, known)
+    try:
+        result, before, samples = train(name, options, plan["prompts"], state, known)
+    except harness.Diverged as error:                                # it would again: the others go on
+        print(f"{name} is left out: {error}")
+        harness.write_json(note, {"diverged": str(error)})
+        return
     metrics = {k: v for k, v in result.items() if k.startswith("eval/")}
     harness.write_json(note, {"metrics": metrics, "before": before, "samples": samples, "plan": plan,
                               "seconds": time.time() - began})

@@ -20,7 +20,7 @@ from harness import UserError
 from referee.arms import config_class, given_flags, load
 from referee.runs import complete
 from referee.store import results_path
-from referee.tables import collect
+from referee.tables import checked, collect
 from referee.tuning import SEEDS as VALIDATION
 from referee.tuning import START, as_experiments, choose, in_words, no_judge, whole
 
@@ -121,7 +121,8 @@ def tuned(results_dir="results", given={}):
 
     The second round, of LITTLE, is there once all settings of the first are chosen.
     """
-    stored = load(results_path(NAME, given, Path(results_dir) / "tuning"))
+    path = results_path(NAME, given, Path(results_dir) / "tuning")
+    stored = checked(load(path), path) if path.exists() else {}
     tuning, collected, chosen = {}, {}, {}
     for more in (to_tune, lambda: to_tune_again({name: chosen[name][0] for name in ARMS})):
         if all(settings is not None for settings, _ in chosen.values()):

@@ -226,7 +226,13 @@ def in_place(config, flags, names, out, state):
     known = {state["key"]: (state["initial"]["metrics"], state["initial"]["samples"])}
     for name, plan in state["plans"].items():
         finish(name, plan, options[name], state, out, known)
-    print(page.write(out, state, {name: load(out / f"{name}.json") for name in names}, config))
+    runs = {name: load(out / f"{name}.json") for name in names}
+    failed = {name: run["diverged"] for name, run in runs.items() if "diverged" in run}
+    if failed.keys() == runs.keys():
+        raise UserError(f"every method has diverged ({[*failed.values()][0]}): give another --out, and lower "
+                        "learning rates")
+    whole = {name: run for name, run in runs.items() if name not in failed}
+    print(page.write(out, state, whole, config, failed))
     return out / page.NAME
 
 

@@ -72,7 +72,7 @@ def side_by_side(evening):
     return "\n".join(parts)
 
 
-def page(evening, config):
+def page(evening, config, failed):
     """The whole report as HTML."""
     title = f"{', '.join(evening.names)} on {config.policy or config.model}"
     reward = config.reward or "a reward model, trained from your training pairs"
@@ -86,7 +86,7 @@ def page(evening, config):
 <style>{STYLE}</style></head>
 <body>
 <h1>{safe(title)}</h1>
-{paragraphs(facts)}
+{paragraphs(facts + left_out(failed))}
 <div class="advice">
 {paragraphs(evening.recommendation())}
 </div>
@@ -107,10 +107,16 @@ differences come first, so the first ones are not typical.</p>
 """
 
 
-def write(out, state, runs, config):
+def left_out(failed):
+    """Sentences on methods that have no result, {name: what was wrong}."""
+    return [f"{name} is left out: {text}" for name, text in failed.items()]
+
+
+def write(out, state, runs, config, failed={}):
     """Write report.html into `out`; returns what the screen shows of it."""
     evening = Evening(state, runs)
-    (out / NAME).write_text(page(evening, config), encoding="utf-8", errors="backslashreplace")
+    (out / NAME).write_text(page(evening, config, failed), encoding="utf-8", errors="backslashreplace")
     return "\n\n".join(["", text_table(evening.table()), text_table(evening.differences()),
-                        *(textwrap.fill(sentence, 110) for sentence in evening.recommendation()),
+                        *(textwrap.fill(sentence, 110) for sentence in [
+                            *left_out(failed), *evening.recommendation()]),
                         f"answers side by side: {out / NAME}"])

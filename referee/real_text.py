@@ -25,7 +25,7 @@ from referee import mine, runs
 from referee.arms import OWN, SET_HERE, config_of, load
 from referee.statistics import plus_minus, t_interval
 from referee.store import short_hash, shown
-from referee.tables import arm_rows, collect, markdown_table, provenance, text_table
+from referee.tables import arm_rows, checked, collect, markdown_table, provenance, text_table
 
 NAME, SFT = "real_text", "SFT"
 SECONDS, QUICK = (720, 900), (10, 20)          # a first guess: an arm; what a seed's arms share
@@ -165,7 +165,8 @@ def how_small(view, shared):
 
 def parts(path):
     """[(rows of a table or None, text)] of one file of results."""
-    results, known = load(path), constants(load(path)["config"].get("quick"))
+    results = checked(load(path), path)
+    known = constants(results["config"].get("quick"))
     view, collected = (f(NAME, results, as_experiments(known)) for f in (shown, collect))
     if not (arms := {name: own for name, own in collected["real text"].items() if own}):
         return [(None, f"{path.name} has no run of the present arms.")]
@@ -189,7 +190,7 @@ def report(results_dir="results"):
 
 def block(results_dir="results"):
     """The same in Markdown, for docs/comparison.md; without trials."""
-    found = [part for path in files(results_dir) if not load(path)["config"].get("quick")
+    found = [part for path in files(results_dir) if not checked(load(path), path)["config"].get("quick")
              for rows, text in parts(path) for part in ([markdown_table(rows)] if rows else []) + [text]]
     return "\n\n".join(found) or f"Not run yet: `python -m referee {NAME} --model DIR --data FOLDER`."
 

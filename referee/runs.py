@@ -167,11 +167,11 @@ class Work:
         """
         wanted = arm.key, seed, self.builds[seed]
         alone = not arm.start and arm.key not in {a.start.key for a in self.arms.values() if a.start}
-        others = self.store.path.parent.glob("*.json") if alone else ()
+        others = self.store.path.parent.glob("[!.]*.json") if alone else ()
         for stored in (load(path) for path in sorted(others) if path != self.store.path):
             # Equal keys mean equal settings only if the defaults that they rest on are equal.
             if stored.get("defaults", {}).get(arm.method) == self.store.defaults[arm.method]:
-                for run in stored["runs"]:
+                for run in stored.get("runs", []):
                     if run_id(run) == wanted:
                         return run | self.described(arm, seed)
 

@@ -32,6 +32,11 @@ def stored(method_name, results_dir="results", given={}, flag="--seeds 10"):
     if not results:
         flags = "".join(f" --{k} {v}" for k, v in given.items())
         raise UserError(f"{path} does not exist yet: python -m referee {method_name} {flag}{flags} makes it")
+    return checked(results, path)
+
+
+def checked(results, path):
+    """The results of a file. UserError where parts of them are missing."""
     lost = {"runs", "config", "defaults", "best_of_n"} - results.keys() or {
         f"{name} of a run" for run in results["runs"] for name in {"key", "seed", "trace"} - run.keys()}
     if lost:

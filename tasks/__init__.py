@@ -86,7 +86,9 @@ def in_one_line(function):
     from common import CONTROL, UserError
     try:
         function()
-    except (UserError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise
         print(f"error: {str(error) or 'the memory is full'}".translate(CONTROL), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -177,6 +177,9 @@ def write_files(given):
         if not least <= getattr(given, name) < 2 ** 62:
             raise common.UserError(f"--{name} must be at least {least}, and below 2 ** 62")
     (out := Path(given.out)).mkdir(parents=True, exist_ok=True)                  # before minutes of sampling
+    taken = [name for name in ("pairs", "rated", "test") if (out / f"{name}.jsonl").exists()]
+    if taken:
+        raise common.UserError(f"{out / taken[0]}.jsonl exists: nothing is written over; give another --out")
     task = preferences.load(given.prompts, common.load_tokenizer(given.model, 512), skip_bad_rows=True)
     short = [question for prompts in task.prompts.values() for question in map(question_of, prompts)
              if 0 < len(words_of(question)) <= given.longest]

@@ -265,16 +265,16 @@ def test_file_of_weights_that_is_none_is_a_traceback(toy, tmp_path, content):
             load(path)
 
 
-def test_other_commit_of_a_hub_model_is_not_noticed(monkeypatch, tmp_path):
+def test_commit_of_a_hub_model_is_not_known(monkeypatch, tmp_path):
     """A hub id has no files of its own here: what is in the cache tells which commit was loaded."""
-    folder = tmp_path / "snapshots" / ("0123456789abcdef" * 2)
+    folder = tmp_path / "snapshots" / ("0123456789" * 4)
     known = {"org/model": str(folder / "config.json")}
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda name, file: known.get(name))
-    assert loading.fingerprint_of("org/model") == "0123456789ab"
-    assert loading.fingerprint_of("org/other") is None
+    assert loading.commit_of("org/model") == "0123456789" * 4
+    assert loading.commit_of("org/other") is None is loading.commit_of(tmp_path)
     monkeypatch.undo()
-    assert loading.fingerprint_of("my_rewards:letters*0.5") is None                  # no name of the hub
-    assert loading.fingerprint_of("no/such/folder") is None
+    assert loading.commit_of("my_rewards:letters*0.5") is None                       # no name of the hub
+    assert loading.commit_of("no/such/folder") is None
 
 
 def test_positions_of_roberta_are_those_behind_pad(capsys):

@@ -490,7 +490,7 @@ def test_options_that_are_not_given_keep_their_defaults(first_run, method):
     defaults = {name: value for name, value in options(method).items()
                 if value is not None and name not in given}
     assert args.keys() == {*options(method), "method", "conversations", "build", "data_fingerprint",
-                           "other_models"}
+                           "other_models", "commits", "processes"}
     assert args["method"] == method
     assert args.items() >= defaults.items()
     name, value = own(method, "default", ("seed", 0))

@@ -22,6 +22,8 @@ import harness
 import ppo
 import pro
 import raft
+import rrhf
+import steerlm
 import tasks
 from common import UserError
 from conftest import ROOT, killed_after, method_names, save_toy, settings, started, toy_run
@@ -661,18 +663,66 @@ def test_late_mistake_is_found_after_the_minutes(toy, tmp_path, monkeypatch):
     def early(*_, **__):
         raise AssertionError("too late")
 
-    for name in ("harness.command_line.load_rewards", "harness.candidate_reward",
-                 "harness.reward_to_maximise"):
-        monkeypatch.setattr(name, early)
-    with pytest.raises(UserError, match="there is no directory ./typo"):
-        harness.start(settings(toy, ppo.Config, out=str(tmp_path / "ppo"), value_model="./typo"))
-    run = SimpleNamespace(config=settings(toy, decision_transformer.Config, steer="rewrad=3"), policy=None)
-    with pytest.raises(UserError, match="rewrad"):
-        decision_transformer.train(run)
+    monkeypatch.setattr("harness.command_line.load_rewards", early)
+    for module, flags, said in (
+            (ppo, {"value_model": "./typo"}, "there is no directory ./typo"),
+            (raft, {"refresh": True}, "--refresh needs annotators"),
+            (dpo, {"pairs": "strong>weak"}, "--pairs 'strong>weak' must be"),
+            (decision_transformer, {"steer": "rewrad=3"}, "no attribute 'rewrad'"),
+            (steerlm, {"attributes": "wit"}, "has no attribute 'wit'"),
+            (steerlm, {"steer": "wit=3", "quality": "score"}, "no attribute 'wit'")):
+        with pytest.raises(UserError, match=said):
+            harness.start(settings(toy, module.Config, out=str(tmp_path / "run"), **flags))
+        assert not (tmp_path / "run").exists()
+    row = {"responses": ["a", "b"], "scores": [1, 2], "systems": ["x", "y"]}
+    rows = [{"prompt": str(i)} | row for i in range(9)]
+    (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for module in (rrhf, pro, decision_transformer):
+        with pytest.raises(UserError, match="no answers of its own by typo"):
+            harness.start(settings(toy, module.Config, out=str(tmp_path / "run"), sources="P", systems="typo",
+                                   data=str(tmp_path / "ranked.jsonl")))
+
+
+def test_request_without_tags_is_taken(toy):
+    with pytest.raises(UserError, match="--steer is for --objective dt"):
+        settings(toy, decision_transformer.Config, objective="rwr", steer="reward=9")
+    with pytest.raises(UserError, match="--steer: with --labels none"):
+        settings(toy, steerlm.Config, labels="none", steer="score=9")
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_empty_prompt_trains(toy, text):
+    with pytest.raises(UserError, match="--prompt is empty"):
+        settings(toy, prompt=text)
+
+
+def test_option_that_is_cut_short_is_guessed(capsys):
+    """--limi would pass checks of whole names: that of mine, and that of the referee."""
+    with pytest.raises(SystemExit):
+        command_line.parser_of(dpo.Config).parse_args(["--limi", "20"])
+    assert "--limi" in capsys.readouterr().err
+
+
+def test_value_model_with_fewer_positions_crashes_on_a_long_row(toy, tmp_path):
+    short = save_toy(tmp_path / "short", max_position_embeddings=48)
     run = toy_run(toy)
-    run.config = settings(toy, raft.Config, refresh=True)
-    with pytest.raises(UserError, match="--refresh needs annotators"):
-        raft.train(run)
+    assert run.tokenizer.model_max_length == 64
+    with pytest.raises(UserError, match="short has 48 positions: lower --max_length"):
+        run.load_value_model(str(short))
+
+
+def test_hub_commit_or_other_number_of_processes_is_refused_or_not_said(toy, tmp_path, monkeypatch, capsys):
+    """Neither says that the weights differ, so the run goes on; but a reader of the results should know."""
+    config = config_of(toy, tmp_path / "run", save_every=1)
+    with killed_after(2):
+        harness.launch(dpo.train, config)
+    file = tmp_path / "run" / "args.json"
+    args = json.loads(file.read_text(encoding="utf-8"))
+    assert args["processes"] == 1 and not any(args["commits"])
+    file.write_text(json.dumps(args | {"processes": 2, "commits": ["0" * 40]}), encoding="utf-8")
+    harness.launch(dpo.train, dataclasses.replace(config, resume=True))
+    said = capsys.readouterr().err
+    assert "another number of processes" in said and "another commit of a model" in said
 
 
 def test_environment_of_half_a_torchrun_is_a_traceback(monkeypatch):
@@ -700,6 +750,10 @@ def test_mistake_of_the_user_on_the_way_hides_how_to_go_on(toy, tmp_path, monkey
 
     with pytest.raises(UserError):
         harness.launch(train, config_of(toy, tmp_path / "run"))
+    assert not capsys.readouterr().err                       # what --resume would repeat at once is no way on
+    with pytest.raises(UserError):
+        harness.launch(lambda run: setattr(run, "bar", object()) or train(run),
+                       config_of(toy, tmp_path / "later"))
     said = capsys.readouterr().err
     assert "the run's files are in" in said and "to go on:" in said
     with pytest.raises(UserError):
@@ -744,6 +798,10 @@ def test_command_line_of_the_tasks_has_tracebacks(capsys):
     assert left(lambda: tasks.in_one_line(raising(OSError("full")))) == 2
     assert left(lambda: tasks.in_one_line(raising(MemoryError()))) == 2
     assert "the memory is full" in capsys.readouterr().err
+    assert left(lambda: tasks.in_one_line(raising(torch.OutOfMemoryError("CUDA out of memory.")))) == 2
+    assert "CUDA out of memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="ours"):
+        tasks.in_one_line(raising(RuntimeError("ours")))
     assert left(lambda: tasks.in_one_line(raising(KeyboardInterrupt()))) == 130
     assert capsys.readouterr().err == "stopped\n"
 

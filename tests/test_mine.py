@@ -116,6 +116,33 @@ def test_evening_that_was_cut_goes_on(evening, monkeypatch, tmp_path):
     assert lines == sorted(lines) and lines[-1] > 3
 
 
+def test_method_that_diverges_ends_the_evening(evening, monkeypatch, capsys):
+    words = "--methods", "dpo,raft", "--minutes", 60, "--reward", "letters_of_mine:a"
+    monkeypatch.setattr(mine, "trial", lambda *a: {"prompts": 2, "fixed": 0.0, "each": 0.001, "took": 0.0})
+
+    def train(run):
+        raise harness.Diverged("step 3: loss is nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "train", train)
+        out = evening(*words) / "001"
+        report = (out / page.NAME).read_text(encoding="utf-8")
+        assert "dpo is left out: step 3: loss is nan" in report
+        assert "dpo is left out" in capsys.readouterr().out
+        assert "<th>raft</th>" in report and "<th>dpo</th>" not in report and read(out / "raft.json")["samples"]
+        patch.setattr(raft, "train", train)
+        with pytest.raises(UserError, match="every method has diverged .step 3: loss is nan"):
+            evening(*words, "--seed", 1)
+
+
+def test_home_is_another_folder_for_the_runs_than_for_the_page(evening, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    evening("--methods", "dpo", "--minutes", 60, "--reward", "letters_of_mine:a", "--out=~/evening")
+    out = tmp_path / "home" / "evening"
+    assert (out / page.NAME).exists() and (out / "dpo" / "samples.txt").exists()
+    assert not (tmp_path / "~").exists()
+
+
 def test_other_command_in_the_same_directory(evening):
     words = "--methods", "dpo", "--minutes", 60, "--reward", "letters_of_mine:a", "--out", "there"
     evening(*words)
@@ -451,7 +478,7 @@ class Tags(html.parser.HTMLParser):
 
 
 def made_page(evening):
-    return page.page(evening, mine.Config(model="<b>m", data="d & e"))
+    return page.page(evening, mine.Config(model="<b>m", data="d & e"), {"raft": "loss is <nan>"})
 
 
 def test_page_is_whole_and_hides_no_text():

@@ -182,6 +182,11 @@ def test_differences_are_not_paired_within_seeds():
 
 
 def test_report_of_nothing(go, tmp_path):
+    (tmp_path / "real_text@x.json").write_text("{}", encoding="utf-8")
+    for call in (real_text.report, real_text.block):
+        with pytest.raises(UserError, match="real_text@x.json lacks best_of_n, config"):
+            call(tmp_path)
+    (tmp_path / "real_text@x.json").unlink()
     with pytest.raises(UserError, match="^no run is stored: .* --model DIR --data FOLDER makes them$"):
         go("--report")
     assert not [*tmp_path.iterdir()]

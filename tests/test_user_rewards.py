@@ -1,6 +1,7 @@
 """--reward module:function: a reward of the user's own; and --prompt, which asks a finished run."""
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def broken(prompts, responses):
     return [prompt["text"] for prompt in prompts]
 def leaves(prompts, responses):
     raise SystemExit(0)
+def restless(prompts, responses):
+    import os, torch
+    torch.manual_seed(7)
+    os.chdir("/")
+    return [1.0] * len(responses)
+def changes(prompts, responses):
+    found = [len(prompt + [{"role": "assistant", "content": ""}]) for prompt in prompts]
+    for prompt in prompts:
+        prompt[0]["content"] = "changed"
+    return found
 def hangs_up(prompts, responses):
     raise BrokenPipeError("the judge is gone")
 value = 3
@@ -133,7 +144,7 @@ def test_function_gets_other_texts_than_the_data_has(mine):
     ("script_rewards:f", "script_rewards:f' .SystemExit: 0, script_rewards.py line 1"),
     ("keyless_rewards:f", "keyless_rewards:f' .KeyError: 'NO_KEY_'"),
     ("unsure_rewards:f", "unsure_rewards:f' .AssertionError: not here"),
-    ("my_rewards:broken", "my_rewards:broken failed .TypeError: string indices.*, my_rewards.py line 2[0-9]"),
+    ("my_rewards:broken", "my_rewards:broken failed .TypeError: string indices.*, my_rewards.py line [0-9]+"),
     ("my_rewards:leaves", "my_rewards:leaves failed .SystemExit: 0, my_rewards.py line"),
     ("my_rewards:hangs_up", "my_rewards:hangs_up failed .BrokenPipeError: the judge is gone"),
     ("my_rewards:letters*nan", "letters.nan': the weight nan is not finite"),
@@ -143,6 +154,21 @@ def test_function_gets_other_texts_than_the_data_has(mine):
 def test_bad_function_is_a_traceback_or_its_row_is_not_named(text, message, mine):
     with pytest.raises(UserError, match=message):
         scores(text)
+
+
+def test_function_changes_the_run_around_it(mine):
+    """Its random numbers, the current directory, the messages of the data."""
+    torch.manual_seed(3)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    assert scores("my_rewards:restless") == [1, 1, 1] and os.getcwd() == str(mine)
+    assert torch.rand(2).tolist() == expected
+    (mine / "moving_rewards.py").write_text("import os\nos.chdir('/')\ndef f(p, r): return [0.0] * len(r)\n",
+                                            encoding="utf-8")
+    assert scores("moving_rewards:f") == [0, 0, 0] and os.getcwd() == str(mine)
+    chat = Prompt("<user>p")
+    chat.messages = ({"role": "user", "content": "p"},)                  # as tasks/chat.py makes them
+    assert scores("my_rewards:changes", [chat], ["a"]) == [2] and chat.messages[0]["content"] == "p"
 
 
 def test_reward_of_the_user_is_not_what_a_method_maximises(mine, toy):

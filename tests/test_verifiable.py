@@ -153,7 +153,8 @@ def test_files_are_not_what_the_scripts_read(chatter, tmp_path, capsys):
                for row in rows["pairs"])
     assert f"{len(rows['rated'])} rated answers" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        verifiable.main([*map(str, flags[:6]), "--train", "99", "--test", "7"])
+        verifiable.main([*map(str, flags[:4]), "--out", str(tmp_path / "again"), "--train", "99", "--test",
+                         "7"])
     assert "has 33 short prompts to train on, not 99" in capsys.readouterr().err
 
 
@@ -190,3 +191,9 @@ def test_place_of_the_files_is_tried_after_the_sampling(chatter, tmp_path, monke
     with pytest.raises(SystemExit) as stopped:
         verifiable.main(["--prompts", "none", "--model", str(chatter), "--out", str(tmp_path / "out")])
     assert stopped.value.code == 2 and "out" in capsys.readouterr().err
+    (tmp_path / "pairs.jsonl").write_text("mine", encoding="utf-8")          # the prompts may come from there
+    with pytest.raises(SystemExit):
+        verifiable.main(["--prompts", str(tmp_path / "pairs.jsonl"), "--model", str(chatter), "--out",
+                         str(tmp_path)])
+    assert "pairs.jsonl exists: nothing is written over" in capsys.readouterr().err
+    assert (tmp_path / "pairs.jsonl").read_text(encoding="utf-8") == "mine"

@@ -23,7 +23,6 @@ try:
 except (ImportError, UserError):
     sys.exit("error: collect.py needs two more packages: python -m pip install matplotlib scipy")
 
-NOT_OPTIONS = {"method", "conversations", "build", "data_fingerprint", "other_models"}     # of args.json
 METRICS = {"gold": "eval/gold", "proxy": "eval/proxy", "KL, nats": "eval/kl", "fluency": "eval/fluency"}
 
 
@@ -44,12 +43,12 @@ def read(folder):
 
 
 def config_of(args):
-    """(method, its Config): the method whose options these are; no two methods have the same."""
-    for name in method_names():
-        options = {f.name for f in fields(config_class(name))}
-        if options == set(args) - NOT_OPTIONS:
-            return name, config_class(name)(**{k: args[k] for k in options - {"resume"}})
-    raise UserError("its options are those of no method: was it run with another version of the code?")
+    """(method, its Config). UserError where the method, or one of its options, is not known."""
+    name = args.get("method")
+    options = {f.name for f in fields(config_class(name))} if name in method_names() else {"method"}
+    if not options <= {*args}:
+        raise UserError("its options are those of no method: was it run with another version of the code?")
+    return name, config_class(name)(**{k: args[k] for k in options - {"resume"}})
 
 
 def groups_of(folder):
