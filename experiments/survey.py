@@ -42,7 +42,7 @@ STATEMENTS = [
         ("rrhf", "own samples beat the data's own answers (proxy)",
          "按 proxy 计，用自己的样本训练优于用数据自带的回答"),
         ("rso", "SFT samples beat the data's own pairs, under every loss",
-         "按胜率，三种损失下，用 SFT 策略的样本都高于用数据自带的偏好对")]),
+         "三种损失下，用 SFT 策略的样本训练，胜率都高于用数据自带的偏好对训练")]),
     ("DPO is less sensitive and reaches a better reward", "DPO 对超参数不那么敏感，奖励更高", [
         ("dpo", "gold rises above SFT at every beta", "试过的每个 β，gold 都高于 SFT 策略"),
         ("dpo", "on pairs labelled by gold it has more gold than PPO on gold, at equal KL",
@@ -53,9 +53,9 @@ STATEMENTS = [
      "对比后训练能超过只模仿强模型的 SFT；偏好对按由易到难的顺序最好", [
          ("dpo", "where SFT on the strong writer saturates, DPO on strong>weak steps beyond it",
           "模仿强写手的 SFT 饱和以后，再用“强>弱”的偏好对做 DPO，gold 继续上升"),
-         ("dpo", "easy to hard beats either kind of pair alone", "按 gold，由易到难高于只用其中任何一种偏好对"),
-         ("dpo", "easy to hard beats the other order", "按 gold，由易到难高于由难到易")]),
-    ("the constraint matters more than the loss", "对参考策略的约束比损失函数的形式更重要", [
+         ("dpo", "easy to hard beats either kind of pair alone", "由易到难训练，gold 高于只用其中任何一种偏好对"),
+         ("dpo", "easy to hard beats the other order", "由易到难训练，gold 高于由难到易")]),
+    ("the constraint matters more than the loss", "用参考策略约束训练，比损失函数取哪种形式更重要", [
         ("rso", "hacking: the hinge without a reference wins most by the proxy",
          "没有参考策略的 hinge 损失，按 proxy 的胜率最高（奖励黑客）"),
         ("rso", "but less than the others by the judge", "没有参考策略的 hinge 损失，按 judge 的胜率低于另外两种损失"),
@@ -63,13 +63,13 @@ STATEMENTS = [
          "有参考策略的两种损失不分高下（胜率相差不到 0.05）")]),
     ("rejection sampling gives two points more", "拒绝采样再提高 2 个百分点", [
         ("rso", "rejection sampling beats SFT samples, under every loss",
-         "三种损失下，拒绝采样的胜率都高于直接用 SFT 策略的样本（2 个百分点即 0.02）"),
+         "三种损失下，用拒绝采样选出的样本训练，胜率都高于直接用 SFT 策略的样本训练（2 个百分点即 0.02）"),
         ("comparison",
          "within one budget of time, RSO has more gold than DPO on proxy labels, each with its own settings",
-         "在同样的时间预算内，RSO 的 gold 高于用 proxy 标注的 DPO（各用自己选出的设置）")]),
+         "在同样的时间预算内，RSO 的 gold 高于用 proxy 标注偏好对的 DPO（两者各用调参选出的设置）")]),
     ("rounds of best-of-n gain, and PPO after them gains again", "多轮拒绝采样微调能提升效果，之后再做 PPO 还能再提升", [
         ("raft", "versions climb: the fifth has more gold than the second (half-way)",
-         "按 gold，第五版（最后一版）高于第二版（约在训练的一半处）"),
+         "第五版（最后一版）的 gold 高于第二版（约在训练的一半处）"),
         ("raft", "PPO adds to the last version", "在最后一版上再做 PPO，gold 更高"),
         ("comparison",
          "within one budget of time, half for rounds and half for PPO give more gold than rounds alone",

@@ -18,18 +18,19 @@ WHICH = [
      "几千个偏好对；不想训练奖励模型，也不想采样",
      "`dpo.py --reward none` learns from the pairs directly. Read the texts: fluency fell below our limit on "
      "8 of 24 seeds",
-     "`dpo.py --reward none`，直接用偏好对训练。要看生成的文本：24 个种子里有 8 个的流畅度低于我们的下限",
+     "`dpo.py --reward none`，直接用偏好对训练。要看生成的文本：24 个种子里有 8 个的流畅度低于调参时的下限",
      "DPO", [(CLEAN, GOLD, ">", "SFT, temperature 0.5")]),
     ("answers of a strong and of weaker models, no labels", "强弱不同的模型的回答，没有标注",
-     "`dpo.py` on pairs whose chosen answer is the stronger model's (`--pairs \"STRONG>WEAK\"`). Plain SFT "
-     "on the stronger model's answers (`--loss sft`) gave about as much; DPO after it gave more (page of "
-     "DPO)",
-     "`dpo.py`：强模型的回答作 chosen，弱模型的作 rejected（`--pairs \"STRONG>WEAK\"`）。只用强模型的回答做 SFT"
+     "`dpo.py` on pairs whose chosen answer is the stronger model's (`--pairs \"STRONG>WEAK\"`; what was "
+     "measured has `--hard_pairs \"STRONG>MEDIUM\"`, too). Plain SFT on the stronger model's answers "
+     "(`--loss sft`) gave about as much; DPO after it gave more (page of DPO)",
+     "`dpo.py`：强模型的回答作 chosen，弱模型的作 rejected（`--pairs \"STRONG>WEAK\"`；"
+     "右栏实测的课程学习还加了 `--hard_pairs \"STRONG>MEDIUM\"`）。只用强模型的回答做 SFT"
      "（加 `--loss sft`），效果差不多；在它之后再用 DPO，效果更好（见 DPO 的页面）",
      "curriculum", [(CLEAN, GOLD, ">", "DPO"), (LITTLE, GOLD, ">", "DPO")]),
     ("a reward model, no time to train", "奖励模型，没有时间训练",
      "best of n, wherever you sample (no script here): of 16 answers keep the one with the highest score",
-     "best of n（n 选 1），在采样的地方做，这里没有脚本：采样 16 个回答，留下得分最高的一个",
+     "best of n（n 选 1）：在你自己的采样代码里实现，本项目没有单独的脚本。每个提示采样 16 个回答，留下得分最高的一个",
      "best of 16", [(CLEAN, GOLD, ">", "DPO")]),
     ("many answers to each prompt and a reward model; no wish to sample again",
      "每个提示有很多回答，有奖励模型，不想再采样",
@@ -41,24 +42,26 @@ WHICH = [
      "`raft.py`：采样、择优、微调，如此重复",
      "RAFT", [(CLEAN, GOLD, ">", "RWR"), (CLEAN, GOLD, ">", "filter")]),
     ("a reward model; you want the most gold", "奖励模型，希望 gold 尽量高",
-     "`ppo.py --kl_coef 0.1` or `remax.py`: we could not tell them apart. With the default `--kl_coef` of "
-     "PPO one of three validation seeds broke the language. With `--ppo_epochs 1` and twice the `--lr`, PPO "
-     "takes half the time. Watch `kl` and read the texts: they became shorter and more alike",
-     "`ppo.py --kl_coef 0.1` 或 `remax.py`：我们分不出高低。用 PPO 默认的 `--kl_coef` 时，3 个验证种子里有一个的输出崩坏。"
+     "`ppo.py --kl_coef 0.1` or `remax.py --lr 4e-3 --kl_coef 0.1`: we could not tell them apart. With the "
+     "default `--kl_coef` of PPO one of three validation seeds broke the language. With `--ppo_epochs 1` and "
+     "twice the `--lr`, PPO takes half the time. Watch `kl` and read the texts: they became shorter and more "
+     "alike",
+     "`ppo.py --kl_coef 0.1` 或 `remax.py --lr 4e-3 --kl_coef 0.1`：我们分不出高低。用 PPO 默认的 `--kl_coef` 时，3 个验证种子里"
+     "有 1 个崩溃，输出不再通顺。"
      "加 `--ppo_epochs 1` 并把 `--lr` 加倍，PPO 的时间减半。要留意 `kl` 和文本：文本变短了，彼此也更相似",
      "PPO",
      [(CLEAN, GOLD, ">", "best of 16"), (CLEAN, GOLD, "?", "ReMax"), (CLEAN, GOLD, "?", "PPO, one pass")]),
     ("the same, but PPO does not fit into memory", "同上，但显存放不下 PPO",
-     "`remax.py`: it trains no value model. Read the texts: with noisy labels it broke the language on one "
-     "seed of twelve",
-     "`remax.py`：不训练价值模型。要看生成的文本：标注噪声大时，12 个种子里有一个的输出崩坏，不再通顺",
+     "`remax.py --lr 4e-3 --kl_coef 0.1`: it trains no value model. Read the texts: with noisy labels it "
+     "broke the language on one seed of twelve",
+     "`remax.py --lr 4e-3 --kl_coef 0.1`：不训练价值模型。要看生成的文本：标注噪声大时，12 个种子里有 1 个崩溃，输出不再通顺",
      "ReMax", [(CLEAN, MB, "<", "PPO"), (CLEAN, GOLD, "?", "PPO")]),
     ("labels of which many are wrong", "标注，其中很多是错的",
      "`ppo.py`, with one pass or with four, still had more gold than DPO, but its gold differs much between "
      "seeds: check the reward model on pairs that you trust. DPO was not shown to have more gold than SFT "
      "at temperature 0.5. If you have answers of a strong and of a weaker model, use these: there is no "
      "label to get wrong",
-     "`ppo.py`（一遍或四遍）的 gold 仍然高于 DPO，但不同种子相差很大：先用可信的偏好对检查奖励模型。DPO 的 gold 没有被证实"
+     "`ppo.py`（每批样本用四遍，或加 `--ppo_epochs 1` 只用一遍）的 gold 仍然高于 DPO，但不同种子相差很大：先用可信的偏好对检查奖励模型。DPO 的 gold 没有被证实"
      "高于温度 0.5 的 SFT。如果有强模型和弱模型的回答，就用它们：没有标注，也就没有错标",
      "PPO, one pass",
      [(NOISY, GOLD, ">", "DPO"), (NOISY, GOLD, ">", "SFT, temperature 0.5"), (NOISY, GOLD, "?", "PPO"),

@@ -158,7 +158,9 @@ def test_count_of_seeds_or_of_edges_in_the_words_is_not_that_of_the_runs():
     assert f"on {sum(low)} of {len(low)} seeds" in use["DPO"]
     broken = [run["eval/fluency"] < 0.5 for run in tried["PPO"]["lr 0.002, epochs 4, kl_coef 0.05"].values()]
     assert (sum(broken), len(broken)) == (1, 3) and "one of three validation seeds broke" in use["PPO"]
-    assert chosen["PPO"][0]["kl_coef"] == 0.1 and "--kl_coef 0.1" in use["PPO"]
+    assert chosen["PPO"][0]["kl_coef"] == 0.1 and "`ppo.py --kl_coef 0.1`" in use["PPO"]
+    assert chosen["ReMax"][0]["kl_coef"] == 0.1 and chosen["ReMax"][0]["lr"] == 4e-3
+    assert all("`remax.py --lr 4e-3 --kl_coef 0.1`" in use[name] for name in ("PPO", "ReMax"))
     dpo = which.compare(first, "noisy labels", data.GOLD, "DPO", "?", "SFT, temperature 0.5")
     assert dpo.status == "holds" and "DPO was not shown to have more" in use["PPO, one pass"]
     at_edge = {name: [chosen[name][0][k] in (values[0], values[-1]) for k, values in arm["grid"].items()]
