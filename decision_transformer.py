@@ -7,8 +7,8 @@ Responses y to prompts x are collected once, and each gets a reward r. What can 
 them? Four objectives, each a weighted likelihood, L = -mean over samples of w log pi(y | x'):
 
     sft       x' = x         w = 1                                imitate all samples
-    filter    x' = x         w = 1 for the best tenth, else 0     imitate the best ones
-    rwr       x' = x         w proportional to exp(r / beta)      imitate the better ones more
+    filter    x' = x         w = 1; only the best tenth is used   imitate the best ones
+    rwr       x' = x         w ~ exp(r / beta), mean 1 in a batch imitate the better ones more
     dt        x' = x<r>      w = 1                                imitate all, with r in the prompt
 
 The first paper calls the last three filtering alignment, reward-weighted regression and conditional
@@ -22,20 +22,20 @@ reference model. Rewards fall into ten levels of equally many samples, tokens <r
     python decision_transformer.py --reproduce   # the four objectives and PPO; amounts of data
     python decision_transformer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data ranked.jsonl
 
-What to look at: the table of the reward asked for and the reward found. Compared with raft.py: no new
-samples; `filter` is one global round of it. steerlm.py is `dt` with several attributes. Version 2 of the
-first paper, cited here, calls conditional alignment comparable to PPO (version 1: better). Its equations
-could not be checked. OpenRLHF's conditional_sft_processor cites it. Its script takes 128,000 demonstrations
-scored by a reward model, one epoch, from the SFT policy; here 23,000 that SFT saw, less an eighth. It writes
-the standardised reward as text (--control text: <reward:1.3>). Left out: rows without a tag.
+What to look at: the table of the reward asked for (standardised) and found (on the reward model's scale).
+Compared with raft.py: no new samples; `filter` is one round of it, ranked globally. steerlm.py is `dt` with
+several attributes. Version 2 of the first paper calls conditional alignment comparable to PPO (version 1:
+better). Its equations could not be checked. OpenRLHF's conditional_sft_processor takes 128,000
+demonstrations scored by a reward model, one epoch, from the SFT policy; here 23,000 that SFT has seen, less
+an eighth. It writes the reward as text (--control text: <reward:1.3>). Left out: SFT rows without a tag.
 
 Elsewhere:
     log-probs in float32, dropout off, EOS counted (none after a cut response): common.py; AdamW (0.9, 0.95,
     no decay), lr from 0 up for 5% of the steps, then down to 0: common.adamw; clip norm 1: harness/config.py
     demonstrations, true reward (gold): tasks/build.py, reviews.py; or a file's rows. Tags: harness.add_tags
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    the reward: trained on the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     --sources D: samples at temperature 1, from the task's pool if it has enough: harness/samples.py
-    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
+    run.steps: seeds, checkpoints; run.evaluate: samples, KL to the initial policy (tiny: SFT): harness/run.py
 """
 import random
 import statistics
@@ -67,9 +67,9 @@ class Config(harness.Config):
     bins: int = option(10, "levels of the reward, with equally many samples each", "[2, inf)")
     control: Optional[Literal["tokens", "text"]] = option(None, "a token a level (tiny), or reward as text")
     share: float = option(0.1, "part of the samples that filter keeps", "(0, 1]")
-    beta: float = option(0.1, "temperature of rwr: small values trust few samples (tuned: 1)", "(0, inf)")
+    beta: float = option(0.1, "temperature of rwr; small: few samples count (best in tuning: 1)", "(0, inf)")
     validation: float = option(0.125, "share of the prompts kept apart, to choose what to ask for", "[0, 1)")
-    steer: str = option("", "'reward=9': the level to ask for (default: the best on the validation prompts)")
+    steer: str = option("", "'reward=9': level to ask for (default: chosen after training, by --validation)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -183,7 +183,7 @@ def calibration(run, levels, rewards, prompts, reward):
 
 
 def calibration_metrics(run, levels, reward):
-    """Slopes and rank correlations on test prompts; as text, gold beyond the top level, too."""
+    """Slopes and rank correlations on test prompts; with --control text, gold beyond the top level, too."""
     n, top = len(levels["means"]), levels["means"][-1]
     beyond = [top + more for more in (0.5, 1.0, 2.0, 3.0)] if levels["control"] == "text" else []
     prompts = run.task.prompts["test"][:run.config.eval_prompts]
@@ -223,7 +223,7 @@ def train(run):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step + 1 == len(plan) and conditioned and judge and held_out and not config.steer:
+        if step + 1 == len(plan) and conditioned and judge and held_out and not config.steer:   # else: top
             found = calibration(run, levels, levels["means"], (held_out * 4)[:512], judge)
             run.state["level"] = max(range(top + 1), key=lambda level: found[level]["reward"])
         run.log(step, means.result() | {"grad_norm": norm})

@@ -26,19 +26,18 @@ and the rejected one from a weaker, and moves from easy pairs (far apart) to har
 
 Official code (eric-mitchell/direct-preference-optimization): the same sums over response tokens, EOS
 included, no length normalisation; RMSprop where this file has AdamW. There the reference runs beside the
-policy at every step; here its log-probs are taken once, before the first step, and training holds no
-reference. For the evaluation alone a reward model is loaded, which is first trained from the pairs of --data;
---reward none leaves it out. Left out: IPO and the reference-free loss. The curriculum's schedule could not be
-checked against its paper.
+policy at every step; here its log-probs are taken once, before the first step. Evaluations load it again, for
+the KL, and keep a reward model, which is first trained from the pairs of --data (--reward none: none). Left
+out: IPO and the reference-free loss. The curriculum's schedule could not be checked against its paper.
 
 Elsewhere:
     log-probs in float32, dropout off, left-padded prompts, right-padded responses: common.py
-    EOS ends every answer of a pair, except one that is longer than the context: common.batches
+    EOS ends every answer of a pair, except one that is cut to fit --max_length: common.batches
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; 64 pairs a step, lr constant after a linear
         warm-up from 0 over the first tenth (the first step changes nothing): harness/config.py
-    the default pairs: SFT samples at temperature 1, labelled by annotators who err: tasks/build.py
+    the default pairs: complete SFT samples at temperature 1, labelled by annotators who err: tasks/build.py
     the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
-    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
+    run.steps: seeds, checkpoints; run.evaluate: samples, KL to the initial policy (tiny: SFT): harness/run.py
 """
 import random
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ def training_plan(config, task):
 
 
 def held_out_pairs(config, task):
-    """Test pairs of the kind that is trained on where the data has them, else the data's own."""
+    """Test pairs of the kind that is trained on; the data's own where it has no test rankings."""
     if config.pairs and task.rankings.get("test"):
         rows = [row for row in task.rankings["test"] if {*config.pairs.split(">")} <= {*row.systems}]
         pairs = [pair for pair in pairs_between(rows, config.pairs) if pair] if rows else []

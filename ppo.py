@@ -38,7 +38,7 @@ whitens rewards by default and knows no EOS. TRL's former PPO puts the score one
 Elsewhere:
     log-probs and values in float32, prompts left-padded, EOS counted, none after a cut response: common.py
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; clipping at norm 1: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    the reward: trained on the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     samples: at --temperature (1), without top-k or top-p; their token ids are kept: harness/samples.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
 """

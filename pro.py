@@ -37,11 +37,11 @@ Elsewhere:
     log-probs in float32, dropout off, EOS counted (none after a cut response): common.py
     AdamW's betas (0.9, 0.95), no decay (official code: PyTorch's default, 0.01): common.adamw
     constant lr, norm 1, 64 prompts: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    the reward: trained on the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: the task's pool of SFT samples (temperature 1) where it has enough, else new samples; equal
         texts once, so K may be smaller: harness/samples.py
     the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
-    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
+    run.steps: seeds, checkpoints; run.evaluate: samples, KL to the initial policy (tiny: SFT): harness/run.py
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Optional

@@ -36,10 +36,10 @@ nor the number of prompts. Left out: its margin loss, its safety reward model, a
 Elsewhere:
     log-probs in float32, dropout off, EOS counted, no EOS after a response that was cut off: common.py
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; constant lr, norm 1: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
-    samples: without top-k or top-p; round 1: the task's pool (temperature 1, no --policy): harness/samples.py
+    the reward: trained on the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    samples: at --temperature (1), no top-k or top-p; in round 1 from the task's pool: harness/samples.py
     the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
-    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
+    run.steps: seeds, checkpoints; run.evaluate: samples, KL to the initial policy (tiny: SFT): harness/run.py
 """
 import copy
 import math
@@ -56,7 +56,7 @@ from harness import Pair, Ranking, UserError, option
 
 @dataclass
 class Config(harness.Config):
-    LR: ClassVar = {"tiny": 1e-3, "real": 2e-5}      # tiny: tuned on seeds 100 to 102; real: the paper's
+    LR: ClassVar = {"tiny": 1e-3, "real": 2e-5}     # tiny: tuned, seeds 100 to 102; real: paper's (it decays)
     EPOCHS: ClassVar = {"tiny": 2.0, "real": 2.0}    # the paper's
     epochs: Optional[float] = option(
         None, "passes over the kept samples in every round; the default depends on the model")
@@ -115,7 +115,7 @@ def take(row, i):
 
 
 def prompts_of_round(config, task, turn):
-    """Train prompts of round `turn` (from 0): without --rare after the first, drawn anew for each round."""
+    """Train prompts of round `turn` (from 0), drawn for each; after the first, none that contains --rare."""
     prompts = [p for p in task.prompts["train"] if not (turn and config.rare and config.rare in p)]
     n = min(config.prompts or len(prompts), len(prompts))
     return random.Random(f"prompts {config.seed} {turn}").sample(prompts, n)
@@ -196,13 +196,13 @@ def train(run):
                         "without noise")
     reward = harness.reward_to_maximise(run)
     reward = replace(reward, model=copy.deepcopy(reward.model)) if config.refresh else reward     # to train
-    reference = run.load_reference() if config.kl_coef else None                            # a frozen copy
+    reference = run.load_reference() if config.kl_coef else None              # the initial policy, frozen
     initial = harness.trained_weights(policy) if config.restart else None
     if config.rounds > 1 and not prompts_of_round(config, task, 1):
         raise UserError(f"--rare {config.rare}: every train prompt has it, so the second round has none")
     run.state |= {"pool": [], "labels": task.pairs.get("train", []) if config.refresh else []}
 
-    # A step is config.batch_size responses. A round: config.epochs passes over as many as one round keeps.
+    # A step is config.batch_size responses. A round: config.epochs passes over what the first round keeps.
     kept = len(prompts_of_round(config, task, 0))
     kept = max(1, round(config.share * kept * config.candidates)) if config.share else kept
     steps = math.ceil(config.epochs * kept / config.batch_size)                            # of a round
@@ -218,7 +218,7 @@ def train(run):
                 policy.load_state_dict(initial, strict=False)            # after the trained policy sampled
                 optimizer.state.clear()
         pool = run.state["pool"]
-        passes = steps * config.batch_size / len(pool)                # full batches; each pass in a new order
+        passes = steps * config.batch_size / len(pool)   # full batches; new order each pass, same each round
         order = harness.shuffled_batches(len(pool), passes, config.batch_size, config.seed)
         rows, means = [pool[j] for j in order[i]], harness.Means()
         for part, batch in run.microbatches(rows):                       # part: n of the rows; batch [n, T]

@@ -36,7 +36,7 @@ reward clip 5 are options.
 Elsewhere:
     log-probs in float32, dropout off, EOS counted, no EOS where a sample was cut off: common.py
     AdamW's betas (0.9, 0.95), eps 1e-8, no weight decay: common.adamw; clipping at norm 1: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    the reward: trained on the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     samples: at --temperature (1), without top-k or top-p; their token ids are kept: harness/samples.py
     the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
     run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py

@@ -20,7 +20,7 @@ What to look at: `loss/rank` is small beside `loss/sft`. In L_ft each token of t
 in L_rank at most (K-1)/|y|, so the ranking loss works mostly on the other candidates. `eval/to_best` is the
 mean reward of the policy's samples minus that of the best candidates of the training prompts. The paper finds
 it near 0: the policy is a best-of-n learner (Eq. 7 of arXiv version 2). With --sft_weight 0 --epochs 9 the
-ranking loss is alone, and destroys the language model: fluency 0.96 to 0.54, gold -0.14 (seed 0).
+ranking loss is alone, and destroys the language model: fluency 0.96 to 0.54, gold 0.16 to -0.14 (seed 0).
 
 Compared with dpo.py: any number of responses, a log-prob per token in place of a log-ratio, and imitation of
 the best. With --rank_weight 0 --sources D only imitation of own samples is left: one round of raft.py.
@@ -34,13 +34,13 @@ greedily.
 Left out: beam search as a source (the paper prefers diverse candidates) and the online variant.
 
 Elsewhere:
-    log-probs in float32, dropout off, EOS counted (none after a cut response): common.py
+    log-probs in float32, dropout off, EOS counted (none where --max_new_tokens cut): common.py
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw; clip norm 1, 64 prompts: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    the reward: trained on the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: samples at temperature 1 (in round 1 from the task's pool, where it has enough), then
-        given answers; equal texts once, scored: harness/samples.py
+        given answers; equal texts once, scored (a cut text as if complete): harness/samples.py
     the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
-    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
+    run.steps: seeds, checkpoints; run.evaluate: samples, KL to the initial policy (tiny: SFT): harness/run.py
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Optional

@@ -38,10 +38,10 @@ Elsewhere:
     log-probs in float32, dropout off, EOS counted (none after a cut response): common.py
     AdamW's betas (0.9, 0.95), no weight decay: common.adamw
     constant learning rate after the warm-up, clip norm 1, 64 pairs a step: harness/config.py
-    the reward: a model of the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
+    the reward: trained on the pairs, or --reward; mean 0, deviation 1 on SFT samples: harness/rewards.py
     candidates: the task's pool of SFT samples, or new ones; equal texts once, scored: harness/samples.py
     the tiny model, its film reviews and gold, their true reward, which no method sees: tasks/reviews.py
-    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
+    run.steps: seeds, checkpoints; run.evaluate: samples, KL to the initial policy (tiny: SFT): harness/run.py
 """
 import math
 import random

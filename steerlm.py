@@ -6,7 +6,7 @@ levels, 0 to 9, go into the prompt, and the policy learns by supervised learning
 responses. At inference the user says which levels are wanted. There is no reference model and no reward.
 
     1. An attribute prediction model learns the ratings:        L = -sum_t log P(v_t | x, y, v_<t)     (Eq. 1)
-    2. It rates a larger set of demonstrations, and the first ones anew: v' = argmax P(v | x, y)       (Eq. 2)
+    2. It rates a larger set of demonstrations, and those of step 1 anew: v' = argmax P(v | x, y)     (Eq. 2)
     3. Attribute-conditioned SFT of the base model:             L = -sum_t log pi(y_t | x, v', y_<t)
     4. Bootstrapping (--rounds 1; off by default): for combinations v of the best hundredth of the responses,
        sample y' from pi(y | x, v) (Eq. 3), rate it as in step 2: v'' (Eq. 4), train on (x, v'', y') as in 3.
@@ -17,17 +17,17 @@ responses. At inference the user says which levels are wanted. There is no refer
     python steerlm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data rated.jsonl
 
 What to look at: the steering matrix. Its diagonal says how far each attribute follows its request (on your
-data: as step 1 sees it). Without --steer the policy is asked for the commonest levels of the best hundredth;
-the paper asks for quality 9. Step 3 is the SFT itself (--start base). KL and "before" are those of the tiny
-SFT policy, which saw twice as many of these demonstrations, without tags. Official code (NeMo-Aligner): step
-1 is a regression head with the squared error (default; paper: --predictor lm), levels 0 to 4. It draws scores
-to the middle: here they become levels by rank, in the rated rows as frequent as the ratings. Left out: top-k.
+data: by the model of step 1). Without --steer the policy is asked for the commonest levels of the best
+hundredth; the paper asks for quality 9. Tiny: step 3 starts from an untrained model and is the SFT itself
+(--start base); "before" is the SFT policy, KL is to it; it saw twice as many demonstrations, untagged.
+NeMo-Aligner has a regression head with the squared error in step 1 (as here; paper: --predictor lm), and
+levels 0 to 4. Its scores lie too near the mean: levels go by rank, as frequent as people gave them. No top-k.
 
 Elsewhere:
-    float32 log-probs, dropout off, EOS counted (none if cut), AdamW (no decay; paper: 0.01): common.py
+    float32 log-probs, dropout off, EOS counted (none if cut), AdamW (0.9, 0.95; no decay): common.py
     clip norm 1: harness/config.py; demonstrations, ratings, the true reward gold: tasks/build.py, reviews.py
     tags as tokens, requests, levels by rank, the steering matrix: harness/conditioning.py
-    run.steps seeds each step and writes checkpoints; run.evaluate samples the test prompts: harness/run.py
+    run.steps: seeds, checkpoints; run.evaluate: samples, KL to the initial policy (tiny: SFT): harness/run.py
 """
 import copy
 import math
@@ -55,18 +55,18 @@ class Config(harness.Config):
         "cosine", "how the learning rate goes on after the warm-up")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
     start: Optional[Literal["base", "policy"]] = option(None, "what step 3 trains (tiny: base; else policy)")
-    demonstrations: int = option(23000, "how many of them count (0: rated responses alone)", "[0, inf)")
-    rated: int = option(4096, "embedded task: how many of the demonstrations people have rated", "[0, inf)")
-    labels: Literal["predicted", "human", "none"] = option("predicted", "tags of step 3; 'none': plain SFT")
+    demonstrations: int = option(23000, "how many (0: rated responses alone; tiny: SFT samples)", "[0, inf)")
+    rated: int = option(4096, "embedded task: people rated the first so many --demonstrations", "[0, inf)")
+    labels: Literal["predicted", "human", "none"] = option("predicted", "human: rated rows; none: plain SFT")
     attributes: Optional[str] = option(None, "'A,B' (default: sentiment,topicality,verbosity; of a file all)")
-    quality: str = option("", "'A,B': what is quality (default: quality, helpfulness or score; tiny: two)")
+    quality: str = option("", "'A,B': attributes whose sum is quality (default: see harness.quality_of)")
     share: float = option(1.0, "train on this part of the responses, those of the highest quality", "(0, 1]")
     predictor: Literal["lm", "regression"] = option("regression", "step 1: an LM, or a regression head")
     predictor_lr: Optional[float] = option(None, "learning rate of step 1 (default: by model)", "(0, inf)")
     predictor_epochs: float = option(4.0, "passes over the rated responses in step 1", "(0, inf)")
     rounds: int = option(0, "rounds of bootstrapping (paper: 1)", "[0, inf)")
     bootstrap_epochs: float = option(2.0, "passes over a round's samples, two for each prompt", "(0, inf)")
-    steer: str = option("", "'quality=9,verbosity=0': what to ask for; other attributes as the data has them")
+    steer: str = option("", "'quality=9,verbosity=0': what to ask for; the others: their usual levels then")
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,7 +109,7 @@ class Sample(NamedTuple):
 def train_regression(run, samples):
     """Step 1 as in the official code. Returns predict(prompts, responses) -> the levels of each response."""
     config, names = run.config, sorted(samples[0].levels)
-    model = harness.load_scorer(config, len(names))
+    model = harness.load_scorer(config, len(names))        # the initial policy (tiny: SFT) with a new head
     tokenizer = harness.load_tokenizer(config, run.tokenizer.model_max_length)
     score = common.RewardModel(model, tokenizer, label=slice(len(names)))
     targets = torch.tensor([[r.levels[name] / TOP for name in names] for r in samples], device=model.device)
@@ -185,7 +185,7 @@ def train(run):
     quality, truth = harness.quality_of(config, names), harness.true_levels(task, names)
     request = harness.parse_request(config.steer, dict.fromkeys(names, TOP))
     run.evaluate()                                      # before training, and before the policy has any tags
-    if config.start == "base":
+    if config.start == "base":                          # tiny: untrained weights; else those of --model
         policy.load_state_dict(harness.load_base(config, policy).state_dict())
     if config.model == "tiny":                          # each tag one token; a real tokenizer spells them
         harness.add_tags(run, {name: {f"<{name}:{level}>": [row.responses[0] for row in ratings
