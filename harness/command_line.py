@@ -18,7 +18,7 @@ from common import UserError, warn
 from harness import adapters, conditioning, directory, loading, progress, ranks, shards
 from harness.asking import ask
 from harness.checkpoints import check_checkpoint, check_model
-from harness.config import method_name
+from harness.config import Config, method_name
 from harness.evaluation import check_policy
 from harness.rewards import gold_of, load_rewards
 from harness.run import Run, Stop
@@ -238,7 +238,7 @@ def parser_of(config_class, about=None, prog=None):
 
 def check_embedded(config):
     """UserError for an option of the embedded task that has no effect on the user's model or data."""
-    for name in (f.name for f in fields(config) if f.metadata["help"].startswith("embedded task:")):
+    for name in (f.name for f in fields(Config) if f.metadata["help"].startswith("embedded task:")):
         used = config.model == "tiny" if name == "layers" else config.data == "reviews"
         if not used and getattr(config, name) != getattr(type(config), name):
             raise UserError(f"--{name} is for the embedded task: it would change nothing here; leave it out")
