@@ -71,7 +71,8 @@ def differences(config, then={}):
     """
     values, now = vars(config), vars(type(config)()) | {"device": type(config).device}       # as it was given
     plain = {f.name for f in fields(config) if f.default is not None}
-    filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE - {"device"}}))     # maybe not here
+    not_here = {"device"} if values["device"] in ("cuda", "mps") else set()                  # on this machine
+    filled = vars(type(config)(**{k: values[k] for k in plain - SET_HERE - not_here}))
     usual = {k: then.get(k, now[k]) if k in plain or filled[k] == now[k] else filled[k] for k in now}
     return {k: v for k, v in values.items() if v != usual[k]}
 

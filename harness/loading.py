@@ -215,7 +215,7 @@ def saved_dtype(config):
 def fit_positions(model, tokenizer, path):
     """Lower tokenizer.model_max_length to the positions that the model has, and say so."""
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    first = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    first = getattr(getattr(getattr(model, "base_model", None), "embeddings", None), "padding_idx", None)
     if first is not None:                         # RoBERTa and its kind count positions from behind PAD's
         positions -= first + 1
     if positions < tokenizer.model_max_length:

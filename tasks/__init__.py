@@ -36,11 +36,8 @@ def write_text(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", errors="surrogateescape",     # names of files need not be UTF-8
-              newline="\n") as file:                                      # Windows would write \r\n
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())                                         # else a power cut may leave it empty
+    part.write_text(text, encoding="utf-8", errors="surrogateescape",    # names of files need not be UTF-8
+                    newline="\n")                                         # Windows would write \r\n
     put(part, path)
 
 

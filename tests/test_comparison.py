@@ -335,7 +335,7 @@ def test_short_table_has_the_gold_of_another_situation_or_another_order(toys, mo
         assert float(row[column].split()[0]) == pytest.approx(fmean(gold), abs=0.006)
     english, chinese = (docs.block(path, "comparison") for path in ("README.md", "README.zh.md"))
     assert all(text in english for text in ("| [second](docs/second.md) |", "\n| SFT | ", "Seeds 0, 1, 2, 3"))
-    assert "| 方法 | 名次 | gold，标注正常 |" in chinese and "种子：0, 1, 2, 3" in chinese
+    assert "| 做法 | 名次 | gold，标注正常 |" in chinese and "种子：0, 1, 2, 3" in chinese
     assert len(english.splitlines()) == len(rows) + 3
 
 

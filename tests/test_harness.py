@@ -103,10 +103,12 @@ def test_killed_write_leaves_half_a_file(tmp_path, monkeypatch):
         harness.write_json(path, {"b": [1, object()]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
 
-    def full_disk(number):
+    def full_disk(self, text, encoding=None, errors=None, newline=None):
+        with open(self, "w", encoding=encoding, errors=errors) as file:
+            file.write(text[:3])
         raise OSError("no space left")
 
-    monkeypatch.setattr(harness.run.os, "fsync", full_disk)
+    monkeypatch.setattr(type(path), "write_text", full_disk)
     with pytest.raises(OSError):
         harness.write_json(path, {"c": 1})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}

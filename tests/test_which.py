@@ -1,4 +1,5 @@
 """Which method when, and what surprised us: the numbers are those of the runs, and support the sentences."""
+import itertools
 import re
 from statistics import correlation, fmean
 
@@ -7,7 +8,7 @@ import pytest
 from conftest import ROOT
 from experiments import comparison as compared
 from experiments import which as data
-from referee import choosing, side_by_side, which
+from referee import choosing, replication, side_by_side, which
 from referee.comparison import tuned
 from referee.ranking import duels
 from referee.statistics import t_interval
@@ -176,6 +177,30 @@ def test_count_of_seeds_or_of_edges_in_the_words_is_not_that_of_the_runs():
     times = [fmean(run["cpu_seconds"] / units[seed]["cpu_seconds"] for seed, run in runs.items())
              for runs in (dropped, kept)]
     assert "took {:.3f} times the budget".format(times[0]) in page and f"which took {times[1]:.3f}" in page
+
+
+def test_what_the_pages_say_of_the_larger_model_is_not_what_its_runs_say():
+    first, _ = which.arms_of(ROOT / "results")
+    small = side_by_side.ranked(first["clean"])
+    large = side_by_side.ranked(side_by_side.gathered(ROOT / "results", {"layers": 3})[1]["clean"])
+    assert {len(values) for values in large.values()} == {5}
+    means = {name: fmean(values.values()) for name, values in large.items()}
+    assert max(means, key=means.get) == "DPO"
+
+    def shown(left, right):
+        mean, half = t_interval([large[left][seed] - large[right][seed] for seed in large[left]])
+        return mean > half
+
+    assert not any(shown(*pair) for pair in itertools.permutations(("DPO", "ReMax", "PPO", "RAFT"), 2))
+    warmer = "SFT, temperature 0.5"
+    assert shown("DPO", "best of 16") and shown(warmer, "RRHF") and shown(warmer, "PRO")
+    decided, turned = replication.reversals(small, large)
+    assert len(turned) == 6
+    lost = {name: 1 - means[name] / fmean(small[name].values()) for name in large if means[name] > 0.25}
+    assert {*sorted(lost, key=lost.get)[-3:]} == {"RRHF", "PRO", "best of 16"}
+    pages = {path: (ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/comparison.md")}
+    assert "On a larger model DPO came first" in pages["docs/comparison.md"]
+    assert "DPO came first" in pages["README.md"]
 
 
 def test_curriculum_has_noise_in_its_labels():
