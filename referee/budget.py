@@ -17,7 +17,7 @@ import torch
 
 import harness
 from harness import UserError
-from referee.arms import config_class, load
+from referee.arms import config_class
 
 PLANNED = 0.8                # of a method's share; estimates err
 STEPS, BATCH = 8, 8          # without --batch_size: at least so many optimizer steps; the largest batch

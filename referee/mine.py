@@ -13,7 +13,6 @@ as many training prompts as fit, at most all. A method with rounds first makes f
 """
 import argparse
 import math
-import shutil
 import signal
 import time
 from dataclasses import dataclass, fields, replace

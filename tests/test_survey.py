@@ -1,6 +1,5 @@
 """The survey's statements: each has claims that exist, and what stands beside them comes from stored runs."""
 import re
-from pathlib import Path
 
 import pytest
 

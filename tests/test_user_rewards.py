@@ -11,7 +11,7 @@ import dpo
 import harness
 import raft
 from common import UserError
-from conftest import method_names, save_toy, settings, started
+from conftest import method_names, settings, started
 from harness import asking, rewards
 from tasks.chat import Prompt
 
