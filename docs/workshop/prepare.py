@@ -26,9 +26,15 @@ EXTRAS = "plot", "test"                              # what the workshop needs b
 INSTALL = 'python -m pip install -e ".[plot,test]"'
 NEEDED = "torch", "transformers", "filelock", "markdown"                            # to make a folder
 PAGES = "README", "cards", "bugs"
-HEAD = ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><style>body {max-width: 48em; margin: 2em '
-        'auto; font: 18px/1.5 sans-serif} summary {cursor: pointer} td, th {border: 1px solid silver; '
-        'padding: .3em} pre {overflow: auto} @media print {h2 {break-before: page}}</style>\n')
+HEAD = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
+body { max-width: 48em; margin: 2em auto; padding: 0 1em; font: 18px/1.5 sans-serif }
+summary { cursor: pointer } pre { overflow: auto } code { background: #eee }
+table { border-collapse: collapse } td, th { border: 1px solid silver; padding: .3em .5em; text-align: left }
+@media screen and (min-width: 50em) { p code, li code { white-space: nowrap } }
+@media print { h2 { break-before: page } p code { font-size: .8em; white-space: nowrap } }
+</style>
+"""
 
 
 def requirements():
