@@ -1,4 +1,5 @@
 """Options of every script. A method's Config adds its own and may change these defaults."""
+import functools
 import inspect
 import math
 import os
@@ -29,10 +30,16 @@ def option(default, text, interval=""):
     return field(default=default, metadata={"help": text})
 
 
+@functools.cache
+def ends(interval):
+    """("(", 0.0, inf, ")") of "(0, inf)"."""
+    opening, low, high, closing = re.fullmatch(r"([(\[])(\S+), (\S+)([)\]])", interval).groups()
+    return opening, float(low), float(high), closing
+
+
 def outside(value, interval):
     """What the number must be, if it is not in the interval: "be above 0"; else ""."""
-    opening, low, high, closing = re.fullmatch(r"([(\[])(\S+), (\S+)([)\]])", interval).groups()
-    low, high = float(low), float(high)
+    opening, low, high, closing = ends(interval)
     if not math.isfinite(value):
         return f"be in {interval}" if high < math.inf else "be a finite number"
     if low > value or low == value and opening == "(":
@@ -56,6 +63,19 @@ def interval_of(number):
     shared = {f.name: f for f in fields(Config)}.get(number.name, number)
     own, theirs = (getattr(f.metadata.get("help"), "interval", "") for f in (number, shared))
     return own or theirs
+
+
+@functools.cache
+def limits(cls):
+    """[(name, choices, interval)] of a Config's options that are choices or numbers; one of both is None."""
+    found = []
+    for f in fields(cls):
+        literal = next((kind for kind in (f.type, *get_args(f.type)) if get_origin(kind) is Literal), None)
+        if literal:                                                  # or Optional of one
+            found.append((f.name, get_args(literal), None))
+        elif is_number(f.type):
+            found.append((f.name, None, interval_of(f) or "(-inf, inf)"))
+    return found
 
 
 def method_name(config):
@@ -160,15 +180,13 @@ class Config:
     quiet: bool = option(False, "no tables and no samples on the screen, and no run.png")
 
     def __post_init__(self):
-        for f in fields(self):                                      # the command line checks these itself
-            for kind in (f.type, *get_args(f.type)):                 # Literal, or Optional of one
-                if get_origin(kind) is Literal:
-                    choices = get_args(kind)
-                    self.check(lambda value: value in choices, f"be one of {', '.join(choices)}", f.name)
-        for f in fields(self):
-            if is_number(f.type) and getattr(self, f.name) is not None:
-                must = outside(getattr(self, f.name), interval_of(f) or "(-inf, inf)")
-                self.check(lambda value: not must, must, f.name)
+        for name, choices, interval in limits(type(self)):          # the command line checks choices itself
+            value = getattr(self, name)
+            if value is not None and choices and value not in choices:
+                raise UserError(f"--{name} must be one of {', '.join(choices)}, not {value}")
+            must = value is not None and interval and outside(value, interval)
+            if must:
+                raise UserError(f"--{name} must {must}, not {value}")
         self.out = os.path.expanduser(self.out)                  # of --out=~/run a shell leaves the ~
         kind = "tiny" if self.model == "tiny" else "real"
         if kind == "tiny" and self.device == "auto" and pick_device("auto").type == "mps":

@@ -17,14 +17,14 @@ import common
 from conftest import PAIRS, ROOT, method_names, save_toy
 
 WORKER = '''
-import collections, importlib, os, pathlib, random, signal, sys, time
+import collections, importlib, itertools, os, pathlib, random, signal, sys, time
 sys.path[:0] = {paths!r}
 import torch
 import common, harness
 from conftest import method_names, settings
 from harness import ranks
 
-COUNTED, PLAIN = [], ranks.generate
+COUNTED, PLAIN, KINDS = [], ranks.generate, ("plain", "shard")
 
 
 class Numbered(str):
@@ -66,9 +66,10 @@ def slow(out, claim=harness.directory.claim):
 
 
 def main(home, *words):
-    """words: methods; shard: with --shard; die: killed in the third step; resume=FOLDER: of a killed run."""
+    """words: methods; plain, shard: without --shard, with it, or both; die: killed in the third step;
+    resume=FOLDER: of a killed run."""
     names = [word for word in words if word in method_names()]
-    shard, resumed = "shard" in words, [word[7:] for word in words if word.startswith("resume=")]
+    resumed = [word[7:] for word in words if word.startswith("resume=")]
     if "die" in words:
         harness.Run.log = die
     common.generate, ranks.generate, harness.directory.claim = by_rule, numbered, slow
@@ -77,8 +78,8 @@ def main(home, *words):
     harness.steering, harness.steering_metrics = (lambda *args: {{"matrix": {{}}}}), (lambda matrix: {{}})
     harness.report_steering = lambda *args: None
     rank, n = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    folder = resumed[0] if resumed else "of" + n + "shards" * shard
-    for name in names:
+    for shard, name in itertools.product([word == "shard" for word in words if word in KINDS], names):
+        folder = resumed[0] if resumed else "of" + n + "shards" * shard
         module = importlib.import_module(name)
         for tag in ("tag", "format_attributes"):
             if hasattr(module, tag):
@@ -125,14 +126,11 @@ def both(tmp_path_factory):
     """{1: (folder of the runs, what was printed), 2: the same of two processes, "shard": in shards}."""
     home, found = tmp_path_factory.mktemp("ranks"), {}
     worker = worker_in(home)
-    for n in (1, 2):
-        done = launched(worker, n, *method_names())
+    for n, kinds in ((1, ["plain"]), (2, ["plain", "shard"])):
+        done = launched(worker, n, *kinds, *method_names())
         assert done.returncode == 0, done.stderr[-3000:]
         found[n] = home / f"of{n}", done.stdout + done.stderr
-    done = launched(worker, 2, "shard", *method_names())
-    assert done.returncode == 0, done.stderr[-3000:]
-    found["shard"] = home / "of2shards", done.stdout + done.stderr
-    return found
+    return found | {"shard": (home / "of2shards", found[2][1])}
 
 
 def rows_of(folder, method):

@@ -58,33 +58,36 @@ def copy_of_the_project(folder):
 
 @pytest.fixture(scope="module")
 def hunted(tmp_path_factory):
-    """{bug: {"clean": outcomes, "planted": outcomes}}, as run_tests returns them; "planted" if it fits."""
+    """{"clean": outcomes of all bugs' tests, bug: outcomes with this bug}, as run_tests returns them.
+
+    A bug whose patch does not fit has no outcomes.
+    """
     project = copy_of_the_project(tmp_path_factory.mktemp("hunt"))
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run([sys.executable, "-B", project / "tests" / Path(__file__).name], cwd=project,
                           capture_output=True, text=True, encoding="utf-8", timeout=900,
                           env=plain | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(project)})
-    found = re.findall(r"(?m)^HUNTED (.+)$", done.stdout)
+    found = re.search(r"(?m)^HUNTED (.+)$", done.stdout)
     assert done.returncode == 0 and found, done.stdout[-2000:] + done.stderr[-2000:]
-    return dict(map(json.loads, found))
+    return json.loads(found[1])
 
 
 def hunt():
     """Run each bug's test in the project around this file, with and without the bug; prints JSON lines."""
     sys.path.insert(0, str(KIT))
     import plant
-    for bug in PATCHES:
-        file, words = command_of(bug)
+    files, words = zip(*map(command_of, PATCHES))
+    found = {"clean": run_tests({*files}, " or ".join(f"({word})" for word in words))}
+    for bug, file, word in zip(PATCHES, files, words):
         name, clean, planted = plant.read_patch(read(KIT / "bugs" / f"{bug}.patch"))
-        outcomes = {"clean": run_tests(file, words)}
         if plant.exchange(ROOT / name, clean, planted):
-            outcomes["planted"] = run_tests(file, words)
+            found[bug] = run_tests([file], word)
             plant.exchange(ROOT / name, planted, clean)
-        print("\nHUNTED", json.dumps([bug, outcomes]), flush=True)
+    print("\nHUNTED", json.dumps(found), flush=True)
 
 
-def run_tests(file, words):
-    """{test: "passed", or the phase in which it failed}; all modules of the project are loaded anew."""
+def run_tests(files, words):
+    """{"file::test": "passed", or the phase in which it failed}; the project is loaded anew."""
     for name, module in list(sys.modules.items()):
         home = getattr(module, "__file__", None) or ""
         if name not in ("__main__", "plant") and Path(home).is_relative_to(ROOT):
@@ -93,9 +96,10 @@ def run_tests(file, words):
 
     def pytest_runtest_logreport(report):
         if report.failed or report.when == "call" and report.passed:
-            outcomes[report.nodeid.split("::")[-1]] = "passed" if report.passed else report.when
+            outcomes[report.nodeid] = "passed" if report.passed else report.when
 
-    pytest.main(["-q", "-p", "no:cacheprovider", "--tb=no", str(ROOT / file), "-k", words],
+    pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "--tb=no",
+                 *(str(ROOT / file) for file in files), "-k", words],
                 plugins=[SimpleNamespace(pytest_runtest_logreport=pytest_runtest_logreport)])
     assert Path(sys.modules["common"].__file__).parent == ROOT, "the tests ran on another copy of the project"
     return outcomes
@@ -103,13 +107,12 @@ def run_tests(file, words):
 
 @every_bug
 def test_planted_bug_is_not_found_by_its_test_or_the_test_fails_without_it(hunted, bug):
-    outcomes, section = hunted[bug], parts(read(KIT / "bugs.md"))[bug]
-    assert outcomes["clean"] and set(outcomes["clean"].values()) == {"passed"}
-    assert "planted" in outcomes, "the patch does not fit today's code"
-    assert set(outcomes["planted"]) == set(outcomes["clean"])
-    assert "call" in outcomes["planted"].values()                            # and not: cannot be imported
+    assert bug in hunted, "the patch does not fit today's code"
+    planted, section = hunted[bug], parts(read(KIT / "bugs.md"))[bug]
+    assert {hunted["clean"][test] for test in planted} == {"passed"}
+    assert "call" in planted.values()                                        # and not: cannot be imported
     named = set(re.findall(r"`(test_\w+)` (?:and|in)", section))
-    assert named == {name.partition("[")[0] for name in outcomes["clean"]}, "bugs.md names other tests"
+    assert named == {re.search(r"::(\w+)", test)[1] for test in planted}, "bugs.md names other tests"
 
 
 def faults_of_a_patch(text):
@@ -356,6 +359,7 @@ def test_prepared_folder_lacks_wheels_or_models_or_they_do_not_arrive(tmp_path, 
     kit.mkdir()
     for name in prepare.PAGES:
         (kit / f"{name}.md").write_text(f"# {name}", encoding="utf-8")
+    shutil.copy(KIT / "pages.css", kit)
     monkeypatch.setattr(prepare, "KIT", kit)
     built = tmp_path / "cache of the teacher" / "reviews" / "0123" / "seed1"
     built.mkdir(parents=True)

@@ -26,15 +26,8 @@ EXTRAS = "plot", "test"                              # what the workshop needs b
 INSTALL = 'python -m pip install -e ".[plot,test]"'
 NEEDED = "torch", "transformers", "filelock", "markdown"                            # to make a folder
 PAGES = "README", "cards", "bugs"
-HEAD = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
-body { max-width: 48em; margin: 2em auto; padding: 0 1em; font: 18px/1.5 sans-serif }
-summary { cursor: pointer } pre { overflow: auto } code { background: #eee }
-table { border-collapse: collapse } td, th { border: 1px solid silver; padding: .3em .5em; text-align: left }
-@media screen and (min-width: 50em) { p code, li code { white-space: nowrap } }
-@media print { h2 { break-before: page } p code { font-size: .8em; white-space: nowrap } }
-</style>
-"""
+HEAD = ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">')
 
 
 def requirements():
@@ -56,6 +49,7 @@ def write_pages(folder):
     """The kit's pages as HTML; in a browser the answers are folded away. to_print.html: the cards alone."""
     import markdown
     folder.mkdir(parents=True, exist_ok=True)
+    style = (KIT / "pages.css").read_text(encoding="utf-8")
     texts = {name: (KIT / f"{name}.md").read_text(encoding="utf-8") for name in PAGES}
     texts["to_print"] = re.sub(r"(?s)<details>.*?</details>\n", "", texts["cards"])
     for name, text in texts.items():
@@ -63,7 +57,7 @@ def write_pages(folder):
         text = re.sub(r"\[([^\]]+)\]\((?![a-zA-Z]+\.html)[^)]*\)", r"\1", text)        # not on the stick
         body = markdown.markdown(text.replace("<details>", '<details markdown="1">'),
                                  extensions=["tables", "fenced_code", "md_in_html"])
-        (folder / f"{name}.html").write_text(HEAD + body, encoding="utf-8")
+        (folder / f"{name}.html").write_text(f"{HEAD}<style>\n{style}</style>\n{body}", encoding="utf-8")
 
 
 def make(folder, wheels, seeds):
