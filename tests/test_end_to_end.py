@@ -39,6 +39,7 @@ import common
 import harness
 import tasks
 from conftest import method_names
+from harness import picture
 from tasks import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -327,6 +328,12 @@ def script(method, *arguments, cache):
     """<method>.py as Python runs a script, but in this process."""
     return in_process(lambda: runpy.run_path(str(ROOT / f"{method}.py"), run_name="__main__"),
                       method, *arguments, cache=cache)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Only real processes draw run.png, see test_picture.py: here a third of the time would go into it."""
+    monkeypatch.setattr(picture, "draw", lambda *args: "")
 
 
 @pytest.fixture(scope="session")
@@ -1208,16 +1215,25 @@ def test_smollm2_trains_two_steps_and_loads_again(smollm2, tmp_path):
     check_generates(out)
 
 
+@pytest.fixture(scope="module")
+def eight_layers(smollm2, tmp_path_factory):
+    """The first eight of SmolLM2's thirty layers, with its weights, its embedding and its tokenizer."""
+    folder, model = tmp_path_factory.mktemp("smollm2-8"), common.load_policy(smollm2, "cpu")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:8], 8
+    tasks.save_model(model, common.load_tokenizer(smollm2, 64), folder / "model")
+    return folder / "model"
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if own(name, "smollm2") is not None])
-def test_smollm2_trains_one_step_and_loads_again(smollm2, here, toy_reward, tmp_path, method):
-    """On its own samples or on ranked answers of the data.
+def test_smollm2_trains_one_step_and_loads_again(eight_layers, here, toy_reward, tmp_path, method):
+    """On its own samples or on ranked answers of the data. The whole model: DPO, above.
 
     The reward model is tiny and reads letters: one of SmolLM2's size would say no more about the methods.
     """
     rows = [{"prompt": f"\n\nHuman: Name a {what}.\n\nAssistant:", "responses": [" Well.", " No.", " Car."],
              "scores": [2, 1, 0]} for what in ("fruit", "bird", "city", "tree", "hat")]
     data, out = write_rows(tmp_path / "ranked.jsonl", rows), tmp_path / "out"
-    run = here(method, "--model", smollm2, "--data", data, "--out", out, "--reward", toy_reward,
+    run = here(method, "--model", eight_layers, "--data", data, "--out", out, "--reward", toy_reward,
                "--max_length", 64, "--max_new_tokens", 8, "--eval_prompts", 1, "--eval_samples", 1,
                "--batch_size", 2, "--save_every", 0, *QUICK[method], "--epochs", 0.5, *own(method, "smollm2"))
     assert run.status == 0, run.err
