@@ -24,7 +24,7 @@ import common
 from common import UserError
 from harness.checkpoints import inputs
 from harness.rewards import EncoderReward
-from conftest import cases
+from conftest import cases, save_toy
 
 CPU = dict(device="cpu", dtype="float32")
 
@@ -650,6 +650,11 @@ def test_l_decode_returns_prompt_eos_or_pads():                                 
     tokenizer = letters(pad="<pad>")
     batch = common.encode(tokenizer, ["ab", "a"], ["c", "defg"])
     assert [text.replace(" ", "") for text in common.decode(tokenizer, batch)] == ["c", "defg"]
+
+
+def test_l_decode_takes_spaces_away(tmp_path):                                                             # L
+    tokenizer = common.load_tokenizer(save_toy(tmp_path, letters="ab .?"), 64)
+    assert common.decode(tokenizer, common.encode(tokenizer, ["a"], ["a . b ?"])) == ["a . b ?"]
 
 
 @pytest.mark.parametrize("k", [1, 2])

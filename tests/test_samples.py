@@ -198,7 +198,10 @@ def test_cached_reward_model_is_trained_again_or_is_not_trained(toy, monkeypatch
     first = load_rewards(config, pair_task())["proxy"]
     assert (first(prompts, chosen) > first(prompts, rejected)).all()
 
-    def again(*_):
+    recipes = []
+
+    def again(model, tokenizer, pairs, recipe):
+        recipes.append(recipe)
         raise AssertionError("trained again")
 
     monkeypatch.setattr(harness.rewards, "train_reward_model", again)
@@ -209,6 +212,7 @@ def test_cached_reward_model_is_trained_again_or_is_not_trained(toy, monkeypatch
             load_rewards(replace(config, **other), pair_task())
     with pytest.raises(AssertionError, match="trained again"):
         load_rewards(config, replace(pair_task(), pairs={"train": PAIRS[:5]}))
+    assert [(recipe.seed, recipe.lr) for recipe in recipes] == [(1, 1e-2), (0, 1e-3), (0, 1e-2)]
 
 
 def test_named_reward_model_sends_the_judges_home(toy):
