@@ -165,6 +165,11 @@ def test_bad_option_passes_or_its_flag_is_not_named(wrong, flag):
     rrhf.Config(eval_pairs=0)
 
 
+def test_built_in_answers_are_those_of_other_writers_than_the_papers_or_are_looked_for_in_your_data():
+    assert rrhf.Config().systems == "off_policy,weak"
+    assert rrhf.Config(model="m", data="d").systems == "" == rrhf.Config(systems="").systems
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 ROWS = [Ranking("ab", ["cd", "efgha", "b"], [1.0, 3.0, 2.0]), Ranking("h", ["a", "bcb"], [0.0, 1.0]),

@@ -212,6 +212,8 @@ def test_cached_reward_model_is_trained_again_or_is_not_trained(toy, monkeypatch
             load_rewards(replace(config, **other), pair_task())
     with pytest.raises(AssertionError, match="trained again"):
         load_rewards(config, replace(pair_task(), pairs={"train": PAIRS[:5]}))
+    path = harness.rewards.trained_path
+    assert len({path(config, [Pair("a", *texts)]) for texts in (("b", "c"), ("b", "d"), ("e", "c"))}) == 3
     assert [(recipe.seed, recipe.lr) for recipe in recipes] == [(1, 1e-2), (0, 1e-3), (0, 1e-2)]
 
 
