@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import re
+from statistics import fmean
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,11 +12,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import experiments.real_text as data
 import harness
-from conftest import killed_after, llama_config
+from conftest import ROOT, killed_after, llama_config
 from harness import UserError
 from referee import docs, real_text
 from referee.__main__ import main
 from referee.arms import config_class, method_names
+from referee.statistics import t_interval
 from tasks import verifiable
 
 ANSWERS = ["is it so, for you?", "the river is wide and you see it", "Well, a b c", "So it is that"]
@@ -179,6 +181,32 @@ def test_differences_are_not_paired_within_seeds():
     rows = real_text.differences({"SFT": arm(s0=0.1, s1=0.5, s2=0.3), "a": arm(s0=0.2, s1=0.6, s3=0.9),
                                   "b": arm(s4=0.5)})
     assert rows[1:] == [["a", "+0.100 ±0.000", "2"]]
+
+
+def test_page_says_something_else_of_real_text_than_its_runs():
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    page = " ".join(page.partition("## Real text")[2].split())
+    file, = (ROOT / "results").glob("real_text@*.json")
+    arms = {}
+    for run in json.loads(file.read_text(encoding="utf-8"))["runs"]:
+        arms.setdefault(run["arm"], {})[run["seed"]] = run
+    assert {len(runs) for runs in arms.values()} == {3} and "With three seeds" in page
+    mean = {name: {metric: fmean(run[f"eval/{metric}"] for run in runs.values())
+                   for metric in ("gold", "length", "eos_rate")} for name, runs in arms.items()}
+    sft = arms.pop("SFT")
+    gaps = {name: [run["eval/gold"] - sft[seed]["eval/gold"] for seed, run in runs.items()]
+            for name, runs in arms.items()}
+    assert {name for name, own in gaps.items() if min(own) > 0} == {*gaps} - {"RAFT", "SteerLM"}
+    assert "On each seed best of 8, DPO, RRHF, ReMax, PPO and the Decision Transformer had more gold" in page
+    assert [name for name, own in gaps.items() if abs(fmean(own)) > t_interval(own)[1]] == [
+        "Decision Transformer"] and len(gaps) == 8
+    assert "the Decision Transformer's interval alone leaves out 0. It is one of eight" in page
+    assert max(mean, key=lambda name: mean[name]["gold"]) == "best of 8"
+    assert "Best of 8, which trains nothing, has the highest mean" in page
+    assert max(row["length"] for name, row in mean.items() if name not in ("SFT", "DPO")) < 27
+    assert min(row["eos_rate"] for name, row in mean.items() if name not in ("SFT", "DPO")) > 0.6
+    assert mean["SFT"]["eos_rate"] < 0.45 and "All arms but DPO write shorter answers than SFT" in page
+    assert 1.8 < mean["SteerLM"]["eos_rate"] / mean["SFT"]["eos_rate"] < 2 and "nearly twice as often" in page
 
 
 def test_report_of_nothing(go, tmp_path):
