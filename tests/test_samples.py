@@ -343,6 +343,13 @@ def test_scale_of_a_reward_model_is_measured_anew(toy, tmp_path, sampled):
     assert reward is run.rewards["proxy"] and (reward.mean, reward.std) == (2, 4) and not sampled
 
 
+def test_scale_that_was_set_is_measured_again(toy, tmp_path, sampled):
+    run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward"))
+    harness.rewards.set_scale(run.rewards["proxy"], 3.0, 2.0)
+    reward = harness.reward_to_maximise(run)
+    assert reward is run.rewards["proxy"] and (reward.mean, reward.std) == (3, 2) and not sampled
+
+
 def test_reward_model_without_a_scale_is_left_raw(toy, tmp_path, gold, sampled):
     gold(None)
     run = started(toy, tmp_path / "out", reward=reward_model(tmp_path / "reward"), temperature=0.8)
