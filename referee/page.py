@@ -19,7 +19,8 @@ th { background: #eee }
 .row { display: grid; gap: .6em; grid-template-columns: repeat(auto-fit, minmax(16em, 1fr));
        margin-bottom: 1.2em }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate }
-.prompt { background: #eee; padding: .5em; margin-top: 1.5em; max-height: 14em; overflow-y: auto }
+.prompt { background: #eee; padding: .5em; margin-top: 1.5em; max-height: 14em; overflow-y: auto;
+          display: flex; flex-direction: column-reverse }    /* a long one is scrolled to its end */
 .answer { border: 1px solid #999; padding: .5em }
 .name { font-weight: bold; border-bottom: 1px solid #ccc; margin-bottom: .4em }
 """
@@ -66,8 +67,8 @@ def side_by_side(evening):
     parts = []
     for _, prompt, row in answers(evening)[:SHOWN]:
         cells = [f'<div class="answer"><div class="name">{safe(name)}: {score:.3g}</div>'
-                 f'<div class="text" dir="auto">{safe(text)}</div></div>' for name, text, score in row]
-        parts.append(f'<div class="prompt text" dir="auto">{safe(prompt)}</div>\n'
+                 f'<div class="text" dir="auto">{safe(text.strip())}</div></div>' for name, text, score in row]
+        parts.append(f'<div class="prompt text" dir="auto">{safe(prompt.strip())}</div>\n'
                      f'<div class="row">{"".join(cells)}</div>')
     return "\n".join(parts)
 
