@@ -53,13 +53,16 @@ def paragraphs(sentences):
 
 
 def answers(evening):
-    """[(spread, prompt, [(name, answer, score)])]: the first answers to each prompt, largest spread first."""
+    """[(spread, prompt, [(name, answer, score)])]: the first answers to each prompt, largest spread first.
+
+    White space at both ends of the texts is left out.
+    """
     found = []
     for i in range(0, evening.prompts * evening.n, evening.n):
-        row = [(name, run["samples"]["responses"][i], evening.scores[name][i])
+        row = [(name, run["samples"]["responses"][i].strip(), evening.scores[name][i])
                for name, run in evening.all.items()]
         spread = max(abs(score - row[0][2]) for _, _, score in row)
-        found.append((spread, evening.all[MODEL]["samples"]["prompts"][i], row))
+        found.append((spread, evening.all[MODEL]["samples"]["prompts"][i].strip(), row))
     return sorted(found, key=lambda entry: -entry[0])
 
 
@@ -67,8 +70,8 @@ def side_by_side(evening):
     parts = []
     for _, prompt, row in answers(evening)[:SHOWN]:
         cells = [f'<div class="answer"><div class="name">{safe(name)}: {score:.3g}</div>'
-                 f'<div class="text" dir="auto">{safe(text.strip())}</div></div>' for name, text, score in row]
-        parts.append(f'<div class="prompt text" dir="auto">{safe(prompt.strip())}</div>\n'
+                 f'<div class="text" dir="auto">{safe(text)}</div></div>' for name, text, score in row]
+        parts.append(f'<div class="prompt text" dir="auto">{safe(prompt)}</div>\n'
                      f'<div class="row">{"".join(cells)}</div>')
     return "\n".join(parts)
 
