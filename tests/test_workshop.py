@@ -322,8 +322,9 @@ def test_wall_mixes_settings_counts_seeds_twice_or_stops_at_bad_runs(tmp_path, s
     assert "seed 3" in said["again"] and "3 ä" in said["again"] and said["cut"] == "not finished"
     assert "another version" in said["old"] and "JSONDecodeError" in said["torn"]
     heads = [line for line in text.splitlines() if ": n = " in line]
-    assert heads == ["dpo: n = 3, seeds 1, 2, 3", "dpo --beta 0.5 --temperature 0.7: n = 1, seeds 1",
-                     "ppo: n = 1, seeds 1"]
+    assert heads == ["dpo: n = 3, seeds 1, 2, 3",
+                     "dpo --beta 0.5 --temperature 0.7: n = 1 (an interval needs two), seeds 1",
+                     "ppo: n = 1 (an interval needs two), seeds 1"]
     rows = [line.split() for line in text.splitlines() if line.startswith("  gold")]
     assert rows[1] == ["gold", "0.250", "+0.125"]                              # one run has no interval
     # by hand: 0.5, 0.6, 0.7: deviation 0.1, t[0.975; 2] = 4.303, half 4.303 0.1 / sqrt(3)

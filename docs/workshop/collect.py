@@ -69,7 +69,8 @@ def groups_of(folder):
 
 def table(label, runs):
     """Lines: mean and half a 95% t-interval of each metric, after training and its change."""
-    lines = [f"{label}: n = {len(runs)}, seeds {', '.join(map(str, sorted(runs)))}",
+    few = " (an interval needs two)" * (len(runs) < 2)
+    lines = [f"{label}: n = {len(runs)}{few}, seeds {', '.join(map(str, sorted(runs)))}",
              f"  {'':10}{'after':>18}{'change':>18}"]
     for name, metric in METRICS.items():
         pairs = [(a[metric], b[metric]) for a, b, _ in runs.values() if metric in a and metric in b]
