@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import (BertConfig, BertForSequenceClassification, BertLMHeadModel, GPT2Config,
-                          GPT2LMHeadModel, LlamaForSequenceClassification, RobertaConfig,
-                          RobertaForSequenceClassification)
+from transformers import (AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification,
+                          BertLMHeadModel, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification,
+                          RobertaConfig, RobertaForSequenceClassification)
 
 import common
 import harness
@@ -154,6 +154,18 @@ def test_weights_that_are_missing_become_random(tmp_path):
               tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"lacks 1 weights, which would be random: ..{lost}"):
         common.load_policy(tmp_path, "cpu")
+
+
+def test_weights_that_nothing_reads_are_not_said(tmp_path, toy, capsys):
+    from safetensors.torch import load_file, save_file
+    save_toy(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"model.norm.bias": torch.zeros(16)}, tmp_path / "model.safetensors", {"format": "pt"})
+    common.load_policy(tmp_path, "cpu")
+    assert f"{tmp_path} has weights that are not used: ['model.norm.bias']" in capsys.readouterr().err
+    common.load(AutoModelForSequenceClassification, tmp_path, "cpu", num_labels=1)     # a head in place of one
+    common.load_policy(toy, "cpu")
+    assert "not used" not in capsys.readouterr().err
 
 
 def test_language_model_is_taken_for_a_reward_model(tmp_path, toy):
