@@ -159,11 +159,11 @@ def test_weights_that_are_missing_become_random(tmp_path):
 def test_weights_that_nothing_reads_are_not_said(tmp_path, toy, capsys):
     from safetensors.torch import load_file, save_file
     save_toy(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {"model.norm.bias": torch.zeros(16)}, tmp_path / "model.safetensors", {"format": "pt"})
+    file, more = tmp_path / "model.safetensors", {"model.norm.bias": torch.zeros(16)}
+    save_file(load_file(file) | more, file, {"format": "pt"})
     common.load_policy(tmp_path, "cpu")
     assert f"{tmp_path} has weights that are not used: ['model.norm.bias']" in capsys.readouterr().err
-    common.load(AutoModelForSequenceClassification, tmp_path, "cpu", num_labels=1)     # a head in place of one
+    common.load(AutoModelForSequenceClassification, tmp_path, "cpu", num_labels=1)      # another head
     common.load_policy(toy, "cpu")
     assert "not used" not in capsys.readouterr().err
 
