@@ -552,6 +552,7 @@ def test_held_out_pairs_are_of_another_kind_than_those_that_are_trained_on():
         assert dpo.held_out_pairs(dpo.Config(**options), data) == want
     data.rankings = {"test": [Ranking("ab", ["a", "b"], [2.0, 1.0], ["x", "y"])] * 3}
     assert dpo.held_out_pairs(dpo.Config(pairs="x>z"), data) == []            # no row has writer z
+    assert dpo.held_out_pairs(dpo.Config(pairs="x>y"), data) == [Pair("ab", "a", "b")] * 3
     data.rankings = {}
     assert dpo.held_out_pairs(dpo.Config(pairs="x>z"), data) == own * 4
 

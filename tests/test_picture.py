@@ -236,6 +236,7 @@ def samples_of(change, n=1, name="gold"):
     ([3.0, 0.5, 2.0], [("largest gain", 0), ("median change", 2), ("smallest gain", 1)]),
     ([-3.0, -1.0, -2.0], [("smallest loss", 1), ("median change", 2), ("largest loss", 0)]),
     ([-1.0, 1.0], [("largest gain", 1), ("largest loss", 0)]),
+    ([2.0, 0.0], [("largest gain", 0), ("smallest gain", 1)]),
     ([0.5], [("largest gain", 0)]),
     ([0.0] * 5, [("", 0), ("", 1), ("", 2)])])
 @pytest.mark.parametrize("n, name", [(1, "gold"), (4, "proxy")])
