@@ -145,6 +145,23 @@ def test_directory_without_config_or_with_broken_config_is_a_traceback(tmp_path)
             check_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["llama", "unheard_of"])
+def test_code_that_a_checkpoint_brings_is_run(tmp_path, kind):
+    """A family that transformers knows is loaded as such; another is refused in one line."""
+    save_toy(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": classes}),
+                                          encoding="utf-8")
+    if kind == "llama":
+        common.load_policy(tmp_path, "cpu")
+    else:
+        with pytest.raises(UserError, match="^cannot load a model from [^\n]+$"):
+            common.load_policy(tmp_path, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_weights_that_are_missing_become_random(tmp_path):
     from safetensors.torch import load_file, save_file
     save_toy(tmp_path)
