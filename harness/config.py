@@ -182,10 +182,10 @@ class Config:
     def __post_init__(self):
         for name, choices, interval in limits(type(self)):          # the command line checks choices itself
             value = getattr(self, name)
-            if value is not None and choices and value not in choices:
-                raise UserError(f"--{name} must be one of {', '.join(choices)}, not {value}")
-            must = value is not None and interval and outside(value, interval)
-            if must:
+            if value is None:
+                continue
+            must = outside(value, interval) if interval else f"be one of {', '.join(choices)}"
+            if must if interval else value not in choices:
                 raise UserError(f"--{name} must {must}, not {value}")
         self.out = os.path.expanduser(self.out)                  # of --out=~/run a shell leaves the ~
         kind = "tiny" if self.model == "tiny" else "real"

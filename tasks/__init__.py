@@ -38,6 +38,8 @@ def write_text(path, text):
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8", errors="surrogateescape",    # names of files need not be UTF-8
                     newline="\n")                                         # Windows would write \r\n
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())                                          # else a power cut may leave it empty
     put(part, path)
 
 

@@ -109,6 +109,8 @@ def run_tests(files, words):
 def test_planted_bug_is_not_found_by_its_test_or_the_test_fails_without_it(hunted, bug):
     assert bug in hunted, "the patch does not fit today's code"
     planted, section = hunted[bug], parts(read(KIT / "bugs.md"))[bug]
+    file, word = command_of(bug)
+    assert {*planted} == {test for test in hunted["clean"] if file in test and word.lower() in test.lower()}
     assert {hunted["clean"][test] for test in planted} == {"passed"}
     assert "call" in planted.values()                                        # and not: cannot be imported
     named = set(re.findall(r"`(test_\w+)` (?:and|in)", section))
