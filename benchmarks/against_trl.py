@@ -4,10 +4,10 @@
     python benchmarks/against_trl.py --model DIR --data FILE         # SmolLM2-135M, one thread: 12 minutes
 
 Every way is a process of its own. One step of each is made in turn; nothing else runs then. TRL has the
-reference's log-probs computed beforehand, as dpo.py does; "checkpointing" is its default, which computes
-activations again in the backward pass. A step is: forward, backward, clipping, AdamW; data loading and
-logging are left out. At every step the losses of all ways must agree to 1e-4. Peak: largest resident set.
-Where TRL needs an environment of its own, --trl_python names its interpreter.
+reference's log-probs computed beforehand, as dpo.py does. "Checkpointing" computes activations again in the
+backward pass: it is TRL's default, and ours is without. A step is: forward, backward, clipping, AdamW; data
+loading and logging are left out. At every step the losses of all ways must agree to 1e-4. Peak: largest
+resident set. Where TRL needs an environment of its own, --trl_python names its interpreter.
 """
 import argparse
 import dataclasses
@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS, LR, CLIP, SEED = 4, 1e-6, 10.0, 0                                            # pairs of a step
-WAYS = {"ours": "ours", "TRL": "trl", "TRL, checkpointing": "trl checkpointing"}
+WAYS = {"ours": "ours", "ours, checkpointing": "ours checkpointing",
+        "TRL": "trl", "TRL, checkpointing": "trl checkpointing"}
 
 
 def say(**row):
@@ -49,7 +50,7 @@ def report(began, ended, loss, logps=0.0):
 
 # ------------------------------------------------------------------------------------------------------- ways
 
-def ours(kind, options):
+def ours(kind, options, checkpointing):
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -59,7 +60,8 @@ def ours(kind, options):
     torch.set_num_threads(options.threads)
     shared = dict(model=options.model, data=options.data, max_length=options.max_length, batch_size=PAIRS,
                   lr=LR, schedule="linear", warmup=0.0, epochs=1.0, reward="none", seed=SEED, device="cpu",
-                  quiet=True, token_budget=options.token_budget, max_new_tokens=2, test_data=options.test)
+                  quiet=True, token_budget=options.token_budget, max_new_tokens=2, test_data=options.test,
+                  gradient_checkpointing=checkpointing)
     if kind == "dpo":
         steps, log = harness.Run.steps, harness.Run.log
 
@@ -102,7 +104,7 @@ def with_plain_head(model):
     return model
 
 
-def trl(kind, options, checkpointing=False):
+def trl(kind, options, checkpointing):
     import torch
     import transformers
     from datasets import Dataset
@@ -152,7 +154,7 @@ def prepare(options, folder):
     """options.data: the first pairs that fit and have the same tokens in both; in_order, test: see below."""
     sys.path.insert(0, str(ROOT))
     import harness
-    config = harness.Config(model=options.model, data=options.data, reward="none",
+    config = harness.Config(model=options.model, data=options.data, reward="none", skip_bad_rows=True,
                             max_length=options.max_length, max_new_tokens=2)
     tokenizer, rows = harness.load_tokenizer(config), []
 
@@ -187,7 +189,7 @@ class Way:
     """One process; step() lets it make one step."""
 
     def __init__(self, name, kind, options):
-        python = sys.executable if name == "ours" else options.trl_python
+        python = sys.executable if WAYS[name].startswith("ours") else options.trl_python
         flags = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("trl_python", "way")]
         command = [python, __file__, "--way", f"{kind} {WAYS[name]}", *flags]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -252,7 +254,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if not given.way:
         main(given)
-    elif given.way.endswith("ours"):
-        ours(given.way.split()[0], given)
     else:
-        trl(given.way.split()[0], given, "checkpointing" in given.way)
+        kind, whose, *checkpointing = given.way.split()
+        (ours if whose == "ours" else trl)(kind, given, bool(checkpointing))
