@@ -1,5 +1,6 @@
 """Fixtures and helpers that several test files share; the helpers are imported from here."""
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -217,12 +218,17 @@ def smollm2(tmp_path_factory):
 
 def convert(source, target):
     """Dequantise the GGUF file in `source` into an ordinary float32 save_pretrained directory."""
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
     name = next(Path(source).glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
+    with pytest.MonkeyPatch.context() as patch:             # transformers asks again and again: half the time
+        for slow in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     for holder, attribute in ((model, "hf_quantizer"), (model, "quantization_method"),
                               (model, "is_quantized"), (model.config, "quantization_config")):
         if hasattr(holder, attribute):
             delattr(holder, attribute)
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -49,8 +49,8 @@ ON_TOP = {                                               # later entries count w
     r"python \w+\.py$": "--quiet False",                                    # its tables and picture are made
     r"python raft\.py.* --pool all --refresh True": "--out OUT",                       # docs/raft.md's OUT
     r"python decision_transformer\.py$": "--out runs/decision_transformer/default",    # its page's exercise 1
-    r"python steerlm\.py": "--rated 200",
-    r"python decision_transformer\.py": "--validation 0.02",               # each level is asked for on them
+    r"python steerlm\.py": "--rated 100",
+    r"python decision_transformer\.py": "--validation 0.04",               # each level is asked for on them
     r"python -m referee mine": "--model DIR --data pairs.jsonl --max_length 64 --max_new_tokens 8 "
                                "--methods dpo",
     r"python -m tasks\.verifiable": "--train 8 --test 4 --samples 2 --max_new_tokens 8",
@@ -172,7 +172,7 @@ def build_small(cache):
         for name, size in small.items():
             patch.setattr(build, name, size)
         home = build.models(harness.Config())
-    texts = build.read(home / "demonstrations.json")[:400]         # two scripts train on them, in many passes
+    texts = build.read(home / "demonstrations.json")[:200]         # two scripts train on them, in many passes
     tasks.write_json(home / "demonstrations.json", texts)
     for seed in SEEDS[1:]:
         shutil.copytree(home, home.with_name(f"seed{seed}"))
