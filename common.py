@@ -12,20 +12,17 @@ and scores, rows are read from column 0 on (compact), so positions are right. Pr
 tokenised apart: a prompt has the same ids before every response. Log-probs are in nats, float32 at least.
 """
 import contextlib
-import pickle
 import sys
 from dataclasses import dataclass
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
-BROKEN = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, EOFError,
-          SafetensorError, pickle.UnpicklingError)
+BROKEN = Exception                      # a broken file makes other libraries raise anything, also this itself
 FEW_LOGITS, ROOM = 2 ** 22, {"cpu": 2 ** 14, "cuda": 2 ** 16, "mps": 2 ** 14}  # see token_logps, generate
 CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}   # harmless on a terminal
 
@@ -306,11 +303,11 @@ def load_tokenizer(path, max_length, needs_eos=True):
     """The tokenizer of a model. Prompt and response share max_length tokens. PAD is EOS if there is none."""
     with readable("a tokenizer", path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token                # harmless: masks come from lengths
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return tokenizer
 
 
@@ -389,12 +386,14 @@ def load_reward_model(path, max_length, device="auto", dtype="auto", label="", b
     """Any sequence-classification model; `label` picks one label of several, UserError if not."""
     model = load(AutoModelForSequenceClassification, path, device, dtype)
     tokenizer = load_tokenizer(path, max_length, needs_eos=hasattr(model, "score"))      # not an encoder
-    labels = {name.lower(): i for i, name in model.config.id2label.items()}
+    with readable("a reward model", path):
+        labels = {name.lower(): i for i, name in model.config.id2label.items()}
+        scale = getattr(model.config, "reward_scale", {"mean": 0, "std": 1})
+        mean, std = (float(scale[name]) for name in ("mean", "std"))
     if (len(labels) > 1 or label) and label.lower() not in labels:
         raise UserError(f"the reward model {path} has {len(labels)} labels: pick one with --reward_label, of "
                         f"{', '.join(model.config.id2label.values())}")
-    scale = getattr(model.config, "reward_scale", {"mean": 0.0, "std": 1.0})
-    return RewardModel(model, tokenizer, labels.get(label.lower(), 0), **scale, budget=budget)
+    return RewardModel(model, tokenizer, labels.get(label.lower(), 0), mean, std, budget)
 
 
 # ---------------------------------------------------------------------------------------- sampling, optimizer

@@ -31,8 +31,11 @@ def settings_of(path):
         return None
     with common.readable("an adapter", path):
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict) or not settings.get("base_model_name_or_path"):
+        base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        if not base or not isinstance(base, str):
             raise ValueError("adapter_config.json names no base model")
+        if (Path(base) / "adapter_config.json").exists():
+            raise ValueError(f"its base model {base} is an adapter itself: merge that first")
         return settings
 
 
@@ -84,8 +87,12 @@ def load(path, rank, device, dtype):
                         "--lora_rank to merge it into its model and train that")
     policy = common.load_policy(base, device, dtype)
     with common.readable("an adapter", path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")                                      # what is lost is said below
         handle = peft.PeftModel.from_pretrained(policy, path, START)         # frozen: the reference
+        lost = peft.get_peft_model_state_dict(handle, adapter_name=START).keys() ^ peft.load_peft_weights(
+            path, "cpu").keys()
+        if lost:
+            raise ValueError(f"{len(lost)} weights are not those of its adapter_config.json: {min(lost)}")
         if rank:
             handle.load_adapter(path, TRAINED, is_trainable=True)
             handle.set_adapter(TRAINED)

@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint, found before anything is trained: its files, its kind, how it masks."""
 import inspect
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 import common
 from common import UserError
 from harness.adapters import settings_of
-from tasks import hub
+from tasks import hub, reviews
 
 POINTER = b"version https://git-lfs"
 
@@ -97,6 +98,23 @@ def check_tokenizer(tokenizer, path):
     """UserError for a directory without the tokenizer's files: transformers makes an empty one then."""
     if len(tokenizer) <= len({*tokenizer.all_special_tokens}):
         raise UserError(f"{path} has no tokenizer: save its files there too (tokenizer.save_pretrained)")
+
+
+def check_words(tokenizer, path):
+    """UserError for a policy that does not know the words of the embedded task."""
+    unknown = {*reviews.VOCABULARY} - {*tokenizer.get_vocab()}
+    if unknown:
+        raise UserError(f"--policy {path} does not know {len(unknown)} words of the film reviews: give "
+                        "--data, and --model in place of --policy")
+
+
+def check_saves(policy, path):
+    """UserError for a policy that cannot be saved as it came: said before it is trained."""
+    if not getattr(policy.saved_dtype, "is_floating_point", False):
+        raise UserError(f"{path}: config.json has the dtype {policy.saved_dtype}: write float32 there")
+    with common.readable("what can be saved again", path), tempfile.TemporaryDirectory() as folder:
+        policy.config.save_pretrained(folder)
+        policy.generation_config.save_pretrained(folder)
 
 
 def fit_reward_tokens(tokenizer, model, path):

@@ -17,7 +17,7 @@ import common
 from common import UserError, warn
 from harness import adapters, conditioning, directory, loading, progress, ranks, shards
 from harness.asking import ask
-from harness.checkpoints import check_checkpoint, check_model
+from harness.checkpoints import check_checkpoint, check_model, check_saves, check_words
 from harness.config import Config, method_name
 from harness.evaluation import check_policy
 from harness.rewards import gold_of, load_rewards
@@ -37,11 +37,15 @@ def output_directory(config):
     settings = {k: v for k, v in asdict(config).items() if k not in bookkeeping}
     if not config.out:
         return directory.free_directory(ROOT / "runs" / method_name(config))
+    if config.out.encode("utf-8", "replace").decode() != config.out:
+        raise UserError(f"--out {config.out!r}: not every program can write such a name; give another")
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a directory")
     if config.resume:
         if not any(out.glob("*.pt")):
+            if (out / "samples.txt").exists():                                          # it is written last
+                raise UserError(f"the run in {out} is finished: there is nothing to resume")
             raise UserError(f"nothing to resume in {out}: it holds no state.pt (see --save_every); delete it")
         old = directory.read_args(out)
         if old.get("method", method_name(config)) != method_name(config):
@@ -93,12 +97,15 @@ def prepare(config, out):
     if task.chat:
         chat.end_turns(tokenizer)
     policy.saved_dtype = loading.saved_dtype(config)          # asked for now: nothing may fail after training
+    check_saves(policy, loading.policy_path(config))
     policy.embeddings_came = policy.get_input_embeddings().num_embeddings
     loading.fit_positions(policy, tokenizer, loading.policy_path(config))
     if config.max_new_tokens > tokenizer.model_max_length // 4:
         raise UserError(f"--max_new_tokens {config.max_new_tokens} is more than a quarter of the "
                         f"{tokenizer.model_max_length} tokens that prompt and response share: lower it")
     tokenizer.more_stop_ids = loading.more_stop_ids(policy, tokenizer)
+    if config.data == "reviews" and config.policy:
+        check_words(tokenizer, config.policy)
     if config.data != "reviews":
         loading.fit_task(tokenizer, task, policy.embeddings_came)
         check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
@@ -252,7 +259,9 @@ def main(config_class, train, answer=None):
     def command():
         about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
         config = config_class(**vars(parser_of(config_class, about).parse_args()))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)                              # Windows has none
+        kept = signal.getsignal(hang_up) == signal.SIG_IGN                               # as nohup has it
+        for number in (signal.SIGINT, signal.SIGTERM, *([] if kept else [hang_up])):
             signal.signal(number, Stop.handle)
         if config.reproduce:
             from referee.runs import check_flags, reproduce

@@ -203,7 +203,9 @@ def load_scorer(config, labels=1):
 def more_stop_ids(policy, tokenizer):
     """Token ids that end a response by the policy's own generation_config, besides the tokenizer's EOS."""
     ids = policy.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids):
+        raise UserError(f"generation_config.json has the eos_token_id {ids}: write token ids there")
     return sorted({*ids} - {tokenizer.eos_token_id})
 
 

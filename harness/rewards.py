@@ -25,9 +25,7 @@ from harness.stages import Recipe, check_finite, train_reward_model
 from tasks import chat
 
 
-# What a function of the user's may raise. SystemExit: a module may end with sys.exit(main()).
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError,
-            OSError, RuntimeError, StopIteration, SyntaxError, SystemExit, TypeError, ValueError)
+MISTAKES = Exception, SystemExit, GeneratorExit     # what the user's own code may raise: all but Ctrl-C
 
 
 def load_rewards(config, task):
@@ -139,13 +137,15 @@ def said(error):
 
 
 @contextlib.contextmanager
-def same_directory():
-    """The user's code may change the current directory; afterwards it is what it was."""
-    here = os.getcwd()
-    try:
-        yield
-    finally:
-        os.chdir(here)
+def as_before():
+    """The user's code may change the directory, and torch's gradients and type; then they are set back."""
+    here, dtype = os.getcwd(), torch.get_default_dtype()
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            os.chdir(here)
+            torch.set_default_dtype(dtype)
 
 
 def functions_of(text, flag="--reward"):
@@ -156,7 +156,7 @@ def functions_of(text, flag="--reward"):
     for part in text.split(","):
         name, _, weight = part.strip().partition("*")
         try:
-            with same_directory():
+            with as_before():
                 found.append((pkgutil.resolve_name(name), float(weight or 1), name))
         except MISTAKES as error:
             raise UserError(f"{flag} {part!r} ({said(error)}): write module:function, or "
@@ -186,7 +186,7 @@ class UserReward:
         for function, weight, name in self.functions:
             def made():
                 asked = [[*map(dict, getattr(prompt, "messages", ()))] or str(prompt) for prompt in prompts]
-                with ranks.fork_rng(), same_directory():
+                with ranks.fork_rng(), as_before():
                     try:
                         return function(asked, [*texts])
                     except MISTAKES as error:

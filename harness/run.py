@@ -35,7 +35,7 @@ PLAIN = "step", "trace", "samples", "counts", "state"           # what a checkpo
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: a step that is under way is ended first, so that it can be saved."""
+    """Ctrl-C, SIGTERM, SIGHUP: a step that is under way is ended first, so that it can be saved."""
     stepping, signal, cut = False, 0, False                     # cut: there is a run, and it has not ended
 
     @classmethod
@@ -44,7 +44,8 @@ class Stop:
             cls.signal = number
             raise KeyboardInterrupt
         cls.signal = number
-        print("\nstopping after this step", file=sys.stderr)
+        with contextlib.suppress(OSError):                      # after SIGHUP the terminal is gone
+            print("\nstopping after this step", file=sys.stderr)
 
 
 def now():
@@ -212,6 +213,7 @@ class Run:
     def log(self, step, metrics):
         """One line of metrics.jsonl, and the progress bar's. Ends the step: the clock of the step stops."""
         metrics = {name: float(shards.number(value)) for name, value in metrics.items()}
+        check_finite(torch.tensor([metrics.get("grad_norm", 0.0)]), step + 1, ["of the step"], "grad_norm")
         self.count_time()
         self.step = step + 1
         self.write({"step": self.step, **metrics})
@@ -344,11 +346,15 @@ class Run:
             del state["trained"][frozen]
         state = shards.whole(state)
         if ranks.first():
-            directory.save_state(self.out, state | {name: getattr(self, name) for name in PLAIN})
+            own = {"method": method_name(self.config)} | {name: getattr(self, name) for name in PLAIN}
+            directory.save_state(self.out, state | own)
 
     def restore(self):
         with ranks.in_turn() if self.config.shard else contextlib.nullcontext():       # whole in memory: once
-            state = directory.load_state(self.out)
+            state, own = directory.load_state(self.out), method_name(self.config)
+            if state.get("method", own) != own:
+                raise common.UserError(f"the checkpoint in {self.out} is of {state['method']}.py, not of "
+                                       f"{own}.py: give another --out")
             shards.cut(state, self.trained, self.optimizer)
         self.trained.load_state_dict(state["trained"], strict=not self.config.lora_rank)
         for name in ("optimizer", "schedule"):

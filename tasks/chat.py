@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 
 from common import UserError, warn
 
+REFUSED = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 QUESTION, ANSWER = {"role": "user", "content": "Hi"}, "Yes"           # a conversation to try a template with
 
 
@@ -40,7 +41,7 @@ def render(tokenizer, messages):
         if messages[-1]["role"] == "assistant":
             return Prompt(apply(tokenizer, messages, continue_final_message=True), messages)
         return Prompt(apply(tokenizer, messages, add_generation_prompt=True) + header(tokenizer), messages)
-    except (TemplateError, ValueError, TypeError) as error:
+    except REFUSED as error:
         raise UserError(f'the chat template refuses "prompt" ({error})') from error
 
 
@@ -61,7 +62,7 @@ def finished_turn(tokenizer):
     """A question and its answer, as the template writes them; "" where it takes no such conversation."""
     try:
         return apply(tokenizer, [QUESTION, {"role": "assistant", "content": ANSWER}])
-    except TemplateError:
+    except REFUSED:
         return ""
 
 

@@ -17,9 +17,11 @@ prompt goes through the tokenizer's chat template. HH transcripts keep their own
 A line that cannot be used is an error: nothing is guessed. `skip_bad_rows` leaves such lines out and counts
 them.
 """
+import glob
 import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import tempfile
@@ -116,9 +118,11 @@ def read_table(path: Path, form: str):
         raise UserError(f'{path.name} is a {form} file: pip install -e ".[hub]" to read it, or convert it to '
                         ".jsonl") from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)               # the reason is in our own line
+    where = glob.escape(os.path.abspath(path))                              # else pairs[1].csv is pairs1.csv
     with tempfile.TemporaryDirectory() as folder:
         try:
-            table = datasets.load_dataset(form, data_files=str(path), split="train", cache_dir=folder,
+            table = datasets.load_dataset(form, data_files=where, split="train", cache_dir=folder,
                                           keep_in_memory=True)       # Windows deletes no file that is mapped
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error.__cause__ or error).split())

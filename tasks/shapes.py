@@ -30,8 +30,9 @@ def message_of(value):
         value = {"role": ROLES.get(value["from"], value["from"]), "content": value["value"]}
     if isinstance(value, dict) and isinstance(value.get("content"), list):
         parts = value["content"]
-        if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-            value = value | {"content": "".join(str(part.get("text")) for part in parts)}
+        if all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+               for part in parts):
+            value = value | {"content": "".join(part["text"] for part in parts)}
     return value
 
 

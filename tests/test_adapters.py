@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -244,14 +245,30 @@ def test_peft_that_is_missing_is_a_traceback(toy, monkeypatch):
 @pytest.mark.parametrize("content, message", [
     ("{", "cannot load an adapter from"), ("[]", "names no base model"), ("{}", "names no base model"),
     ('{"base_model_name_or_path": "BASE", "peft_type": "PREFIX_TUNING"}', "an adapter, but not LoRA"),
+    ('{"base_model_name_or_path": 5, "r": 4}', "names no base model"),
+    ('{"base_model_name_or_path": "ADAPTER", "r": 4}', "is an adapter itself: merge that first"),
     ('{"base_model_name_or_path": "/no/such/model", "r": 4}', "there is no directory /no/such/model")])
 def test_adapter_that_cannot_be_used_is_a_traceback(content, message, toy, tmp_path):
     adapters.save(harness.load_policy(settings(toy, lora_rank=4)), tmp_path / "adapter")
     harness.load_tokenizer(settings(toy)).save_pretrained(tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(content.replace("BASE", str(toy)), encoding="utf-8")
+    content = content.replace("BASE", str(toy)).replace("ADAPTER", str(config.parent))
+    config.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         started(toy, tmp_path / "run", policy=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("renamed", [lambda name: name[1:], lambda name: name.replace("layers.1", "layers.9")
+                                     ], ids=["all", "some"])
+def test_weights_of_an_adapter_are_other_ones(rank, renamed, toy, tmp_path):
+    """peft only warns, and the base model would be trained."""
+    adapters.save(harness.load_policy(settings(toy, lora_rank=4)), tmp_path)
+    assert harness.load_policy(settings(toy, policy=str(tmp_path), lora_rank=rank))
+    file = tmp_path / "adapter_model.safetensors"
+    safetensors.torch.save_file({renamed(k): v for k, v in safetensors.torch.load_file(file).items()}, file)
+    with pytest.raises(UserError, match="weights are not those of its adapter_config.json"):
+        harness.load_policy(settings(toy, policy=str(tmp_path), lora_rank=rank))
 
 
 def test_weights_of_an_adapter_are_cut(toy, tmp_path):

@@ -83,6 +83,16 @@ def test_a_last_assistant_message_is_closed_or_followed_by_another_turn():
     assert prompt == "user Hi <end> assistant Yes"
 
 
+@pytest.mark.parametrize("template", [
+    "{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ nothing.of.this }}",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"])
+def test_template_that_fails_is_a_traceback(template):
+    with pytest.raises(UserError, match="the chat template refuses"):
+        chat.render(tokenizer(template), ASK)
+    only_answers = GEMMA.replace("{{ m.role }}", "{% if m.role == 'assistant' %}" + template + "{% endif %}")
+    assert chat.finished_turn(tokenizer(only_answers)) == ""
+
+
 def test_a_reward_model_reads_the_dialect_of_the_policy():
     prompts = [chat.render(tokenizer(), [{"role": "system", "content": "Be brief"}, *ASK]), "plain"]
     other = tokenizer("{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -191,6 +201,8 @@ TURN = {"from": "human", "value": "p"}
     ({"prompt": [{"role": "user",
                   "content": [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]}]},
      {"prompt": [{"role": "user", "content": "pq"}]}),
+    ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]},               # to be refused as it is
+     {"prompt": [{"role": "user", "content": [{"type": "text"}]}]}),
     (P | {"responses": ["a", "b"], "scores": [1, 2]}, P | {"responses": ["a", "b"], "scores": [1, 2]})])
 def test_published_rows_are_read_as_something_else(row, expected):
     assert shapes.canonical(row) == expected

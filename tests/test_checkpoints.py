@@ -15,7 +15,8 @@ import harness
 from common import UserError
 from conftest import save_toy, settings, started
 from harness import loading
-from harness.checkpoints import check_checkpoint, check_model
+from harness.checkpoints import check_checkpoint, check_model, check_words
+from tasks import build
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 
@@ -81,6 +82,35 @@ def test_file_of_the_wrong_shape_is_a_traceback(name, text, tmp_path, toy):
         started(toy, tmp_path / "run", model=str(tmp_path / "model"))
     except UserError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("tokenizer.json", {"version": "9"}, "cannot load a tokenizer from .*Unknown tokenizer version"),
+    ("tokenizer_config.json", {"model_max_length": "64"}, "cannot load a tokenizer from"),
+    ("config.json", {"output_attentions": True}, "cannot load what can be saved again from"),
+    ("config.json", {"dtype": "int8"}, "config.json has the dtype .*int8: write float32 there"),
+    ("config.json", {"pad_token_id": 100}, "cannot load a model from"),
+    ("generation_config.json", {"eos_token_id": [[1]]}, r"has the eos_token_id \[\[1\]\]: write token ids"),
+    ("generation_config.json", {"eos_token_id": 1.5}, r"has the eos_token_id \[1.5\]: write token ids")])
+def test_value_that_fails_late_is_found_late_or_a_traceback(name, changes, message, tmp_path, toy):
+    file = save_toy(tmp_path / "model") / name
+    found = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        started(toy, tmp_path / "run", model=str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("scale", [[1], None, {"mean": "a", "std": 1.0}, {"mean": 0.0}])
+def test_scale_of_a_reward_model_is_damaged(scale, tmp_path):
+    path = save_toy(tmp_path, LlamaForSequenceClassification, num_labels=1)
+    with pytest.raises(UserError, match="cannot load a reward model from"):
+        common.load_reward_model(config_of(path, reward_scale=scale), 64, "cpu")
+
+
+def test_policy_that_does_not_know_the_words_of_the_task(toy):
+    check_words(build.tiny_tokenizer(160), "sft")
+    with pytest.raises(UserError, match=r"does not know \d+ words of the film reviews: give --data"):
+        check_words(common.load_tokenizer(toy, 64), toy)
 
 
 def test_model_without_tokenizer_answers_to_nothing(tmp_path, toy):

@@ -291,6 +291,7 @@ def test_added_flag_takes_the_place_of_a_commands_own():
     ("python steerlm.py --model MODEL --data rated.jsonl --quality kindness", "--quality must name"),
     ("python dpo.py --model DIR --data ranked.jsonl --pairs 'gpt-5>davinci'", "gpt-5"),
     ("python dpo.py --prompt 'how was the score?' --policy DIR", "no args.json"),
+    ("python dpo.py --policy DIR", "words of the film reviews: give --data"),
     ("python -m referee dpo --report --beta 0.7", "beta=0.7"),
     ("python -m referee dpo --seed", "expected one argument"),
     ("python docs/workshop/collect.py nowhere", "no finished run"),

@@ -639,6 +639,29 @@ def test_run_of_another_method_is_resumed(toy, tmp_path):
     with pytest.raises(UserError, match=r"run is a run of dpo\.py, not of pro\.py"):
         harness.start(other)
     harness.launch(dpo.train, dataclasses.replace(config, resume=True))
+    (tmp_path / "run" / "state.pt").unlink()
+    with pytest.raises(UserError, match="the run in .* is finished: there is nothing to resume"):
+        harness.start(dataclasses.replace(config, resume=True))
+
+
+def test_checkpoint_of_another_method_is_gone_on_with(toy, cut, tmp_path):
+    """As after a mix-up of files: args.json says dpo, state.pt is of another script."""
+    shutil.copytree(cut, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["method"] == "dpo"
+    for name in directory.CHECKPOINTS:
+        torch.save(state | {"method": "raft"}, tmp_path / "run" / name)
+    with pytest.raises(UserError, match=r"the checkpoint in .* is of raft.py, not of dpo.py"):
+        harness.launch(dpo.train, config_of(toy, tmp_path / "run", resume=True))
+
+
+def test_gradient_that_is_not_finite_is_logged(toy, tmp_path):
+    run = toy_run(toy, out=tmp_path)
+    run.bar = SimpleNamespace(set_postfix_str=str)
+    run.log(0, {"loss": 1.0, "grad_norm": 2.0})
+    with pytest.raises(harness.Diverged, match="^step 2: grad_norm is inf"):
+        run.log(1, {"loss": 1.0, "grad_norm": math.inf})
+    assert len((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
 @pytest.mark.parametrize("flags, name", [
@@ -880,6 +903,41 @@ def test_policy_whose_args_are_damaged_is_a_traceback(text, toy, tmp_path):
     (path / "attributes.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="has no attributes.json of steerlm.py"):
         asking.load_attributes(path, "steerlm")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_closed_terminal_loses_the_run_or_ends_one_under_nohup(ignored, monkeypatch):
+    came = signal.SIG_IGN if ignored else signal.SIG_DFL
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "--reproduce", "--seed", "3"])
+    try:
+        signal.signal(signal.SIGHUP, came)
+        with pytest.raises(SystemExit):
+            harness.main(dpo.Config, dpo.train)
+        assert signal.getsignal(signal.SIGHUP) == (came if ignored else Stop.handle)
+        assert signal.getsignal(signal.SIGTERM) == Stop.handle
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_step_is_not_ended_where_the_terminal_is_gone(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    Stop.stepping = True
+    Stop.handle(signal.SIGTERM, None)
+    assert Stop.signal == signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
+def test_out_is_not_utf8(toy, tmp_path):
+    with pytest.raises(UserError, match="^--out .*not every program can write such a name"):
+        harness.start(config_of(toy, tmp_path / os.fsdecode(b"x\xff")))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")

@@ -95,6 +95,17 @@ def test_tables_and_arrays_are_read_as_lines_are(tmp_path):
         assert preferences.load(str(tmp_path / name)) == plain
 
 
+@pytest.mark.parametrize("name", ["pairs[1].csv", "a*.csv"])
+def test_name_of_a_table_is_taken_for_a_pattern(name, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    for file in (name, "pairs1.csv", "ab.csv"):
+        lines = [f"{file} {i},yes,no" for i in range(6)]
+        (tmp_path / file).write_text("\n".join(["prompt,chosen,rejected", *lines]), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    prompts = preferences.load(name).prompts
+    assert {*prompts["train"], *prompts["test"]} == {f"{name} {i}" for i in range(6)}
+
+
 def test_ultrafeedback_in_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
 

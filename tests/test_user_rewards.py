@@ -43,9 +43,15 @@ def broken(prompts, responses):
     return [prompt["text"] for prompt in prompts]
 def leaves(prompts, responses):
     raise SystemExit(0)
+class RateLimit(Exception):
+    pass
+def limited(prompts, responses):
+    raise RateLimit("try again later")
 def restless(prompts, responses):
     import os, torch
     torch.manual_seed(7)
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
     os.chdir("/")
     return [1.0] * len(responses)
 def changes(prompts, responses):
@@ -146,6 +152,7 @@ def test_function_gets_other_texts_than_the_data_has(mine):
     ("unsure_rewards:f", "unsure_rewards:f' .AssertionError: not here"),
     ("my_rewards:broken", "my_rewards:broken failed .TypeError: string indices.*, my_rewards.py line [0-9]+"),
     ("my_rewards:leaves", "my_rewards:leaves failed .SystemExit: 0, my_rewards.py line"),
+    ("my_rewards:limited", "my_rewards:limited failed .RateLimit: try again later, my_rewards.py line"),
     ("my_rewards:hangs_up", "my_rewards:hangs_up failed .BrokenPipeError: the judge is gone"),
     ("my_rewards:letters*nan", "letters.nan': the weight nan is not finite"),
     ("my_rewards:letters*inf", "the weight inf is not finite"),
@@ -157,12 +164,13 @@ def test_bad_function_is_a_traceback_or_its_row_is_not_named(text, message, mine
 
 
 def test_function_changes_the_run_around_it(mine):
-    """Its random numbers, the current directory, the messages of the data."""
+    """Its random numbers, the current directory, torch's settings, the messages of the data."""
     torch.manual_seed(3)
     expected = torch.rand(2).tolist()
     torch.manual_seed(3)
     assert scores("my_rewards:restless") == [1, 1, 1] and os.getcwd() == str(mine)
     assert torch.rand(2).tolist() == expected
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     (mine / "moving_rewards.py").write_text("import os\nos.chdir('/')\ndef f(p, r): return [0.0] * len(r)\n",
                                             encoding="utf-8")
     assert scores("moving_rewards:f") == [0, 0, 0] and os.getcwd() == str(mine)

@@ -315,12 +315,19 @@ def test_wall_mixes_settings_counts_seeds_twice_or_stops_at_bad_runs(tmp_path, s
     for name, text in (("list", "[1]"), ("old", '{"seed": 1}'), ("bytes", "\udcff")):
         write_run(tmp_path / name, 7, 9.0)
         (tmp_path / name / "args.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    for name, odd in (("number", {"method": 5}), ("names", {"method": ["dpo"]}), ("seed", {"seed": "x"}),
+                      ("data", {"data_fingerprint": None}), ("unknown", {"method": "\x1b[31m"})):
+        write_run(tmp_path / name, 8, 9.0)
+        file = tmp_path / name / "args.json"
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | odd), encoding="utf-8")
+    write_run(tmp_path / "null", 8, 9.0, rows=[{"step": 0, "eval/kl": None}])
     monkeypatch.setattr(sys, "argv", ["collect.py", str(tmp_path)])
     collect.main()
     text = capsys.readouterr().out
     said = {Path(line.split(": ")[1]).name: line.split(": ", 2)[2] for line in text.splitlines()
             if line.startswith("left out: ")}
-    assert set(said) == {"again", "cut", "torn", "untrained", "list", "old", "bytes"}
+    assert set(said) == {"again", "cut", "torn", "untrained", "list", "old", "bytes", "number", "names",
+                         "data", "seed", "unknown", "null"}
     assert "seed 3" in said["again"] and "3 ä" in said["again"] and said["cut"] == "not finished"
     assert "another version" in said["old"] and "JSONDecodeError" in said["torn"]
     heads = [line for line in text.splitlines() if ": n = " in line]
@@ -332,6 +339,17 @@ def test_wall_mixes_settings_counts_seeds_twice_or_stops_at_bad_runs(tmp_path, s
     # by hand: 0.5, 0.6, 0.7: deviation 0.1, t[0.975; 2] = 4.303, half 4.303 0.1 / sqrt(3)
     assert rows[0] == ["gold", "0.600", "±0.248", "+0.475", "±0.248"]
     assert (tmp_path / "wall.png").stat().st_size > 10000
+
+
+def test_shown_numbers_reach_the_terminal_raw(tmp_path, script, monkeypatch, capsys):
+    rows = ['{"step": 0, "a\\u001b[31m": "\\u0007"}', "[1]", '{"kl": 1}', '{"step": 1, "kl": 2}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for words in ([], ["kl"], ["a\x1b[31m"], ["b\x1b"]):
+        monkeypatch.setattr(sys, "argv", ["show.py", str(tmp_path), *words])
+        script("show").main()
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out
+    assert "kl: first 2 (step 1), last 2 (step 1)" in out and "a\\x1b[31m: first \\x07 (step 0)" in out
 
 
 def test_folder_without_a_finished_run_is_a_traceback(tmp_path, script):

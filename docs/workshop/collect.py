@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from harness import UserError
+from harness import CONTROL, UserError
 from harness.command_line import in_one_line
 from referee.arms import config_class, identity, method_names
 
@@ -33,22 +33,23 @@ def read(folder):
     try:
         args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "eval/kl" in row]
-        seed, first, last = args["seed"], rows[0], rows[-1]
-        method, config = config_of(args)
-    except (OSError, UnicodeError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"args.json or metrics.jsonl cannot be read ({type(error).__name__})") from None
-    flags = [f"--{name} {value}" for name, value in sorted(identity(config).items())]
-    return " ".join([method, *flags, args["data_fingerprint"]]).strip(), seed, first, last
+        found = [row for row in map(json.loads, lines) if "eval/kl" in row]
+        rows = [{k: float(row[k]) for k in METRICS.values() if k in row} for row in (found[0], found[-1])]
+        return label_of(args).translate(CONTROL), int(args["seed"]), *rows
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        fault = f"args.json or metrics.jsonl cannot be read ({type(error).__name__})"
+        raise UserError(error if isinstance(error, UserError) else fault) from None
 
 
-def config_of(args):
-    """(method, its Config). UserError where the method, or one of its options, is not known."""
+def label_of(args):
+    """Method, settings, data. UserError where the method, or one of its options, is not known."""
     name = args.get("method")
-    options = {f.name for f in fields(config_class(name))} if name in method_names() else {"method"}
-    if not options <= {*args}:
+    options = {f.name for f in fields(config_class(name))} if name in method_names() else set()
+    if not options or not options <= {*args}:
         raise UserError("its options are those of no method: was it run with another version of the code?")
-    return name, config_class(name)(**{k: args[k] for k in options - {"resume"}})
+    settings = identity(config_class(name)(**{k: args[k] for k in options - {"resume"}}))
+    flags = [f"--{option} {value}" for option, value in sorted(settings.items())]
+    return " ".join([name, *flags, args["data_fingerprint"]]).strip()
 
 
 def groups_of(folder):
@@ -57,9 +58,8 @@ def groups_of(folder):
     for file in sorted(folder.rglob("args.json")):
         try:
             label, seed, *run = read(file.parent)
-            other = groups.setdefault(label, {}).setdefault(seed, (*run, file.parent))[2]
-            if other != file.parent:
-                raise UserError(f"seed {seed} is there already, in {other}")
+            if (kept := groups.setdefault(label, {}).setdefault(seed, (*run, file.parent))[2]) != file.parent:
+                raise UserError(f"seed {seed} is there already, in {kept}")
         except UserError as error:
             print(f"left out: {file.parent}: {error}")
     if not groups:

@@ -51,10 +51,10 @@ def main():
     parser.add_argument("--undo", action="store_true", help="take the bug out")
     options = parser.parse_args()
     number = options.bug.zfill(2)
-    patch = ROOT / "docs" / "workshop" / "bugs" / f"{number}.patch"
-    if not patch.exists():
-        sys.exit(f"there is no bug {options.bug}: take 01 to 10")
-    name, clean, planted = read_patch(patch.read_text(encoding="utf-8"))
+    patches = {path.stem: path for path in (ROOT / "docs" / "workshop" / "bugs").glob("*.patch")}
+    if number not in patches:
+        sys.exit(f"there is no bug {ascii(options.bug)[1:-1]}: take 01 to 10")
+    name, clean, planted = read_patch(patches[number].read_text(encoding="utf-8"))
     old, new = (planted, clean) if options.undo else (clean, planted)
     if not exchange(ROOT / name, old, new):
         text = (ROOT / name).read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ def rows_of(folder):
         rows = [json.loads(line) for line in lines[:-1]]
         with contextlib.suppress(ValueError):
             rows += map(json.loads, lines[-1:])
+        rows = [row for row in rows if isinstance(row, dict) and "step" in row]
         if rows:
             return rows
     sys.exit(f"error: {folder} has no metrics.jsonl that can be read: give the directory of a run")
@@ -48,7 +49,8 @@ def main():
     parser.add_argument("names", nargs="*")
     parser.add_argument("--all", action="store_true", help="the value at every step")
     options = parser.parse_intermixed_args()                       # --all may stand anywhere
-    print("\n".join(lines_of(rows_of(options.run), options.names, options.all)))
+    for line in lines_of(rows_of(options.run), options.names, options.all):
+        print(line.translate({i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160))}))   # for the terminal
 
 
 if __name__ == "__main__":
