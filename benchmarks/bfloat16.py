@@ -38,6 +38,8 @@ def measure(kind, flags):
 
 
 def main(flags):
+    if not {"--model", "--data"} <= {*flags}:
+        sys.exit("give --model and --data")
     found = {kind: [] for kind in KINDS}
     for _ in range(REPEATS):
         for kind in KINDS:
