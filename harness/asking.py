@@ -17,7 +17,6 @@ from tasks.preferences import LONE_SURROGATE
 OF_RUN = "model", "data", "seed", "max_length", "max_new_tokens", "temperature"      # unless another is given
 
 
-
 def latest_run(method, file):
     """The newest run of this method that has this file, which is written last. UserError for none."""
     runs = sorted((ROOT / "runs" / method).glob(f"*/{file}"), key=lambda file: file.stat().st_mtime)
@@ -39,7 +38,7 @@ def read_dict(file):
 def load_attributes(path, method):
     """What the policy in this directory was conditioned on, from its attributes.json. UserError if none."""
     found = read_dict(Path(path) / "attributes.json")
-    if found.get("method") != method:
+    if found.get("method") != method or not isinstance(found.get("levels"), dict):
         raise UserError(f"{path} has no attributes.json of {method}.py, so it is not known which attributes "
                         f"its policy reads: give --policy the directory of a finished run of {method}.py")
     return found
@@ -72,13 +71,13 @@ def ask(config, method, tags_of=None):
     path = Path(config.policy or latest_run(method, "attributes.json" if tags_of else "samples.txt"))
     attributes = load_attributes(path, method) if tags_of else {}
     tags = tags_of(attributes, parse_request(config.steer, attributes["levels"])) if tags_of else ""
-    of_run = read_dict(path / "args.json")
-    if not of_run.keys() >= {*OF_RUN, "policy"}:
+    of_run, now, plain = read_dict(path / "args.json"), vars(config), vars(type(config)())
+    if not all(type(of_run.get(name)) in ([str] if isinstance(plain[name], str) else [int, float])
+               for name in (*OF_RUN, "policy")):
         of_run = {}
     if not of_run and not tags_of:
         whole = " whole" * (path / "args.json").exists()
         raise UserError(f"{path} has no{whole} args.json: give --policy the directory of a finished run")
-    now, plain = vars(config), vars(type(config)())
     usual = {name: of_run[name] for name in OF_RUN if of_run and now[name] == plain[name]}
     after = replace(config, **usual | {"policy": str(path), "lora_rank": 0})
     conversation = of_run.get("conversations", attributes.get("chat", False))

@@ -894,12 +894,19 @@ def test_runs_is_a_link_to_nowhere(tmp_path):
         directory.free_directory(tmp_path / "runs")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"learning_rate": 1}', "null"])
+ARGS = dict(model="x", policy="", data="y", seed=0, max_length=64, max_new_tokens=5, temperature=1.0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"learning_rate": 1}', "null", json.dumps(ARGS | {"seed": "0"}),
+                                  json.dumps(ARGS | {"model": None}), json.dumps(ARGS | {"max_length": "x"})])
 def test_policy_whose_args_are_damaged_is_a_traceback(text, toy, tmp_path):
     path = save_toy(tmp_path / "policy")
     (path / "args.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="has no whole args.json: give --policy"):
         asking.ask(settings(toy, policy=str(path), prompt="a"), "dpo")
+    (path / "attributes.json").write_text('{"method": "steerlm", "levels": null}', encoding="utf-8")
+    with pytest.raises(UserError, match="has no attributes.json of steerlm.py"):
+        asking.load_attributes(path, "steerlm")
     (path / "attributes.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="has no attributes.json of steerlm.py"):
         asking.load_attributes(path, "steerlm")
