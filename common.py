@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 transformers.logging.set_verbosity_error()                # no load reports for the new head of a reward model
 transformers.logging.disable_progress_bar()
-BROKEN = Exception                      # a broken file makes other libraries raise anything, also this itself
+BROKEN = Exception                     # other libraries raise anything at a broken file, tokenizers just this
 FEW_LOGITS, ROOM = 2 ** 22, {"cpu": 2 ** 14, "cuda": 2 ** 16, "mps": 2 ** 14}  # see token_logps, generate
 CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}   # harmless on a terminal
 

@@ -112,7 +112,7 @@ def check_saves(policy, path):
     """UserError for a policy that cannot be saved as it came: said before it is trained."""
     if not getattr(policy.saved_dtype, "is_floating_point", False):
         raise UserError(f"{path}: config.json has the dtype {policy.saved_dtype}: write float32 there")
-    with common.readable("what can be saved again", path), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, common.readable("a config that can be saved", path):
         policy.config.save_pretrained(folder)
         policy.generation_config.save_pretrained(folder)
 

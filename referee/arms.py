@@ -125,6 +125,9 @@ def defaults(method_names):
             for name, config in configs.items()}
 
 
+KINDS = {"runs": list, "config": dict, "defaults": dict, "best_of_n": dict, "machines": dict}
+
+
 def load(path):
     """What a results file holds; {} where there is none. UserError for one that is damaged."""
     if not Path(path).exists():
@@ -133,6 +136,9 @@ def load(path):
         stored = json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
         if not isinstance(stored, dict):
             raise ValueError("no JSON object")
+        wrong = [name for name, kind in KINDS.items() if not isinstance(stored.get(name, kind()), kind)]
+        if wrong or not all(isinstance(run, dict) for run in stored.get("runs", [])):
+            raise ValueError(f"{(wrong or ['runs'])[0]} is of a wrong type")
         return stored
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): restore or delete it") from None

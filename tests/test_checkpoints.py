@@ -87,7 +87,7 @@ def test_file_of_the_wrong_shape_is_a_traceback(name, text, tmp_path, toy):
 @pytest.mark.parametrize("name, changes, message", [
     ("tokenizer.json", {"version": "9"}, "cannot load a tokenizer from .*Unknown tokenizer version"),
     ("tokenizer_config.json", {"model_max_length": "64"}, "cannot load a tokenizer from"),
-    ("config.json", {"output_attentions": True}, "cannot load what can be saved again from"),
+    ("config.json", {"output_attentions": True}, "cannot load a config that can be saved from"),
     ("config.json", {"dtype": "int8"}, "config.json has the dtype .*int8: write float32 there"),
     ("config.json", {"pad_token_id": 100}, "cannot load a model from"),
     ("generation_config.json", {"eos_token_id": [[1]]}, r"has the eos_token_id \[\[1\]\]: write token ids"),

@@ -402,7 +402,8 @@ def test_damaged_file_of_a_policy_is_a_traceback(name, kind, place, toy, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"runs": [}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"runs": [}', b'{"runs": null}',
+                                     b'{"runs": [5]}', b'{"config": 5}', b'{"machines": []}'])
 def test_damaged_results_are_a_traceback(content, tmp_path):
     (tmp_path / "dpo.json").write_bytes(content)
     with pytest.raises(UserError, match="dpo.json cannot be read .*: restore or delete it"):
