@@ -237,6 +237,12 @@ def in_one_line(function):
         sys.exit(128 + (Stop.signal or signal.SIGINT))
 
 
+def hung_up(number, frame):
+    """SIGHUP ends the run as SIGTERM does. The terminal is gone: nothing can be printed."""
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    Stop.handle(number, frame)
+
+
 def parser_of(config_class, about=None, prog=None):
     """The parser of all options; above its error stands one line, not the list of all flags."""
     usage = "%(prog)s [--flag value ...]    (all flags: %(prog)s --help)"
@@ -259,10 +265,10 @@ def main(config_class, train, answer=None):
     def command():
         about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
         config = config_class(**vars(parser_of(config_class, about).parse_args()))
-        hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)                              # Windows has none
-        kept = signal.getsignal(hang_up) == signal.SIG_IGN                               # as nohup has it
-        for number in (signal.SIGINT, signal.SIGTERM, *([] if kept else [hang_up])):
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, Stop.handle)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:    # nohup has it
+            signal.signal(signal.SIGHUP, hung_up)
         if config.reproduce:
             from referee.runs import check_flags, reproduce
             check_flags(config)

@@ -44,8 +44,7 @@ class Stop:
             cls.signal = number
             raise KeyboardInterrupt
         cls.signal = number
-        with contextlib.suppress(OSError):                      # after SIGHUP the terminal is gone
-            print("\nstopping after this step", file=sys.stderr)
+        print("\nstopping after this step", file=sys.stderr)
 
 
 def now():

@@ -923,22 +923,30 @@ def test_closed_terminal_loses_the_run_or_ends_one_under_nohup(ignored, monkeypa
         signal.signal(signal.SIGHUP, came)
         with pytest.raises(SystemExit):
             harness.main(dpo.Config, dpo.train)
-        assert signal.getsignal(signal.SIGHUP) == (came if ignored else Stop.handle)
+        assert signal.getsignal(signal.SIGHUP) == (came if ignored else command_line.hung_up)
         assert signal.getsignal(signal.SIGTERM) == Stop.handle
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_step_is_not_ended_where_the_terminal_is_gone(monkeypatch):
+def test_step_is_not_ended_where_the_terminal_is_gone(toy, tmp_path, monkeypatch):
     class Gone:
         def write(self, text):
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(sys, "stderr", Gone())
-    Stop.stepping = True
-    Stop.handle(signal.SIGTERM, None)
-    assert Stop.signal == signal.SIGTERM
+    def hang_up(run, step, metrics, log=harness.Run.log):
+        log(run, step, metrics)
+        if step == 1:
+            for name in ("stdout", "stderr"):
+                monkeypatch.setattr(sys, name, Gone())
+            command_line.hung_up(1, None)
+
+    monkeypatch.setattr(harness.Run, "log", hang_up)
+    with pytest.raises(SystemExit) as left:
+        in_one_line(lambda: harness.launch(dpo.train, config_of(toy, tmp_path / "run")))
+    assert left.value.code == 129 and not (tmp_path / "run" / ".process").exists()
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
