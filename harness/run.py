@@ -23,7 +23,7 @@ import common
 from harness import adapters, directory, loading, picture, ranks, shards
 from harness.config import Config, method_name
 from harness.evaluation import before_and_after, check_policy, evaluate, most_changed, texts_of
-from harness.stages import check_finite
+from harness.stages import Diverged, check_finite
 from tasks import Task, save_model, saving, write_json, write_text
 
 # Options of all scripts that cannot change the evaluation of the initial policy.
@@ -212,7 +212,8 @@ class Run:
     def log(self, step, metrics):
         """One line of metrics.jsonl, and the progress bar's. Ends the step: the clock of the step stops."""
         metrics = {name: float(shards.number(value)) for name, value in metrics.items()}
-        check_finite(torch.tensor([metrics.get("grad_norm", 0.0)]), step + 1, ["of the step"], "grad_norm")
+        if math.isinf(metrics.get("grad_norm", 0.0)):                 # clipping makes 0 of all gradients then
+            raise Diverged(f"step {step + 1}: grad_norm is inf; lower --lr, or correct the model or the data")
         self.count_time()
         self.step = step + 1
         self.write({"step": self.step, **metrics})

@@ -534,7 +534,7 @@ def test_attributes_of_another_method_are_taken_or_none_is_a_traceback(tmp_path)
     for folder in (tmp_path, str(tmp_path / "absent")):
         with pytest.raises(UserError, match="no attributes.json of steerlm.py"):
             asking.load_attributes(folder, "steerlm")
-    found = {"method": "steerlm", "asked": {"x": 3}}
+    found = {"method": "steerlm", "asked": {"x": 3}, "levels": {"x": 9}}
     write_json(tmp_path / "attributes.json", found)
     assert asking.load_attributes(str(tmp_path), "steerlm") == found
     with pytest.raises(UserError, match="run of decision_transformer.py"):
