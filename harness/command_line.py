@@ -104,11 +104,11 @@ def prepare(config, out):
         raise UserError(f"--max_new_tokens {config.max_new_tokens} is more than a quarter of the "
                         f"{tokenizer.model_max_length} tokens that prompt and response share: lower it")
     tokenizer.more_stop_ids = loading.more_stop_ids(policy, tokenizer)
-    if config.data == "reviews" and config.policy:
-        check_words(tokenizer, config.policy)
     if config.data != "reviews":
         loading.fit_task(tokenizer, task, policy.embeddings_came)
         check_model(policy, tokenizer, task.prompts["train"][0], loading.policy_path(config))
+    elif config.policy:
+        check_words(tokenizer, config.policy)
     check_policy(policy, tokenizer, task, 0)
     if config.lora_rank:
         adapters.change_frozen(policy, policy.compute_dtype)

@@ -656,7 +656,7 @@ def test_checkpoint_of_another_method_is_gone_on_with(toy, cut, tmp_path):
         harness.launch(dpo.train, config_of(toy, tmp_path / "run", resume=True))
 
 
-def test_gradient_that_is_not_finite_is_logged(toy, tmp_path):
+def test_infinite_gradient_is_logged(toy, tmp_path):
     run = toy_run(toy, out=tmp_path)
     run.bar = SimpleNamespace(set_postfix_str=str)
     run.log(0, {"loss": 1.0, "grad_norm": 2.0})
